@@ -1,0 +1,35 @@
+"""The switch for training scripts that have never heard of us: ``LIGHTNING_EFFICIENT=methods.yaml python train.py``.
+
+Lightning calls :func:`callbacks_from_environment` at every ``Trainer()`` of every script in an environment where this
+package is installed, through the entry point group ``lightning.pytorch.callbacks_factory``. Hence no imports here.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning.pytorch.callbacks import Callback
+
+VARIABLE = "LIGHTNING_EFFICIENT"
+
+
+def callbacks_from_environment() -> list[Callback]:
+    """Callbacks for the methods in the YAML file that ``LIGHTNING_EFFICIENT`` names; none if it is unset or empty.
+
+    A Trainer that has a callback of the same method and targets already makes Lightning raise "Found more than one
+    stateful callback": a factory is not told what the script itself passes.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not what :func:`lightning_efficient.methods_file.read_methods_file` expects.
+    """
+    path = os.environ.get(VARIABLE)
+    if not path:
+        return []
+    from lightning_efficient.methods_file import announce, read_methods_file
+
+    callbacks = read_methods_file(path)
+    announce(callbacks, f"{VARIABLE}={path}")
+    return callbacks

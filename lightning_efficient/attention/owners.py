@@ -1,0 +1,89 @@
+"""Which module's forward is running, and which modules claim to have attention heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_efficient.surgery.match import modules_by_name
+
+# Modules with one of these integer attributes are expected to attend; only ever used to word a report.
+_HEAD_COUNTS = ("num_heads", "n_heads", "num_attention_heads", "n_head", "nhead", "heads")
+
+
+class Owners(AbstractContextManager["Owners"]):
+    """A stack of the names of the modules whose forward is running, kept by hooks that are removed on exit.
+
+    Args:
+        model: Names are relative to it; ``""`` while none of its modules is running.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.ran: set[str] = set()
+        self.modules: dict[str, nn.Module] = {}
+        self._stack: list[str] = []
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def current(self) -> str:
+        """Name of the innermost running module."""
+        return self._stack[-1] if self._stack else ""
+
+    def __enter__(self) -> Owners:
+        names: dict[nn.Module, str] = {}
+        for name, module in modules_by_name(self.model).items():
+            names.setdefault(module, name)
+        for module, name in names.items():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # its forward does not run in Python: what happens inside belongs to its caller
+            self.modules[name] = module
+            self._handles.append(module.register_forward_pre_hook(self._entering(name)))
+            # always_call: a forward that raises must leave the stack, too, as its caller may catch and go on.
+            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Remove the hooks; may be called more than once."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._stack.clear()
+
+    def silent(self, sites: Iterable[str]) -> list[str]:
+        """Innermost modules that ran and have a number of heads, but are not related to any of ``sites``."""
+        sites = set(sites)
+        related = [
+            name
+            for name, module in self.modules.items()
+            if name in self.ran and any(isinstance(getattr(module, a, None), int) for a in _HEAD_COUNTS)
+        ]
+        quiet = [name for name in related if not any(_inside(s, name) or _inside(name, s) for s in sites)]
+        return [name for name in quiet if not any(other != name and _inside(other, name) for other in quiet)]
+
+    def _entering(self, name: str) -> Any:
+        def enter(module: nn.Module, args: Any) -> None:
+            self._stack.append(name)
+            self.ran.add(name)
+
+        return enter
+
+    def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
+        if self._stack:
+            self._stack.pop()
+
+
+def _inside(name: str, parent: str) -> bool:
+    """Whether ``name`` is ``parent`` or below it; nothing counts as below the root."""
+    return name == parent or (parent != "" and name.startswith(parent + "."))

@@ -1,0 +1,52 @@
+"""``F.scaled_dot_product_attention``: timm (fused), Hugging Face ``sdpa``, and most modern code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lightning_efficient.attention.limits import Limits, UnknownAttentionError
+from lightning_efficient.metrics.functional import AttentionRows, attention_rows
+
+
+def rows_of_sdpa(limits: Limits, *args: Any, **kwargs: Any) -> AttentionRows:
+    """Attention rows of one call, from the arguments it was given.
+
+    Args:
+        limits: How much of the call is measured.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+
+    Raises:
+        UnknownAttentionError: The shapes do not say which axis holds the heads, or the tensors are nested.
+    """
+    q, k, mask, is_causal, scale = _arguments(*args, **kwargs)
+    if q.is_nested or k.is_nested:
+        raise UnknownAttentionError("scaled_dot_product_attention on nested tensors")
+    if q.dim() == 3:  # (batch, length, dim): one head
+        q, k = q.unsqueeze(1), k.unsqueeze(1)
+        mask = mask if mask is None or mask.dim() < 3 else mask.unsqueeze(1)
+    if q.dim() != 4 or k.dim() != 4:
+        raise UnknownAttentionError(
+            f"scaled_dot_product_attention on queries of shape {tuple(q.shape)}: which axis holds the heads?"
+        )
+    n = limits.samples(q.shape[0])
+    if mask is not None and mask.dim() == 4 and mask.shape[0] > 1:
+        mask = mask[:n]
+    return attention_rows(
+        q[:n], k[:n], mask=mask, is_causal=is_causal, scale=scale, max_queries=limits.max_queries
+    )
+
+
+def _arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, bool, float | None]:
+    return query, key, attn_mask, is_causal, scale

@@ -1,0 +1,146 @@
+"""The only file that puts anything on a LightningModule instance: hooks that chain the user's own, and can be undone.
+
+No callback hook sees a module between 'complete' and 'weights loaded', nor a checkpoint before its weights are loaded,
+so a method that changes modules needs these four hooks of the instance itself. They are bound methods, not
+``functools.wraps`` wrappers: Lightning looks through ``__wrapped__`` and would skip them. A bound method is also bound
+anew by ``deepcopy``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from lightning_efficient import checkpoint as codec
+from lightning_efficient.surgery.change import Change
+from lightning_efficient.surgery.match import NoMatchError
+from lightning_efficient.surgery.optimizer import plain_view
+
+NAME = "_lightning_efficient"
+
+
+@dataclass
+class Request:
+    """A structural method asked for by a callback, and what came of it.
+
+    Args:
+        method: Name of the method in the recipe.
+        key: ``state_key`` of the callback.
+        config: The callback's arguments, plain data.
+        apply: Changes the modules of a model that are not changed yet; raises ``NoMatchError`` if there are none.
+        changes: One for each time it found something to change.
+    """
+
+    method: str
+    key: str
+    config: dict[str, Any]
+    apply: Callable[[LightningModule], Change]
+    changes: list[Change] = field(default_factory=list)
+
+
+@dataclass
+class Attachment:
+    """What this package keeps on a LightningModule instance."""
+
+    requests: list[Request] = field(default_factory=list)
+    previous: dict[str, Any] = field(default_factory=dict)
+    example_batch: Any = None
+
+    @property
+    def changes(self) -> list[Change]:
+        """Every structural change, in the order made."""
+        return [change for request in self.requests for change in request.changes]
+
+
+def attached(module: nn.Module) -> Attachment | None:
+    """The module's attachment, if it has one."""
+    return module.__dict__.get(NAME)
+
+
+def attachment(pl_module: LightningModule) -> Attachment:
+    """The module's attachment, made on first use."""
+    return pl_module.__dict__.setdefault(NAME, Attachment())  # type: ignore[no-any-return]
+
+
+def install(pl_module: LightningModule, request: Request) -> None:
+    """Apply a structural request now where the model exists already, and after every ``configure_model``."""
+    mine = attachment(pl_module)
+    mine.requests = [r for r in mine.requests if r.key != request.key or r.method != request.method]
+    mine.requests.append(request)
+    _carry_over(pl_module, request)
+    for name, function in _HOOKS.items():
+        current = pl_module.__dict__.get(name)
+        if getattr(current, "__func__", None) is not function:
+            mine.previous[name] = current
+            pl_module.__dict__[name] = MethodType(function, pl_module)
+    _apply(pl_module, request, required=False)
+
+
+def detach(pl_module: LightningModule) -> None:
+    """Take this package's hooks off the instance; its modules and weights stay as they are."""
+    mine: Attachment | None = pl_module.__dict__.pop(NAME, None)
+    for name, function in _HOOKS.items():
+        if getattr(pl_module.__dict__.get(name), "__func__", None) is function:
+            del pl_module.__dict__[name]
+            if mine is not None and mine.previous.get(name) is not None:
+                pl_module.__dict__[name] = mine.previous[name]
+
+
+def _carry_over(pl_module: LightningModule, request: Request) -> None:
+    """Changes of an earlier run that still stand are read off the modules, so that nothing is applied twice."""
+    present = set(map(id, pl_module.modules()))
+    for change in request.changes:
+        change.swaps = {n: (old, new) for n, (old, new) in change.swaps.items() if id(new) in present}
+    request.changes = [change for change in request.changes if change.swaps]
+
+
+def _apply(pl_module: LightningModule, request: Request, required: bool) -> None:
+    _carry_over(pl_module, request)
+    try:
+        request.changes.append(request.apply(pl_module))
+    except NoMatchError:
+        if required and not request.changes:
+            raise
+
+
+def _previous(pl_module: LightningModule, name: str, *args: Any) -> Any:
+    before = attachment(pl_module).previous.get(name)
+    return before(*args) if before is not None else getattr(type(pl_module), name)(pl_module, *args)
+
+
+def configure_model(self: LightningModule) -> None:
+    """The user's ``configure_model``, then every structural request on what is new."""
+    _previous(self, "configure_model")
+    for request in attachment(self).requests:
+        _apply(self, request, required=True)
+
+
+def configure_optimizers(self: LightningModule) -> Any:
+    """The user's ``configure_optimizers``, run as if the model were untouched."""
+    with plain_view(self, attachment(self).changes):
+        return _previous(self, "configure_optimizers")
+
+
+def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Make the file plain, then the user's hook: it sees the keys it knows."""
+    codec.fold(self, attachment(self).requests, checkpoint)
+    _previous(self, "on_save_checkpoint", checkpoint)
+
+
+def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """The user's hook, which sees the keys it knows, then the tensors of the changed modules."""
+    _previous(self, "on_load_checkpoint", checkpoint)
+    codec.unfold(self, attachment(self).requests, checkpoint)
+
+
+_HOOKS: dict[str, Callable[..., Any]] = {
+    "configure_model": configure_model,
+    "configure_optimizers": configure_optimizers,
+    "on_save_checkpoint": on_save_checkpoint,
+    "on_load_checkpoint": on_load_checkpoint,
+}

@@ -1,0 +1,103 @@
+"""What every callback of the suite shares: the switch, the target globs, the key of its state, one hparams record."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+
+from lightning_efficient.surgery.order import ORDER, check_methods
+
+HPARAM_PREFIX = "efficient/"
+
+
+class EfficientCallback(Callback):
+    """Base class of every callback in this package.
+
+    Args:
+        enabled: ``False`` leaves the run bit-identical to one without the callback.
+        include: Globs over module names; a glob also matches every module below a matching one. ``None``: all.
+        exclude: Globs over module names, applied after ``include``.
+    """
+
+    method: ClassVar[str]
+
+    def __init__(
+        self, enabled: bool = True, include: list[str] | None = None, exclude: list[str] | None = None
+    ) -> None:
+        super().__init__()
+        for name, globs in (("include", include), ("exclude", exclude)):
+            if isinstance(globs, str):
+                raise TypeError(f"`{name}` takes a list of globs; got the string {globs!r}. Write [{globs!r}].")
+        self.enabled = enabled
+        self.include = include
+        self.exclude = exclude
+
+    @property
+    def state_key(self) -> str:
+        """Key of this callback's state in a checkpoint; differs between two differently targeted instances."""
+        return self._generate_state_key(include=self.include, exclude=self.exclude)
+
+    def state_dict(self) -> dict[str, Any]:
+        """A marker, so that Lightning itself warns when a checkpoint is resumed without this callback."""
+        return {"method": self.method} if self.enabled else {}
+
+    def config(self) -> dict[str, Any]:
+        """The arguments of this callback as plain data."""
+        return {"enabled": self.enabled, "include": self.include, "exclude": self.exclude}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work before anything has changed."""
+        if self.enabled and stage == "fit":
+            check_strategy(trainer, type(self).__name__)
+            check_methods([cb.method for cb in peers(trainer) if cb.method in ORDER])
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log one record of hyper-parameters for the whole suite."""
+        everyone = [cb for cb in trainer.callbacks if isinstance(cb, EfficientCallback)]  # type: ignore[attr-defined]
+        if everyone[0] is self and trainer.enable_autolog_hparams:
+            log_hparams(trainer, pl_module, everyone)
+
+
+def peers(trainer: Trainer) -> list[EfficientCallback]:
+    """The enabled callbacks of this package in a Trainer, in their listed order."""
+    return [cb for cb in trainer.callbacks if isinstance(cb, EfficientCallback) and cb.enabled]  # type: ignore[attr-defined]
+
+
+def check_strategy(trainer: Trainer, who: str) -> None:
+    """Raise unless the strategy keeps whole parameters on every process.
+
+    Raises:
+        ValueError: A sharded or unknown strategy.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(strategy, DeepSpeedStrategy):
+        return
+    raise ValueError(
+        f"{who} does not support {type(strategy).__name__}: it needs whole parameters on every process. Use "
+        "Trainer(strategy='auto') on one device, or 'ddp' (also 'ddp_spawn', 'ddp_fork', 'ddp_notebook'); or switch "
+        f"it off with {who}(enabled=False)."
+    )
+
+
+def log_hparams(trainer: Trainer, pl_module: LightningModule, callbacks: list[EfficientCallback]) -> None:
+    """Log the user's hyper-parameters together with ours, before Lightning logs the user's alone.
+
+    TensorBoard keeps the first record of a run only. Every run gets the same keys: one switch and one text a method.
+    """
+    ours: dict[str, Any] = {}
+    for method in (*ORDER, *(cb.method for cb in callbacks if cb.method not in ORDER)):
+        active = [cb for cb in callbacks if cb.method == method and cb.enabled]
+        ours[f"{HPARAM_PREFIX}{method}"] = bool(active)
+        ours[f"{HPARAM_PREFIX}{method}_config"] = "; ".join(_summary(cb) for cb in active)
+    users: dict[str, Any] = dict(pl_module.hparams_initial or {})
+    if (datamodule := getattr(trainer, "datamodule", None)) is not None:
+        users |= dict(datamodule.hparams_initial or {})
+    for logger in trainer.loggers:
+        logger.log_hyperparams({**users, **ours})
+
+
+def _summary(callback: EfficientCallback) -> str:
+    return ", ".join(f"{k}={v}" for k, v in callback.config().items() if k != "enabled" and v is not None)

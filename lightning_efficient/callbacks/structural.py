@@ -1,0 +1,74 @@
+"""When a method that changes modules acts inside a Trainer."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_efficient.callbacks.attach import Request, attachment, install
+from lightning_efficient.callbacks.base import EfficientCallback
+from lightning_efficient.surgery.change import Change
+from lightning_efficient.surgery.optimizer import rebind
+
+
+class StructuralCallback(EfficientCallback):
+    """Base of the callbacks whose method replaces modules.
+
+    The replacement happens in ``setup`` and again after ``configure_model``, so before weights are loaded, the model is
+    wrapped or optimizers are made; the user's ``configure_optimizers`` runs on a plain view of the model, and whatever
+    optimizers come out of it (or were there before) are rebound when ``fit`` starts.
+    """
+
+    @abstractmethod
+    def apply(self, pl_module: LightningModule) -> Change:
+        """Replace what is not replaced yet; raises ``NoMatchError`` if there is nothing."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Change the modules that exist already, and hook the instance for those that come later."""
+        super().setup(trainer, pl_module, stage)
+        if self.enabled:
+            request = Request(self.method, self.state_key, self.config(), self.apply)
+            install_before_averaging(self, trainer, pl_module, request)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Rebind the optimizers to the new parameters, before their state is restored."""
+        super().on_fit_start(trainer, pl_module)
+        if self.enabled:
+            rebind_optimizers(trainer, pl_module, self.method, self.state_key)
+
+
+def install_before_averaging(
+    callback: EfficientCallback, trainer: Trainer, pl_module: LightningModule, request: Request
+) -> None:
+    """Install a structural request, unless a callback that copies the model has done so already.
+
+    Raises:
+        ValueError: ``WeightAveraging`` or ``StochasticWeightAveraging`` is listed before ``callback``.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for other in callbacks[: callbacks.index(callback)]:
+        if isinstance(other, (WeightAveraging, StochasticWeightAveraging)):
+            raise ValueError(
+                f"{type(other).__name__} copies the model before {type(callback).__name__} changes it, and would average "
+                f"the wrong parameters. List {type(callback).__name__} before {type(other).__name__}."
+            )
+    # The same request of an earlier run (fit, then test) keeps its changes.
+    for known in attachment(pl_module).requests:
+        if (known.method, known.key) == (request.method, request.key):
+            request.changes = known.changes
+    install(pl_module, request)
+
+
+def rebind_optimizers(trainer: Trainer, pl_module: LightningModule, method: str, key: str) -> None:
+    """Point the Trainer's optimizers at the parameters of a request's new modules."""
+    changes = [
+        c for r in attachment(pl_module).requests if (r.method, r.key) == (method, key) for c in r.changes
+    ]
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    rebind(trainer.optimizers, changes, schedulers)
+    for change in changes:
+        rank_zero_info(change.report())

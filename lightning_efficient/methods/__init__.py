@@ -1,0 +1,1 @@
+"""The functional core: one method, one file; torch only, never Lightning."""

@@ -1,0 +1,135 @@
+"""Schedulers keep one entry per parameter group: make them follow when an optimizer gets more groups."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+# The per-group lists of every scheduler in torch.optim (a test looks for others), and timm's `base_values`. A
+# list of any other name is not per group because it happens to be as long: think of milestones, phases,
+# nested schedulers.
+PER_GROUP = frozenset(
+    {
+        "base_lrs",
+        "_last_lr",
+        "lr_lambdas",
+        "min_lrs",
+        "max_lrs",
+        "base_momentums",
+        "max_momentums",
+        "base_values",
+    }
+)
+
+
+def all_schedulers(schedulers: Iterable[Any]) -> list[Any]:
+    """These schedulers and the ones inside them, each once.
+
+    Args:
+        schedulers: Schedulers, such as ``SequentialLR``, ``ChainedScheduler`` or user-written ones that hold
+            another scheduler in an attribute or a list.
+    """
+    found: dict[int, Any] = {}
+
+    def visit(scheduler: Any) -> None:
+        if id(scheduler) in found:
+            return
+        found[id(scheduler)] = scheduler
+        for value in vars(scheduler).values():
+            for item in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(item, LRScheduler):
+                    visit(item)
+
+    for scheduler in schedulers:
+        visit(scheduler)
+    return list(found.values())
+
+
+def grow_schedulers(optimizer: Optimizer, schedulers: Iterable[Any], sources: Sequence[int]) -> None:
+    """Give each new group the schedule of the group it was copied from.
+
+    Args:
+        optimizer: Its last ``len(sources)`` groups are new.
+        schedulers: Its schedulers, nested ones included; those of other optimizers are left alone.
+        sources: For each new group, the index of the group it follows.
+
+    Raises:
+        ValueError: A scheduler class from outside torch would not drive the new groups like their source
+            groups, whether its unknown lists are grown or not. Some schedulers may have been grown by then.
+    """
+    groups = len(optimizer.param_groups) - len(sources)
+    for scheduler in all_schedulers(schedulers):
+        if scheduler.optimizer is not optimizer:
+            continue
+        lists = {
+            name: value
+            for name, value in vars(scheduler).items()
+            if isinstance(value, list | tuple) and len(value) == groups
+        }
+        _grow(scheduler, {name: value for name, value in lists.items() if name in PER_GROUP}, sources)
+        unknown = {
+            name: value
+            for name, value in lists.items()
+            if name not in PER_GROUP and not any(isinstance(item, LRScheduler) for item in value)
+        }
+        if unknown and not type(scheduler).__module__.startswith("torch.optim"):
+            _grow_unknown(scheduler, unknown, sources)
+
+
+def _grow(scheduler: Any, lists: dict[str, Any], sources: Sequence[int]) -> None:
+    for name, value in lists.items():
+        # A new list each time: SequentialLR and its current child share one `_last_lr`.
+        setattr(scheduler, name, type(value)([*value, *(_own(value[source]) for source in sources)]))
+
+
+def _own(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _grow_unknown(scheduler: Any, lists: dict[str, Any], sources: Sequence[int]) -> None:
+    """Length does not tell a per-group list from, say, two milestones for two groups: ask the scheduler."""
+    if _drives_all_groups(scheduler, sources):
+        return
+    _grow(scheduler, lists, sources)
+    if not _drives_all_groups(scheduler, sources):
+        raise ValueError(
+            f"{type(scheduler).__name__} does not give the added parameter groups the learning rate of the"
+            " groups"
+            f" they were copied from, with or without an entry more in {', '.join(sorted(lists))}. Use a"
+            " scheduler"
+            f" that keeps one entry per group in {', '.join(sorted(PER_GROUP))}, or computes it from the"
+            " groups."
+        )
+
+
+def _drives_all_groups(scheduler: Any, sources: Sequence[int]) -> bool:
+    groups: list[dict[str, Any]] = scheduler.optimizer.param_groups
+    before = [dict(group) for group in groups]
+    trial = copy.copy(scheduler)  # what get_lr() notes down must not reach the real one
+    trial._get_lr_called_within_step = True  # torch's own way to say "no warning, please"
+    try:
+        rates = list(trial.get_lr())
+    except Exception:  # a user's class may fail in any way on a list that is too short
+        return False
+    finally:
+        for group, saved in zip(groups, before, strict=True):
+            group.update(saved)
+    first = len(groups) - len(sources)
+    return len(rates) == len(groups) and all(
+        rates[first + offset] == rates[source] for offset, source in enumerate(sources)
+    )
+
+
+def snapshot(schedulers: Iterable[Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Each scheduler, nested ones included, with its attributes as they are now.
+
+    Args:
+        schedulers: Top-level schedulers.
+    """
+    for scheduler in all_schedulers(schedulers):
+        yield scheduler, dict(vars(scheduler))

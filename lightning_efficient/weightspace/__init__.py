@@ -1,0 +1,12 @@
+"""Methods that live in weight space: the network uses ``Ŵ = T(W)``, the optimizer moves ``W``.
+
+The model's own parameter holds ``Ŵ`` whenever a forward can run, so forward, backward, gradient accumulation,
+activation checkpointing, ``torch.compile``, DDP, EMA copies and checkpoints all see an ordinary model. Only inside
+``optimizer.step()`` does the parameter hold ``W``: :class:`Boundary` opens and closes that window once per step.
+"""
+
+from lightning_efficient.weightspace.boundary import Boundary, Site
+from lightning_efficient.weightspace.spectral import SpectralTransform, leading_singular_triplet
+from lightning_efficient.weightspace.transform import Block, Transform
+
+__all__ = ["Block", "Boundary", "Site", "SpectralTransform", "Transform", "leading_singular_triplet"]

@@ -1,0 +1,205 @@
+"""``Ŵ = γ W / σ(W)`` on the blocks of one parameter: sigmaReparam's transform (Zhai et al., arXiv 2303.06296).
+
+``σ`` is estimated by power iteration with singular vectors that are constants of the gradient, as in the paper:
+with ``c = γ / σ`` and ``a = ⟨∂L/∂Ŵ, W⟩ / σ`` the chain rule gives ``∂L/∂γ = a`` and ``∂L/∂W = c (∂L/∂Ŵ - a u vᵀ)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_efficient.weightspace.transform import Block, Transform, as_matrix, compute_dtype
+
+# Up to this many rows or columns the eigenvectors of the Gram matrix are cheaper than Lanczos steps.
+_EXACT_UP_TO = 256
+_LANCZOS_STEPS = 48
+# A gain that crosses zero must not erase W: |Ŵ| >= 1e-12 |W| keeps the division in `pull` exact to rounding.
+_SMALLEST_SCALE = 1e-12
+
+
+def leading_singular_triplet(matrix: Tensor, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest singular value of a matrix and its vectors.
+
+    Small matrices are solved exactly (eigenvectors of the smaller Gram matrix, in float64); larger ones by
+    Golub-Kahan-Lanczos bidiagonalization with full reorthogonalization, from a start vector drawn from an own
+    generator, so that the global random state is left alone.
+
+    Args:
+        matrix: Real matrix of shape ``(m, n)``.
+        seed: Seed of the start vector.
+
+    Returns:
+        ``(u, sigma, v)`` of shapes ``(m,)``, ``()`` and ``(n,)`` with ``sigma = uᵀ matrix v``, in the compute dtype.
+    """
+    work = matrix.detach().to(compute_dtype(matrix.dtype))
+    right = _leading_right(work, seed)
+    return _power_step(work, right)
+
+
+def _leading_right(matrix: Tensor, seed: int) -> Tensor:
+    """An accurate leading right singular vector, shape ``(n,)``."""
+    m, n = matrix.shape
+    if min(m, n) <= _EXACT_UP_TO:
+        wide = matrix.double() if n <= m else matrix.double().t()
+        vector = torch.linalg.eigh(wide.t() @ wide).eigenvectors[:, -1].to(matrix.dtype)
+        return vector if n <= m else _normalize(torch.mv(matrix.t(), vector))[0]
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(n, generator=generator, dtype=matrix.dtype).to(matrix.device)
+    right = [_normalize(start)[0]]
+    left: list[Tensor] = []
+    alphas, betas = [], []
+    for _ in range(min(_LANCZOS_STEPS, m, n)):
+        u, alpha = _normalize(_orthogonalize(torch.mv(matrix, right[-1]), left))
+        left.append(u)
+        alphas.append(alpha)
+        v, beta = _normalize(_orthogonalize(torch.mv(matrix.t(), u), right))
+        right.append(v)
+        betas.append(beta)
+    k = len(alphas)
+    bidiagonal = torch.diag(torch.stack(alphas)) + torch.diag(torch.stack(betas[: k - 1]), 1)
+    vectors = torch.linalg.svd(bidiagonal).Vh[0]
+    return _normalize(torch.stack(right[:k], dim=1) @ vectors)[0]
+
+
+def _orthogonalize(vector: Tensor, basis: Sequence[Tensor]) -> Tensor:
+    if not basis:
+        return vector
+    q = torch.stack(tuple(basis), dim=1)
+    vector = vector - q @ (q.t() @ vector)
+    return vector - q @ (q.t() @ vector)  # twice is enough (Kahan)
+
+
+def _normalize(vector: Tensor) -> tuple[Tensor, Tensor]:
+    norm = torch.linalg.vector_norm(vector)
+    return vector / norm.clamp_min(torch.finfo(vector.dtype).tiny), norm
+
+
+def _power_step(matrix: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One power iteration: ``u = W v / |W v|``, ``v' = Wᵀ u / |Wᵀ u|``; then ``uᵀ W v' = |Wᵀ u|`` costs nothing."""
+    u, _ = _normalize(torch.mv(matrix, right))
+    v, sigma = _normalize(torch.mv(matrix.t(), u))
+    return u, sigma, v
+
+
+class SpectralTransform(Transform):
+    """``Ŵ = γ W / σ(W)`` for each block of a parameter.
+
+    Args:
+        blocks: The matrices inside the parameter, each with its own gain.
+        init: ``"preserve"`` starts with ``γ = σ(W)``, which leaves the function unchanged; ``"one"`` starts with
+            ``γ = 1``, the paper's pseudo-code.
+        learnable: Whether ``γ`` is trained; False is plain spectral normalization at the initial gain.
+        monitor: Track ``σ`` only; weights and gradients pass through untouched.
+    """
+
+    kind = "spectral"
+    order = 20
+
+    def __init__(
+        self, blocks: Sequence[Block], *, init: str = "preserve", learnable: bool = True, monitor: bool = False
+    ) -> None:
+        self.blocks = tuple(blocks)
+        self.init = init
+        self.monitor = monitor
+        self.gain = nn.Parameter(torch.ones(len(self.blocks)), requires_grad=learnable and not monitor)
+        self.sigma = torch.ones(len(self.blocks))
+        self.left: list[Tensor] = []
+        self.right: list[Tensor] = []
+        self._scale = torch.ones(len(self.blocks))
+
+    @property
+    def theta(self) -> nn.Parameter | None:
+        """The gains ``γ``, shape ``(len(blocks),)``, or None when they are not trained."""
+        return self.gain if self.gain.requires_grad else None
+
+    def start(self, weight: Tensor) -> None:
+        """Accurate singular vectors of every block, and the first gain."""
+        triplets = [leading_singular_triplet(as_matrix(block.of(weight))) for block in self.blocks]
+        self.left = [u for u, _, _ in triplets]
+        self.right = [v for _, _, v in triplets]
+        self.sigma = torch.stack([sigma for _, sigma, _ in triplets])
+        self.gain.data = self.sigma.clone() if self.init == "preserve" else torch.ones_like(self.sigma)
+        self._rescale()
+
+    def pull(self, weight: Tensor, grad: Tensor | None) -> None:
+        """Divide by ``c``; project the gradient; leave ``∂L/∂γ`` in ``gain.grad``."""
+        if self.monitor:
+            return
+        if grad is not None:
+            rates = []
+            for block, c, sigma, u, v in zip(
+                self.blocks, self._scale, self.sigma, self.left, self.right, strict=True
+            ):
+                g, w = block.of(grad), block.of(weight)
+                a = torch.dot(g.reshape(-1), w.reshape(-1)) / (c * sigma)
+                column = (a * u).view(-1, *[1] * (g.ndim - 1))
+                # Not `addr`: its scalars would have to leave the device.
+                g.addcmul_(column, v.view(1, *g.shape[1:]), value=-1).mul_(c)
+                rates.append(a)
+            if self.theta is not None:
+                self.theta.grad = torch.stack(rates)
+        for block, c in zip(self.blocks, self._scale, strict=True):
+            block.of(weight).div_(c)
+
+    def advance(self, weight: Tensor) -> None:
+        """One power iteration on the new weights."""
+        for i, block in enumerate(self.blocks):
+            self.left[i], self.sigma[i], self.right[i] = _power_step(
+                as_matrix(block.of(weight)), self.right[i]
+            )
+        self._rescale()
+
+    def push(self, weight: Tensor) -> None:
+        """Multiply by ``c = γ / σ``."""
+        self._rescale()
+        if not self.monitor:
+            for block, c in zip(self.blocks, self._scale, strict=True):
+                block.of(weight).mul_(c)
+
+    def fits(self, weight: Tensor, tolerance: float) -> bool:
+        """``uᵀ Ŵ v`` is ``γ`` by construction; weights from elsewhere miss it."""
+        if self.monitor:
+            return True
+        found = torch.stack(
+            [
+                torch.dot(u, torch.mv(as_matrix(block.of(weight)), v))
+                for block, u, v in zip(self.blocks, self.left, self.right, strict=True)
+            ]
+        )
+        return bool(torch.allclose(found, self.gain.detach(), rtol=tolerance, atol=1e-6))
+
+    def rebase(self, weight: Tensor) -> None:
+        """``γ = σ(Ŵ)`` and ``W = Ŵ``."""
+        self.init = "preserve"
+        self.start(weight)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """``gain`` and ``sigma`` of shape ``(blocks,)``, and ``left.i``/``right.i`` of each block."""
+        state = {"gain": self.gain.detach().clone(), "sigma": self.sigma.clone()}
+        for i, (u, v) in enumerate(zip(self.left, self.right, strict=True)):
+            state |= {f"left.{i}": u.clone(), f"right.{i}": v.clone()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over gains, norms and vectors; the number of blocks must be the same."""
+        n = len(self.blocks)
+        names = {"gain", "sigma"} | {f"{side}.{i}" for side in ("left", "right") for i in range(n)}
+        if set(state) != names or tuple(state["gain"].shape) != (n,) or tuple(state["sigma"].shape) != (n,):
+            raise ValueError(
+                f"a spectral state for {n} block(s) has the tensors {sorted(names)}; got "
+                f"{ {k: tuple(v.shape) for k, v in sorted(state.items())} }. Was `qkv` changed since it was saved?"
+            )
+        self.gain.data = state["gain"].clone()
+        self.sigma = state["sigma"].clone()
+        self.left = [state[f"left.{i}"].clone() for i in range(n)]
+        self.right = [state[f"right.{i}"].clone() for i in range(n)]
+        self._rescale()
+
+    def _rescale(self) -> None:
+        sigma = self.sigma.clamp_min(torch.finfo(self.sigma.dtype).tiny)
+        c = self.gain.detach() / sigma
+        floor = torch.copysign(torch.full_like(c, _SMALLEST_SCALE), c)
+        self._scale = torch.where(c.abs() < _SMALLEST_SCALE, floor, c)

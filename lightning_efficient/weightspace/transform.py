@@ -1,0 +1,96 @@
+"""The contract of a weight-space transform ``Ŵ = T(W; θ, s)``: pull back, advance, push."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype a transform computes in: float64 for float64 weights, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Block:
+    """A matrix inside a parameter: ``length`` slices along ``dim`` from ``start``, the other axes flattened.
+
+    A fused query-key-value projection holds three of them; a convolution kernel ``(out, in/groups, k, ...)`` is the
+    matrix ``(out, in/groups · k · ...)``.
+    """
+
+    start: int
+    length: int
+    dim: int = 0
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The block as a view of ``tensor``, in the tensor's own number of dimensions (safe to write to)."""
+        if self.start == 0 and self.length == tensor.shape[self.dim]:
+            return tensor
+        return tensor.narrow(self.dim, self.start, self.length)
+
+
+def as_matrix(block: Tensor) -> Tensor:
+    """``block`` as a matrix, for reading only: a channels-last kernel is copied here."""
+    return block if block.ndim == 2 else block.reshape(block.shape[0], -1)
+
+
+class Transform(ABC):
+    """One reparametrization of one parameter.
+
+    Every method works in place, under ``torch.no_grad``, on tensors of the compute dtype. Inverting is part of the
+    contract unless ``invertible`` is False, in which case the site keeps a copy of ``W``.
+
+    Attributes:
+        kind: What the transform does; a parameter takes at most one transform of each kind.
+        order: Position in the chain from ``W`` (low) to ``Ŵ`` (high).
+        invertible: Whether :meth:`pull` recovers ``W`` from ``Ŵ``.
+    """
+
+    kind: ClassVar[str]
+    order: ClassVar[int]
+    invertible: ClassVar[bool] = True
+
+    @property
+    def theta(self) -> nn.Parameter | None:
+        """The transform's own trainable parameter, if any; it follows the weight's learning rate, without decay."""
+        return None
+
+    @abstractmethod
+    def start(self, weight: Tensor) -> None:
+        """Choose the first state from ``weight``, the transform's input ``W``."""
+
+    @abstractmethod
+    def pull(self, weight: Tensor, grad: Tensor | None) -> None:
+        """Turn ``Ŵ`` into ``W`` and, if given, ``∂L/∂Ŵ`` into ``∂L/∂W``, in place; sets ``theta.grad``."""
+
+    @abstractmethod
+    def advance(self, weight: Tensor) -> None:
+        """Move the state one optimizer step on, from the new ``W``."""
+
+    @abstractmethod
+    def push(self, weight: Tensor) -> None:
+        """Turn ``W`` into ``Ŵ`` in place."""
+
+    @abstractmethod
+    def fits(self, weight: Tensor, tolerance: float) -> bool:
+        """Whether ``weight``, an output ``Ŵ``, can have come from the present state (checked after loading).
+
+        ``tolerance`` is the relative rounding of the weights' own dtype.
+        """
+
+    def rebase(self, weight: Tensor) -> None:
+        """Re-derive the state from ``weight``, an output that does not fit; the default has nothing to derive."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state as plain tensors, ``theta`` included."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a state; raises ``ValueError`` when names or shapes do not fit."""

@@ -1,0 +1,54 @@
+"""The table method × model × scenario: every cell passes or is refused with the documented error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from zoo import NETS, Classifier, Lazy, Manual, loader
+
+from lightning_efficient.callbacks.sigma_reparam import SigmaReparam
+from lightning_efficient.testing import SCENARIOS, assert_method_contract
+
+
+class Prebuilt(Classifier):
+    """Holds an optimizer that was made before any Trainer, as LightningCLI's ``optimizer:`` key does."""
+
+    def __init__(self, net: str) -> None:
+        super().__init__(net)
+        self.made = super().configure_optimizers()
+
+    def configure_optimizers(self) -> Any:
+        return self.made
+
+
+def variants(net: str) -> dict[str, Callable[[], Classifier]]:
+    return {
+        "plain": partial(Classifier, net),
+        "configure_model": partial(Lazy, net, build="configure_model"),
+        "setup": partial(Classifier, net, build="setup"),
+        "checkpointing": partial(Classifier, net, checkpointing=True),
+        "manual": partial(Manual, net),
+        "prebuilt_optimizer": partial(Prebuilt, net),
+    }
+
+
+def data(batches: int, size: int, dtype: torch.dtype) -> Any:
+    return loader(batches, size, dtype=dtype)
+
+
+METHODS: dict[str, Callable[[], Any]] = {
+    "sigma_reparam": SigmaReparam,
+    "sigma_reparam_split": partial(SigmaReparam, qkv="split", init="one"),
+}
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("method", METHODS)
+def test_contract(method: str, net: str, scenario: str) -> None:
+    table = assert_method_contract(METHODS[method], variants(net), data, scenarios=[scenario])
+    assert table == {scenario: "passed"}
