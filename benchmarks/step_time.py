@@ -95,11 +95,25 @@ def variant(name: str, model: nn.Module) -> torch.optim.Optimizer:
     return optimizer
 
 
-VARIANTS = ("plain", "SigmaReparam", "SigmaReparam(monitor_only)", "torch spectral_norm", "per-forward iteration")
+VARIANTS = (
+    "plain",
+    "SigmaReparam",
+    "SigmaReparam(monitor_only)",
+    "torch spectral_norm",
+    "per-forward iteration",
+)
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor], int]] = {
-    "ViT-Tiny 224": (lambda: timm.create_model("vit_tiny_patch16_224"), lambda b: torch.randn(b, 3, 224, 224), 8),
-    "ViT-Small 224": (lambda: timm.create_model("vit_small_patch16_224"), lambda b: torch.randn(b, 3, 224, 224), 16),
+    "ViT-Tiny 224": (
+        lambda: timm.create_model("vit_tiny_patch16_224"),
+        lambda b: torch.randn(b, 3, 224, 224),
+        8,
+    ),
+    "ViT-Small 224": (
+        lambda: timm.create_model("vit_small_patch16_224"),
+        lambda b: torch.randn(b, 3, 224, 224),
+        16,
+    ),
     "Decoder-6 T=512": (Decoder, lambda b: torch.randint(0, 96, (b, 512)), 8),
 }
 
@@ -187,7 +201,13 @@ def main() -> None:
     rows = []
     for name in args.models:
         rows += measure(name, args.rounds, args.device, args.compile, args.batch)
-        columns = {"model": "model", "variant": "variant", "step_ms": "step, ms", "ratio": "÷ plain", "quartiles": "quartiles"}
+        columns = {
+            "model": "model",
+            "variant": "variant",
+            "step_ms": "step, ms",
+            "ratio": "÷ plain",
+            "quartiles": "quartiles",
+        }
         print(markdown([r for r in rows if r["model"].startswith(name)], columns), flush=True)
     path = save(f"step_time_{args.device}{'_compiled' if args.compile else ''}", rows)
     path.with_suffix(".md").write_text(markdown(rows, columns) + "\n")

@@ -76,8 +76,9 @@ def unfold(model: nn.Module, requests: Sequence[StructuralRequest], checkpoint: 
     saved = {(e.method, e.key): e for e in recipe.read(checkpoint) if e.method in STRUCTURAL}
     if unknown := [key for key in saved if key not in {(r.method, r.key) for r in requests if r.changes}]:
         raise RecipeError(
-            f"the checkpoint was written with {[key for _, key in unknown]}, which this run lacks or configures "
-            f"differently (it has {[r.key for r in requests] or 'none'}). Add the same callback with the same arguments."
+            f"the checkpoint was written with {[key for _, key in unknown]}, which this run lacks or "
+            f"configures differently (it has {[r.key for r in requests] or 'none'}). "
+            "Add the same callback with the same arguments."
         )
     for request in requests:
         entry = saved.get((request.method, request.key))
@@ -106,8 +107,8 @@ def _unfold_one(
     if not isinstance(module, Foldable):
         if entry is None:
             raise RecipeError(
-                f"the checkpoint was written without {request.method}, and {type(module).__name__} {name!r} cannot take "
-                "over its tensors. Load it into a model without the callback."
+                f"the checkpoint was written without {request.method}, and {type(module).__name__} {name!r} cannot "
+                "take over its tensors. Load it into a model without the callback."
             )
         return
     plain = _take(state, prefix)
@@ -128,9 +129,7 @@ def _take(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key[len(prefix) :]: state.pop(key) for key in keys}
 
 
-def load_from_checkpoint(
-    cls: type[M], path: str | Path | IO[bytes], map_location: Any = None, **kwargs: Any
-) -> M:
+def load_from_checkpoint(cls: type[M], path: str | Path | IO[bytes], map_location: Any = None, **kwargs: Any) -> M:
     """``cls.load_from_checkpoint`` for files whose modules were changed: the changes are made before weights load.
 
     Args:
@@ -158,7 +157,8 @@ def load_from_checkpoint(
 
     # A subclass that lives for this call only: all of Lightning's logic for hyper-parameters is reused as it is.
     loader = cast(
-        type[M], type(cls.__name__, (cls,), {"configure_model": configure_model, "__module__": cls.__module__})
+        type[M],
+        type(cls.__name__, (cls,), {"configure_model": configure_model, "__module__": cls.__module__}),
     )
     model = loader.load_from_checkpoint(path, map_location=map_location, **kwargs)
     model.__class__ = cls
@@ -171,7 +171,7 @@ def _replay(model: nn.Module, entry: Entry) -> None:
     present = {canonical_name(name) for name, _ in model.named_modules()}
     if lacking := [name for name in names if name not in present]:
         raise RecipeError(
-            f"the checkpoint's {entry.method} changed modules that {type(model).__name__} does not have: {lacking[:5]}. "
+            f"the checkpoint's {entry.method} changed modules that {type(model).__name__} lacks: {lacking[:5]}. "
             "Was the model built with other arguments?"
         )
     if names:

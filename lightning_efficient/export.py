@@ -54,9 +54,9 @@ def export(model: nn.Module, example_inputs: Inputs | None = None, *, tolerance:
             a plain form, or the copy's outputs differ by more than ``tolerance``.
     """
     if not 0 <= tolerance < math.inf:
-        raise ValueError(
-            f"`tolerance` is {tolerance!r}; expected a number >= 0, relative to the output's scale."
-        )
+        raise ValueError(f"`tolerance` is {tolerance!r}; expected a number >= 0, relative to the output's scale.")
+    while (wrapped := model._modules.get("_orig_mod")) is not None:
+        model = wrapped
     candidates = _calls(model, example_inputs)
     with evaluating(model):
         call, expected = _first_that_runs(model, candidates)
@@ -83,9 +83,8 @@ def _calls(model: nn.Module, example_inputs: Inputs | None) -> list[Call]:
     batch = getattr(vars(model).get(NAME), "example_batch", None)
     if batch is None:
         raise ValueError(
-            f"`export({type(model).__name__}, example_inputs=None)`: the model has neither an "
-            "`example_input_array` nor "
-            "seen a training batch. Pass `example_inputs`: a tensor, a tuple of positional or a dict of "
+            f"`export({type(model).__name__}, example_inputs=None)`: the model has no `example_input_array` "
+            "and kept no training batch. Pass `example_inputs`: a tensor, a tuple of positional or a dict of "
             "keyword arguments."
         )
     calls = [Call((batch,))]
@@ -99,9 +98,7 @@ def _calls(model: nn.Module, example_inputs: Inputs | None) -> list[Call]:
 def _first_that_runs(model: nn.Module, calls: list[Call]) -> tuple[Call, Any]:
     forward = getattr(model.forward, "__func__", None)
     if forward in (LightningModule.forward, nn.Module.forward):
-        children = [
-            name for name, child in model.named_children() if type(child).forward is not nn.Module.forward
-        ]
+        children = [name for name, child in model.named_children() if type(child).forward is not nn.Module.forward]
         instead = ", ".join(f"export(module.{name}, x)" for name in children) or "a module that has one"
         raise ExportError(
             f"{type(model).__name__} defines no `forward`, so its copy cannot be verified. Export a "
@@ -115,9 +112,8 @@ def _first_that_runs(model: nn.Module, calls: list[Call]) -> tuple[Call, Any]:
             failures.append((call, error))
     tried = "; ".join(f"[{call}]: {_line(error)}" for call, error in failures)
     raise ExportError(
-        f"{type(model).__name__} fails in evaluation mode on the example inputs {tried}. Pass "
-        "`example_inputs` that its "
-        "`forward` accepts."
+        f"{type(model).__name__} fails in evaluation mode on the example inputs {tried}. "
+        "Pass `example_inputs` that its `forward` accepts."
     ) from failures[-1][1]
 
 
@@ -197,9 +193,7 @@ def _copies(value: Any) -> bool:
 def _fused(layer: nn.Module) -> nn.Module:
     fused = cast(Callable[[], Any], layer.eval().fuse)()
     if not isinstance(fused, nn.Module) or type(fused) is type(layer):
-        raise ExportError(
-            f"{type(layer).__name__}.fuse() returned {type(fused).__name__}; expected its plain form."
-        )
+        raise ExportError(f"{type(layer).__name__}.fuse() returned {type(fused).__name__}; expected its plain form.")
     return fused
 
 

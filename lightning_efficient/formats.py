@@ -67,9 +67,7 @@ def save_exported(
         save = programs[target.suffix]
         return save(model, example_inputs, target, dynamic_batch=dynamic_batch, tolerance=tolerance)
     if target.suffix not in states:
-        raise ValueError(
-            f"`path` is {str(path)!r}; expected a suffix among {', '.join([*programs, *states])}."
-        )
+        raise ValueError(f"`path` is {str(path)!r}; expected a suffix among {', '.join([*programs, *states])}.")
     with _draft(target) as draft:
         states[target.suffix](model, draft)
     return None
@@ -135,9 +133,7 @@ def to_onnx(
     with _draft(Path(path)) as draft, evaluating(model):
         program = _trace(model, as_call(example_inputs), dynamic_batch)
         with _as_export_error("torch.onnx cannot convert the model"):
-            torch.onnx.export(
-                program, f=draft, dynamo=True, verbose=False, external_data=size > _PROTOBUF_LIMIT
-            )
+            torch.onnx.export(program, f=draft, dynamo=True, verbose=False, external_data=size > _PROTOBUF_LIMIT)
         runtime = _onnxruntime(draft)
         return _compare(model, runtime, as_call(example_inputs), dynamic_batch, tolerance, "the ONNX program")
 
@@ -145,9 +141,7 @@ def to_onnx(
 def _trace(model: nn.Module, call: Call, dynamic_batch: bool) -> torch.export.ExportedProgram:
     # One sample would be taken for a constant: torch specializes sizes 0 and 1.
     args, kwargs = (call.resized(2) if dynamic_batch else call).on(model)
-    shapes = None
-    if dynamic_batch:
-        shapes = _dynamic((args, kwargs))
+    shapes = _dynamic(kwargs or args) if dynamic_batch else None
     with _as_export_error("torch.export cannot trace the model"):
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
 
@@ -173,9 +167,7 @@ def _compare(
 ) -> Difference:
     for sized in (call, call.resized(3)) if dynamic_batch else (call,):
         args, kwargs = sized.on(model)
-        apart = difference(
-            dict(enumerate(_flat(sized.run(model)))), dict(enumerate(_flat(program(*args, **kwargs))))
-        )
+        apart = difference(dict(enumerate(_flat(sized.run(model)))), dict(enumerate(_flat(program(*args, **kwargs)))))
         apart.check(tolerance, what)
     return apart
 
@@ -189,9 +181,7 @@ def _onnxruntime(path: Path) -> Callable[..., list[Tensor]]:
     def run(*args: Any, **kwargs: Any) -> list[Tensor]:
         tensors = _flat((args, kwargs))
         if len(tensors) != len(names):
-            raise ExportError(
-                f"the ONNX program takes {names}, but the example holds {len(tensors)} tensors."
-            )
+            raise ExportError(f"the ONNX program takes {names}, but the example holds {len(tensors)} tensors.")
         feed = {name: tensor.cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}
         return [torch.from_numpy(array) for array in session.run(None, feed)]
 
@@ -204,9 +194,8 @@ def _save_state(model: nn.Module, path: Path) -> None:
         _same_tensors(torch.load(path, weights_only=True), model)
     except pickle.UnpicklingError as error:
         raise ExportError(
-            "the state dict holds objects that `torch.load(weights_only=True)` refuses (see "
-            "`get_extra_state` of the "
-            f"model's modules): {str(error).splitlines()[0]}"
+            "the state dict holds objects that `torch.load(weights_only=True)` refuses (`get_extra_state` of "
+            f"a module?): {str(error).splitlines()[0]}"
         ) from error
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeAlias
 
@@ -38,7 +39,7 @@ class Call:
     def run(self, model: nn.Module) -> Any:
         """The model's output; the random state (CPU and the model's CUDA devices) is as before."""
         args, kwargs = self.on(model)
-        with torch.random.fork_rng(devices=_cuda_devices(model)):
+        with torch.random.fork_rng(devices=_cuda_devices(model)), _uncompiled():
             return model(*args, **kwargs)
 
     def resized(self, batch: int) -> Call:
@@ -50,9 +51,8 @@ class Call:
         sizes = {name: t.shape[0] if t.ndim else None for name, t in named_tensors(self.parts)}
         if len(set(sizes.values())) != 1 or None in sizes.values():
             raise ValueError(
-                f"the example inputs share no first (batch) axis: sizes {sizes}. Measure them as they are "
-                "with "
-                "`batch_sizes=None`, and save them with `dynamic_batch=False`."
+                f"the example inputs share no first (batch) axis: sizes {sizes}. Measure them as given with "
+                "`batch_sizes=None`; save with `dynamic_batch=False`."
             )
 
         def rows(tensor: Tensor) -> Tensor:
@@ -98,6 +98,13 @@ def device_of(model: nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Run compiled parts eagerly: compiled code rounds differently, and evaluation would compile anew."""
+    if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and importing it takes a second
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
 
 
 def _cuda_devices(model: nn.Module) -> list[int]:
@@ -177,10 +184,8 @@ class Difference:
         if not self.relative <= tolerance:
             where = f" in output {self.output!r}" if self.output else ""
             raise ExportError(
-                f"{what} differs from the model{where}: {self}; `tolerance` is {tolerance:g} of the output "
-                "scale. "
-                "Nothing was changed or kept. If rounding alone explains it (float16, bfloat16), raise "
-                "`tolerance`."
+                f"{what} differs from the model{where}: {self}; `tolerance` is {tolerance:g}. Nothing was "
+                "changed or kept. If rounding alone explains it (float16, bfloat16), raise `tolerance`."
             )
 
 
@@ -196,9 +201,7 @@ def difference(before: Any, after: Any) -> Difference:
     """
     left, right = dict(named_tensors(before)), dict(named_tensors(after))
     if not left:
-        raise ExportError(
-            f"the model returned {type(before).__name__}, in which no tensor was found to compare."
-        )
+        raise ExportError(f"the model returned {type(before).__name__}, in which no tensor was found to compare.")
     shapes = [{name: tuple(t.shape) for name, t in side.items()} for side in (left, right)]
     if shapes[0] != shapes[1]:
         raise ExportError(f"the outputs differ in structure: expected {shapes[0]}, got {shapes[1]}.")
@@ -213,9 +216,7 @@ def _pair(name: str, before: Tensor, after: Tensor) -> Difference:
     if a.numel() == 0:
         return Difference(0.0, 0.0, name)
     gap = (a - b).abs()
-    gap = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, gap).nan_to_num(
-        nan=torch.inf, posinf=torch.inf
-    )
+    gap = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, gap).nan_to_num(nan=torch.inf, posinf=torch.inf)
     finite = a.abs()[a.isfinite()]
     scale = float(finite.max()) if finite.numel() else 0.0
     absolute = float(gap.max())

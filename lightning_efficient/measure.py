@@ -167,7 +167,7 @@ def count_macs(model: nn.Module, call: Call) -> int:
 
 @contextmanager
 def _countable() -> Iterator[None]:
-    """Keep fused kernels out: torch's counter sees nothing in the encoder fast path or CPU flash attention."""
+    """Keep fused kernels out: torch counts nothing in the encoder fast path or CPU flash attention."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -91,7 +91,10 @@ def _entry(item: Any) -> Entry:
     _expect(_is_name(key), f"a string up to {_LONGEST_NAME} characters", "`key`", key)
     _expect(isinstance(config, Mapping) and _is_plain(config), "plain data", f"`config` of {method}", config)
     _expect(
-        isinstance(tensors, Mapping) and len(tensors) <= _MOST_NAMES, "a mapping", f"`tensors` of {method}", tensors
+        isinstance(tensors, Mapping) and len(tensors) <= _MOST_NAMES,
+        "a mapping",
+        f"`tensors` of {method}",
+        tensors,
     )
     for name, group in tensors.items():
         ok = _is_name(name) and isinstance(group, Mapping)

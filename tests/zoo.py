@@ -1,4 +1,4 @@
-"""Five LightningModules as users write them, small enough for a battery of life-cycle tests; none imports the package."""
+"""Five LightningModules as users write them, small enough for a battery of tests; none imports the package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ def vit() -> nn.Module:
     import timm
 
     return timm.models.VisionTransformer(
-        img_size=8, patch_size=4, in_chans=1, embed_dim=24, depth=2, num_heads=2, mlp_ratio=2, num_classes=CLASSES
+        img_size=8,
+        patch_size=4,
+        in_chans=1,
+        embed_dim=24,
+        depth=2,
+        num_heads=2,
+        mlp_ratio=2,
+        num_classes=CLASSES,
     )
 
 
@@ -179,7 +186,10 @@ class Manual(Classifier):
     def configure_optimizers(self) -> Any:
         params = list(self.net.parameters())
         half = len(params) // 2
-        return [torch.optim.AdamW(params[:half], lr=1e-3), torch.optim.SGD(params[half:], lr=1e-2, momentum=0.9)]
+        return [
+            torch.optim.AdamW(params[:half], lr=1e-3),
+            torch.optim.SGD(params[half:], lr=1e-2, momentum=0.9),
+        ]
 
 
 def loader(batches: int = 4, size: int = 4, seed: int = 0, dtype: torch.dtype = torch.float32) -> DataLoader[Any]:

@@ -85,9 +85,7 @@ def _mask(call: SimpleNamespace, batch: int, keep: int, extra: int, unbatched: b
     if all(mask.dtype == torch.bool for mask in masks):
         return ~masks[0] if len(masks) == 1 else ~(masks[0] | masks[1])
     terms = [
-        torch.zeros_like(mask, dtype=torch.float32).masked_fill(mask, -torch.inf)
-        if mask.dtype == torch.bool
-        else mask
+        torch.zeros_like(mask, dtype=torch.float32).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask
         for mask in masks
     ]
     return terms[0] if len(terms) == 1 else terms[0] + terms[1]

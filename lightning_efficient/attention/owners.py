@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_efficient.surgery.match import modules_by_name
+from lightning_efficient.surgery.match import canonical_name
 
 # Modules with one of these integer attributes are expected to attend; only ever used to word a report.
 _HEAD_COUNTS = ("num_heads", "n_heads", "num_attention_heads", "n_head", "nhead", "heads")
@@ -37,10 +37,8 @@ class Owners(AbstractContextManager["Owners"]):
         return self._stack[-1] if self._stack else ""
 
     def __enter__(self) -> Owners:
-        names: dict[nn.Module, str] = {}
-        for name, module in modules_by_name(self.model).items():
-            names.setdefault(module, name)
-        for module, name in names.items():
+        for name, module in self.model.named_modules():
+            name = canonical_name(name)  # a wrapper and what it wraps share one
             if isinstance(module, torch.jit.ScriptModule):
                 continue  # its forward does not run in Python: what happens inside belongs to its caller
             self.modules[name] = module

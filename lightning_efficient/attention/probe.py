@@ -136,11 +136,7 @@ class AttentionProbe(TorchFunctionMode):
     def report(self) -> str:
         """What the pass held that could not be read, in one sentence for the user; empty if nothing."""
         sites = [call.site.partition("#")[0] for call in self.calls]
-        silent = [
-            name
-            for name in self._owners.silent([*sites, *self.unread, *self._unconfirmed])
-            if self._keep(name)
-        ]
+        silent = [name for name in self._owners.silent([*sites, *self.unread, *self._unconfirmed]) if self._keep(name)]
         parts = [f"{site}: {why}" for site, why in (self.unread | self._unconfirmed).items()]
         if silent:
             parts.append(f"no attention call was seen in {_some(silent)}")
@@ -155,9 +151,7 @@ class AttentionProbe(TorchFunctionMode):
         )
 
     @torch.no_grad()
-    def _read(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any
-    ) -> None:
+    def _read(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         site = self._owners.current or "(model)"
         if func in SOFTMAX:
             rows = rows_of_softmax(self._limits, *args, **kwargs)

@@ -34,9 +34,7 @@ def rows_of_sdpa(limits: Limits, *args: Any, **kwargs: Any) -> AttentionRows:
     n = limits.samples(q.shape[0])
     if mask is not None and mask.dim() == 4 and mask.shape[0] > 1:
         mask = mask[:n]
-    return attention_rows(
-        q[:n], k[:n], mask=mask, is_causal=is_causal, scale=scale, max_queries=limits.max_queries
-    )
+    return attention_rows(q[:n], k[:n], mask=mask, is_causal=is_causal, scale=scale, max_queries=limits.max_queries)
 
 
 def _arguments(

@@ -1,4 +1,4 @@
-"""Attention that writes its logits out: ``softmax(logits) @ values`` (Hugging Face eager, timm unfused, Swin).
+"""Attention that writes its logits out: ``softmax(logits) @ values`` (Hugging Face eager, timm unfused).
 
 Not every softmax is attention. One counts if it normalises the last axis of a 3-D or 4-D tensor and its
 result, possibly after dropout or a cast, is then the left factor of a matrix product: the weights of a mean
@@ -27,14 +27,11 @@ _PRODUCTS = frozenset(
 # What may stand between the softmax and the product; none of them moves the keys off the last axis.
 _KEEPS_KEYS = frozenset(
     {F.dropout, F.alpha_dropout, torch.dropout, torch.clone, torch.mul, torch.masked_fill, torch.nan_to_num}
-    | {torch.reshape, torch.flatten}
-    | {
-        getattr(torch.Tensor, name)
-        for name in (
-            "to type type_as float half bfloat16 double contiguous clone detach mul __mul__ masked_fill "
-            "nan_to_num view reshape flatten expand"
-        ).split()
-    }
+    | {torch.reshape, torch.flatten, torch.Tensor.view, torch.Tensor.reshape, torch.Tensor.flatten}
+    | {torch.Tensor.to, torch.Tensor.type, torch.Tensor.type_as, torch.Tensor.float, torch.Tensor.half}
+    | {torch.Tensor.bfloat16, torch.Tensor.double, torch.Tensor.contiguous, torch.Tensor.clone}
+    | {torch.Tensor.detach, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.masked_fill}
+    | {torch.Tensor.nan_to_num, torch.Tensor.expand}
 )
 
 T = TypeVar("T")

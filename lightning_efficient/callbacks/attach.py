@@ -20,6 +20,7 @@ from lightning_efficient import checkpoint as codec
 from lightning_efficient.surgery.change import Change
 from lightning_efficient.surgery.match import NoMatchError
 from lightning_efficient.surgery.optimizer import plain_view
+from lightning_efficient.surgery.replace import restore_modules
 
 NAME = "_lightning_efficient"
 
@@ -89,6 +90,22 @@ def detach(pl_module: LightningModule) -> None:
             del pl_module.__dict__[name]
             if mine is not None and mine.previous.get(name) is not None:
                 pl_module.__dict__[name] = mine.previous[name]
+
+
+def fold_modules(pl_module: LightningModule) -> None:
+    """Put the original modules back, with the tensors that give the same function."""
+    for change in reversed(attachment(pl_module).changes):
+        for old, new in change.swaps.values():
+            if isinstance(new, codec.Foldable):
+                old.load_state_dict(new.fold_state(dict(new.state_dict())))
+        restore_modules(pl_module, change.swaps)
+        change.swaps = {}
+
+
+def unfoldable(pl_module: LightningModule) -> list[str]:
+    """Names of changed modules whose originals cannot take over their function."""
+    swaps = [item for change in attachment(pl_module).changes for item in change.swaps.items()]
+    return [name for name, (_, new) in swaps if not isinstance(new, codec.Foldable)]
 
 
 def _carry_over(pl_module: LightningModule, request: Request) -> None:

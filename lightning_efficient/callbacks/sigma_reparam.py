@@ -76,7 +76,10 @@ class SigmaReparam(WeightSpaceCallback):
         if self.enabled and self.remove_norms:
             config: dict[str, Any] = {"include": None, "exclude": self.exclude}
             request = Request(
-                remove_norms.METHOD, self.state_key, config, partial(remove_norms.apply_remove_norms, config=config)
+                remove_norms.METHOD,
+                self.state_key,
+                config,
+                partial(remove_norms.apply_remove_norms, config=config),
             )
             install_before_averaging(self, trainer, pl_module, request)
 
@@ -103,4 +106,9 @@ class SigmaReparam(WeightSpaceCallback):
         if self.options.monitor_only:
             return {"sigma_max": sigma.max(), "sigma_mean": sigma.mean()}
         gain = torch.cat([t.gain.detach() for t in spectral])
-        return {"sigma_max": sigma.max(), "gain_min": gain.min(), "gain_mean": gain.mean(), "gain_max": gain.max()}
+        return {
+            "sigma_max": sigma.max(),
+            "gain_min": gain.min(),
+            "gain_mean": gain.mean(),
+            "gain_max": gain.max(),
+        }

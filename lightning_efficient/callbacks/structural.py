@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from multiprocessing import parent_process
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_efficient.callbacks.attach import Request, attachment, install
+from lightning_efficient.callbacks.attach import Request, attachment, fold_modules, install, unfoldable
 from lightning_efficient.callbacks.base import EfficientCallback
 from lightning_efficient.surgery.change import Change
 from lightning_efficient.surgery.optimizer import rebind
@@ -40,6 +42,11 @@ class StructuralCallback(EfficientCallback):
         if self.enabled:
             rebind_optimizers(trainer, pl_module, self.method, self.state_key)
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Hand plain weights to the parent of spawned processes."""
+        if self.enabled and stage == "fit":
+            fold_for_parent(trainer, pl_module)
+
 
 def install_before_averaging(
     callback: EfficientCallback, trainer: Trainer, pl_module: LightningModule, request: Request
@@ -53,8 +60,8 @@ def install_before_averaging(
     for other in callbacks[: callbacks.index(callback)]:
         if isinstance(other, (WeightAveraging, StochasticWeightAveraging)):
             raise ValueError(
-                f"{type(other).__name__} copies the model before {type(callback).__name__} changes it, and would average "
-                f"the wrong parameters. List {type(callback).__name__} before {type(other).__name__}."
+                f"{type(other).__name__} copies the model before {type(callback).__name__} changes it, and would "
+                f"average the wrong parameters. List {type(callback).__name__} before {type(other).__name__}."
             )
     # The same request of an earlier run (fit, then test) keeps its changes.
     for known in attachment(pl_module).requests:
@@ -63,11 +70,24 @@ def install_before_averaging(
     install(pl_module, request)
 
 
+def fold_for_parent(trainer: Trainer, pl_module: LightningModule) -> None:
+    """In a process spawned by the Trainer, make the module plain again: the parent only takes over plain weights."""
+    if _spawned(trainer):
+        fold_modules(pl_module)
+
+
+def _spawned(trainer: Trainer) -> bool:
+    return isinstance(trainer.strategy, DDPStrategy) and parent_process() is not None
+
+
 def rebind_optimizers(trainer: Trainer, pl_module: LightningModule, method: str, key: str) -> None:
     """Point the Trainer's optimizers at the parameters of a request's new modules."""
-    changes = [
-        c for r in attachment(pl_module).requests if (r.method, r.key) == (method, key) for c in r.changes
-    ]
+    if _spawned(trainer) and (names := unfoldable(pl_module)):
+        raise ValueError(
+            f"{method} does not fold ({names[:3]} ...), and the parent of spawned processes only takes over plain "
+            "weights. Use Trainer(strategy='ddp')."
+        )
+    changes = [c for r in attachment(pl_module).requests if (r.method, r.key) == (method, key) for c in r.changes]
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     rebind(trainer.optimizers, changes, schedulers)
     for change in changes:

@@ -10,7 +10,7 @@ from weakref import ref
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -90,9 +90,7 @@ class WeightSpaceCallback(EfficientCallback):
             _finish(trainer, boundary, members)
         self._report(plan.change)
 
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Gradients are complete and unscaled, and not yet clipped."""
         if self._boundary is not None and _members(trainer)[0] is self:
             self._boundary.before_step(optimizer)
@@ -126,17 +124,13 @@ class WeightSpaceCallback(EfficientCallback):
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add this callback's entry to the recipe; the file's ``state_dict`` is plain as it is."""
         if self.enabled and (self._boundary is not None or self._trained() is pl_module):
             tensors = self._live_tensors() if self._boundary is not None else self._tensors
             recipe.write(checkpoint, Entry(self.method, self.state_key, self.config(), tensors))
 
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Find this callback's entry when training resumes; evaluation needs nothing."""
         if trainer.state.fn != "fit":
             return
@@ -145,15 +139,15 @@ class WeightSpaceCallback(EfficientCallback):
         if not self.enabled:
             if mine is not None:
                 raise RecipeError(
-                    f"the checkpoint was trained with {self.state_key}, which this run switches off (enabled=False): its "
-                    "optimizer state does not fit. Switch it on to resume, or start a new run from the weights alone "
+                    f"the checkpoint was trained with {self.state_key}, which this run switches off (enabled=False): "
+                    "its optimizer state does not fit. Switch it on to resume, or start a new run from the weights alone "
                     f"({type(pl_module).__name__}.load_from_checkpoint(path))."
                 )
             return
         if mine is None and entries:
             raise RecipeError(
-                f"the checkpoint was trained with {[e.key for e in entries]}; this run has {self.state_key}. Resume with "
-                "the same `include` and `exclude`."
+                f"the checkpoint was trained with {[e.key for e in entries]}; this run has {self.state_key}. Resume "
+                "with the same `include` and `exclude`."
             )
         if mine is None:
             rank_zero_info(
@@ -182,8 +176,8 @@ class WeightSpaceCallback(EfficientCallback):
         ]
         if changed:
             raise RecipeError(
-                f"{type(self).__name__} was configured differently when the checkpoint was written: {'; '.join(changed)}. "
-                "Resume with the saved values."
+                f"{type(self).__name__} was configured differently when the checkpoint was written: "
+                f"{'; '.join(changed)}. Resume with the saved values."
             )
 
     def _check_names(self, kept: Mapping[str, object]) -> None:
@@ -244,8 +238,8 @@ def _only_optimized(
     kept = {name: site for name, site in plan.sites.items() if id(site[0]) in held}
     if not kept:
         raise ValueError(
-            f"{who}: none of the {len(plan.sites)} matched weights is in an optimizer ({list(plan.sites)[:3]} ...). Does "
-            "`configure_optimizers` use other parameters, or does the optimizer step inside backward?"
+            f"{who}: none of the {len(plan.sites)} matched weights is in an optimizer ({list(plan.sites)[:3]} ...). "
+            "Does `configure_optimizers` use other parameters, or does the optimizer step inside backward?"
         )
     if plan.change is not None:
         for name in plan.sites.keys() - kept.keys():

@@ -57,8 +57,8 @@ def apply_remove_norms(
         parent = model.get_submodule(name.rpartition(".")[0])
         if isinstance(parent, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
             raise ValueError(
-                f"`remove_norms` cannot take {name!r} out of {type(parent).__name__}, whose evaluation fast path reads it. "
-                f"Leave it: `exclude=[{name!r}]`."
+                f"`remove_norms` cannot take {name!r} out of {type(parent).__name__}, whose evaluation fast path "
+                f"reads it. Leave it: `exclude=[{name!r}]`."
             )
     modules = {name: model.get_submodule(name) for name in names}
     change = Change(method=METHOD, skipped=skipped)

@@ -145,15 +145,15 @@ def _weights(
             size, rest = divmod(weight.shape[dim], 3)
             if rest:
                 raise ValueError(
-                    f"`qkv='split'` needs three equal parts, but {name!r} has {weight.shape[dim]} outputs (grouped-query "
-                    "attention?). Exclude it, or use `qkv='fused'`."
+                    f"`qkv='split'` needs three equal parts, but {name!r} has {weight.shape[dim]} outputs (grouped-"
+                    "query attention?). Exclude it, or use `qkv='fused'`."
                 )
             return tuple(Block(i * size, size, dim) for i in range(3))
 
         return cut
 
     if isinstance(module, nn.MultiheadAttention):
-        if module.in_proj_weight is not None:
+        if getattr(module, "in_proj_weight", None) is not None:
             yield "in_proj_weight", thirds(0) if qkv == "split" else whole
         else:
             yield from ((f"{part}_proj_weight", whole) for part in "qkv")
@@ -178,15 +178,15 @@ def _check(name: str, param: nn.Parameter) -> str | None:
         return "empty"
     values = param.detach()
     if not bool(torch.isfinite(values).all()):
-        raise ValueError(f"{name!r} holds NaN or infinite values; its spectral norm is undefined. Check the checkpoint.")
+        raise ValueError(
+            f"{name!r} holds NaN or infinite values; its spectral norm is undefined. Check the checkpoint."
+        )
     return None
 
 
 def make_transform(config: SigmaReparamConfig, blocks: Sequence[Block]) -> SpectralTransform:
     """The transform of one weight under ``config``."""
-    return SpectralTransform(
-        blocks, init=config.init, learnable=config.learnable_gain, monitor=config.monitor_only
-    )
+    return SpectralTransform(blocks, init=config.init, learnable=config.learnable_gain, monitor=config.monitor_only)
 
 
 def apply_sigma_reparam(

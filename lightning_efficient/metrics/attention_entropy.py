@@ -22,7 +22,7 @@ class AttentionEntropy(Metric):
     returns tensors of shape ``(heads,)``: ``entropy`` and ``normalized`` (mean over rows, in nats and divided
     by the log of the visible keys), ``entropy_min`` and ``normalized_min`` (lowest row), ``collapsed``
     (fraction of rows below the threshold), ``first_key`` (mean weight on key 0; above 0.5 is an attention
-    sink, low in entropy and healthy), ``logit_norm_max``, and ``bound`` (mean of the lower bound that the
+    sink, low in entropy and healthy), ``logit_norm_max``, ``ceiling`` (mean log of the visible keys), and ``bound`` (mean of the lower bound that the
     logits' norms imply). Rows that see fewer than two keys are left out. The queries of padded tokens count:
     mask them out with all keys to leave them out.
 
@@ -43,9 +43,7 @@ class AttentionEntropy(Metric):
     is_differentiable = False
     full_state_update = False
 
-    def __init__(
-        self, num_heads: int, threshold: float = 0.05, max_queries: int | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, num_heads: int, threshold: float = 0.05, max_queries: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if num_heads < 1:
             raise ValueError(f"`num_heads` is {num_heads}; expected at least 1.")
@@ -80,9 +78,7 @@ class AttentionEntropy(Metric):
             scale: Factor on ``q @ k.T``. ``None``: ``1 / sqrt(dim)``.
         """
         if q.dim() == 4 and q.shape[1] != self.num_heads:
-            raise ValueError(
-                f"q has {q.shape[1]} heads; this metric was made with num_heads={self.num_heads}."
-            )
+            raise ValueError(f"q has {q.shape[1]} heads; this metric was made with num_heads={self.num_heads}.")
         rows = attention_rows(q, k, mask=mask, is_causal=is_causal, scale=scale, max_queries=self.max_queries)
         combine: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
             "sum": torch.add,

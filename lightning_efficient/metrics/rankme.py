@@ -41,9 +41,7 @@ class RankMe(Metric):
             raise ValueError(f"`num_features` is {num_features}; expected at least 1.")
         self.num_features = num_features
         self.eps = eps
-        self.add_state(
-            "gram", torch.zeros(num_features, num_features, dtype=torch.float64), dist_reduce_fx="sum"
-        )
+        self.add_state("gram", torch.zeros(num_features, num_features, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("samples", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     @torch.no_grad()

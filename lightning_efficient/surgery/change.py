@@ -17,8 +17,7 @@ class Change:
         targets: Module name -> what was done to it, for people.
         skipped: Module name -> why it was left alone.
         swaps: Module name -> (old module, new module).
-        replaced: (old parameter, new parameter) in the same role: the optimizer's state moves from one to the
-            other.
+        replaced: (old parameter, new parameter) in the same role: the optimizer's state moves from one to the other.
         added: (new parameter, the weight whose learning rate it follows). ``None``: no weight to follow.
         removed: Parameters the model no longer uses.
     """

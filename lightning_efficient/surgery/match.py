@@ -86,8 +86,7 @@ def near_names(glob: str, names: Iterable[str], count: int = 3) -> list[str]:
     """
     literal = glob.replace("*", "").replace("?", "").strip(".")
     depth = literal.count(".") + 1
-    # "*.atn" should find "blocks.0.attn": compare with the end of each name too, as many segments as were
-    # written.
+    # "*.atn" should find "blocks.0.attn": compare with the end of each name too, as many segments as were written.
     tails: dict[str, str] = {}
     names = [name for name in names if name]
     for name in names:
@@ -110,8 +109,7 @@ def select_modules(
     Args:
         model: The model; torch's wrappers inside it are looked through.
         types: A module qualifies if it is an instance of one of these.
-        include: Globs over canonical dotted names; each also covers everything below what it names. ``None``:
-            all.
+        include: Globs over canonical dotted names; each also covers everything below what it names. ``None``: all.
         exclude: Globs taken out again, after ``include``. ``None``: none.
         method: Name of the method, for messages.
 
@@ -146,8 +144,7 @@ def select_modules(
     if not matched:
         globs = sorted({excluded[name] for name in included})
         raise NoMatchError(
-            f"{method}: all {len(included)} {kind} modules that `include` covers are excluded by `exclude`"
-            " glob"
+            f"{method}: all {len(included)} {kind} modules that `include` covers are excluded by `exclude` glob"
             f" {_quote(globs)}: narrow it. Excluded: {_quote(list(included)[:5])}."
         )
     for glob in dead_include:
@@ -172,9 +169,7 @@ def _check_globs(argument: str, globs: Sequence[str], method: str) -> list[str]:
         raise TypeError(f"{method}: {argument}={globs!r} is a string; write a list: {argument}=[{globs!r}].")
     for glob in globs:
         if not isinstance(glob, str) or not glob:
-            raise TypeError(
-                f"{method}: {argument} holds {glob!r}; expected non-empty strings such as 'blocks.*'."
-            )
+            raise TypeError(f"{method}: {argument} holds {glob!r}; expected non-empty strings such as 'blocks.*'.")
     if argument == "include" and not globs:
         raise NoMatchError(f"{method}: include=[] covers nothing; write None for every module, or name some.")
     return [canonical_name(glob) for glob in globs]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -75,14 +76,11 @@ def rebind(
     plan = _compose(changes)
     after = [_groups_after(optimizer, plan) for optimizer in optimizers]
     homes = _homes_of_added(optimizers, after, plan, model)
-    places: dict[torch.Tensor, int] = {}
-    for groups in after:
-        for group in groups:
-            for _, parameter in group:
-                places[parameter] = places.get(parameter, 0) + 1
+    places = Counter(new for groups in after for group in groups for _, new in group)
+    places.update(new for pairs in homes for new, _ in pairs)
     for new in plan.replaced.values():
-        if new.requires_grad and new not in plan.removed and places.get(new, 0) != 1:
-            raise ValueError(_misplaced(plan.name(new, model), places.get(new, 0)))
+        if new.requires_grad and new not in plan.removed and places[new] != 1:
+            raise ValueError(_misplaced(plan.name(new, model), places[new]))
     counts = dict.fromkeys(("replaced", "removed", "added", "state_moved", "state_dropped"), 0)
     with _undone_on_error(optimizers, schedulers):
         for optimizer, new_parameters in zip(optimizers, homes, strict=True):
@@ -92,8 +90,7 @@ def rebind(
         _commit(optimizer, groups, counts)
     if counts["state_dropped"]:
         warnings.warn(
-            f"The optimizer state of {counts['state_dropped']} replaced parameters was dropped, because"
-            " their shape"
+            f"The optimizer state of {counts['state_dropped']} replaced parameters was dropped, because their shape"
             " changed; it builds up anew.",
             UserWarning,
             stacklevel=2,
@@ -122,32 +119,21 @@ def add_parameters(
             optimizer or one of its schedulers cannot take it. Nothing is changed then.
     """
     if isinstance(optimizer, torch.optim.LBFGS) and new:
-        raise ValueError(
-            "LBFGS allows one parameter group only, so it cannot take added parameters; use another."
-        )
-    position = {
-        p: (i, j) for i, group in enumerate(optimizer.param_groups) for j, p in enumerate(group["params"])
-    }
+        raise ValueError("LBFGS allows one parameter group only, so it cannot take added parameters; use another.")
+    position = {p: (i, j) for i, group in enumerate(optimizer.param_groups) for j, p in enumerate(group["params"])}
     members: dict[int, list[tuple[nn.Parameter, nn.Parameter]]] = {}
     for parameter, source in new:
         if source not in position:
             raise ValueError(
                 f"The weight of shape {tuple(source.shape)} that an added parameter belongs to is not in this"
-                f" {type(optimizer).__name__}; expected it in one of its {len(optimizer.param_groups)}"
-                " groups."
+                f" {type(optimizer).__name__}; expected it in one of its {len(optimizer.param_groups)} groups."
             )
-        if parameter in position or any(
-            parameter is other for pairs in members.values() for other, _ in pairs
-        ):
-            raise ValueError(
-                f"The parameter of shape {tuple(parameter.shape)} to add is in the optimizer already."
-            )
+        if parameter in position or any(parameter is other for pairs in members.values() for other, _ in pairs):
+            raise ValueError(f"The parameter of shape {tuple(parameter.shape)} to add is in the optimizer already.")
         if isinstance(optimizer, getattr(torch.optim, "Muon", ())) and parameter.ndim != 2:
             raise ValueError(
-                f"Muon optimizes matrices only, so the added parameter of shape {tuple(parameter.shape)}"
-                " cannot join"
-                " the group of its weight: exclude that weight from the method, or give it to another"
-                " optimizer."
+                f"Muon optimizes matrices only, so the added parameter of shape {tuple(parameter.shape)} cannot join"
+                " the group of its weight: exclude that weight from the method, or give it to another optimizer."
             )
         members.setdefault(position[source][0], []).append((parameter, source))
     with _undone_on_error([optimizer], schedulers):
@@ -215,9 +201,7 @@ class _Plan:
 
     def name(self, parameter: nn.Parameter, model: nn.Module | None) -> str:
         """What to call a parameter in a message."""
-        names = (
-            self.names if model is None else {p: name for name, p in model.named_parameters()} | self.names
-        )
+        names = self.names if model is None else {p: name for name, p in model.named_parameters()} | self.names
         return names.get(parameter, f"a parameter of shape {tuple(parameter.shape)}")
 
 
@@ -238,8 +222,8 @@ def _compose(changes: Sequence[Change]) -> _Plan:
         for new, _ in change.added:
             plan.names.setdefault(new, f"a parameter of shape {tuple(new.shape)} added by {change.method}")
     latest = plan.replaced.get
-    plan.added = [(latest(new, new), source and latest(source, source)) for new, source in plan.added]
-    plan.added = [(new, source) for new, source in plan.added if new not in plan.removed]
+    final = {latest(p, p): None if s is None else latest(s, s) for p, s in plan.added}
+    plan.added = [(new, source) for new, source in final.items() if new not in plan.removed]
     return plan
 
 
@@ -286,13 +270,11 @@ def _misplaced(name: str, places: int, weight: str | None = None) -> str:
     follows = f" (it follows {weight})" if weight else ""
     if places == 0:
         return (
-            f"{name}{follows} is trainable but its weight is in no optimizer, so it would silently not be"
-            " trained."
+            f"{name}{follows} is trainable but its weight is in no optimizer, so it would silently not be trained."
             " Give the weight to an optimizer, set requires_grad=False on it, or add its module to `exclude`."
         )
     return (
-        f"{name}{follows} would be in {places} optimizers or groups; expected exactly one. Give its weight"
-        " to one"
+        f"{name}{follows} would be in {places} optimizers or groups; expected exactly one. Give its weight to one"
         " optimizer only, or add its module to `exclude`."
     )
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from types import MappingProxyType
 
-# Methods that replace modules come first: the rest bind to the Parameters they leave behind. What follows is
-# the chain raw weight -> used weight, from the inside out:
-# - temp_scale after sigma_reparam: W / sigma(W) divides any factor inside it out again, so a temperature
-# inside would do nothing and a learned one would get a zero gradient;
+# Methods that replace modules come first: the rest bind to the Parameters they leave behind. What follows is the
+# chain raw weight -> used weight, from the inside out:
+# - temp_scale after sigma_reparam: W / sigma(W) divides any factor inside it out again, so a temperature inside would
+#   do nothing and a learned one would get a zero gradient;
 # - structured_pruning after both: shrinking rows inside sigma_reparam would blow up the rows that stay;
 # - masks last: what they zero stays zero.
 ORDER: tuple[str, ...] = (
@@ -30,8 +30,7 @@ CONFLICTS: Mapping[frozenset[str], str] = MappingProxyType(
             " softmax attention"
         ),
         frozenset({"structured_pruning", "masks"}): (
-            "structured pruning removes the rows whose single entries masks would score: run structured"
-            " pruning"
+            "structured pruning removes the rows whose single entries masks would score: run structured pruning"
             " first, export the smaller model, and mask that one in a second run"
         ),
     }

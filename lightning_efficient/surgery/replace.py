@@ -114,8 +114,7 @@ def _swap_back(model: nn.Module, swaps: Mapping[str, tuple[nn.Module, nn.Module]
     missing = [name for name, (outgoing, _) in swaps.items() if outgoing not in present]
     if missing:
         raise ValueError(
-            f"The modules recorded for {', '.join(map(repr, missing))} are not in this model: it was rebuilt"
-            " or"
+            f"The modules recorded for {', '.join(map(repr, missing))} are not in this model: it was rebuilt or"
             " changed since, or this was done already."
         )
     shared = set(chain(model.parameters(), model.buffers()))
@@ -170,11 +169,10 @@ def _reference(modules: Mapping[str, nn.Module], name: str) -> torch.Tensor | No
 
 def _check_meta(name: str, own: list[torch.Tensor], like: torch.Tensor | None) -> None:
     if like is not None and any(tensor.is_meta != like.is_meta for tensor in own):
-        where = "the model is on the meta device, the new module is not" if like.is_meta else "the reverse"
+        empty, other = ("the model", "the new module") if like.is_meta else ("the new module", "the model")
         raise ValueError(
-            f"{name!r}: either the model or the new module has no data yet ({where}). Materialise the model"
-            " first,"
-            " or build the new module under torch.device('meta')."
+            f"{name!r}: {empty} is on the meta device (it has no data), {other} is not; expected both or neither."
+            " Materialise the model first."
         )
 
 
@@ -195,18 +193,14 @@ def _copy_training(old: nn.Module, new: nn.Module) -> None:
             module.training = twins.get(name, old).training
 
 
-def _places(
-    model: nn.Module, swap: Mapping[nn.Module, nn.Module]
-) -> Iterator[tuple[nn.Module, Any, Any, object]]:
+def _places(model: nn.Module, swap: Mapping[nn.Module, nn.Module]) -> Iterator[tuple[nn.Module, Any, Any, object]]:
     """Every (owner, container, key, new value) such that ``container[key] = value`` replaces a module."""
     # What the outgoing modules hold leaves with them; they must come back as they were.
     leaving = {inner for outgoing in swap for inner in outgoing.modules()}
     for owner in model.modules():
         if owner in leaving:
             continue
-        for attribute, value in vars(
-            owner
-        ).items():  # one of the attributes is `_modules`, a dict like others
+        for attribute, value in vars(owner).items():  # one of the attributes is `_modules`, a dict like others
             if isinstance(value, nn.Module):
                 if value in swap:
                     yield owner, vars(owner), attribute, swap[value]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -10,9 +11,8 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-# The per-group lists of every scheduler in torch.optim (a test looks for others), and timm's `base_values`. A
-# list of any other name is not per group because it happens to be as long: think of milestones, phases,
-# nested schedulers.
+# The per-group lists of every scheduler in torch.optim (a test looks for others), then timm's. A list of any
+# other name is not per group because it happens to be as long: think of phases, or of nested schedulers.
 PER_GROUP = frozenset(
     {
         "base_lrs",
@@ -23,8 +23,10 @@ PER_GROUP = frozenset(
         "base_momentums",
         "max_momentums",
         "base_values",
+        "warmup_steps",
     }
 )
+_NEVER_PER_GROUP = frozenset({"milestones", "decay_t"})
 
 
 def all_schedulers(schedulers: Iterable[Any]) -> list[Any]:
@@ -64,7 +66,7 @@ def grow_schedulers(optimizer: Optimizer, schedulers: Iterable[Any], sources: Se
     """
     groups = len(optimizer.param_groups) - len(sources)
     for scheduler in all_schedulers(schedulers):
-        if scheduler.optimizer is not optimizer:
+        if getattr(scheduler, "optimizer", None) is not optimizer:
             continue
         lists = {
             name: value
@@ -75,7 +77,7 @@ def grow_schedulers(optimizer: Optimizer, schedulers: Iterable[Any], sources: Se
         unknown = {
             name: value
             for name, value in lists.items()
-            if name not in PER_GROUP and not any(isinstance(item, LRScheduler) for item in value)
+            if name not in PER_GROUP | _NEVER_PER_GROUP and not any(isinstance(item, LRScheduler) for item in value)
         }
         if unknown and not type(scheduler).__module__.startswith("torch.optim"):
             _grow_unknown(scheduler, unknown, sources)
@@ -92,19 +94,23 @@ def _own(value: Any) -> Any:
 
 
 def _grow_unknown(scheduler: Any, lists: dict[str, Any], sources: Sequence[int]) -> None:
-    """Length does not tell a per-group list from, say, two milestones for two groups: ask the scheduler."""
-    if _drives_all_groups(scheduler, sources):
-        return
-    _grow(scheduler, lists, sources)
-    if not _drives_all_groups(scheduler, sources):
-        raise ValueError(
-            f"{type(scheduler).__name__} does not give the added parameter groups the learning rate of the"
-            " groups"
-            f" they were copied from, with or without an entry more in {', '.join(sorted(lists))}. Use a"
-            " scheduler"
-            f" that keeps one entry per group in {', '.join(sorted(PER_GROUP))}, or computes it from the"
-            " groups."
+    """Length does not tell a per-group list from, say, two phases for two groups: ask the scheduler."""
+    name, found = type(scheduler).__name__, ", ".join(sorted(lists))
+    if not hasattr(scheduler, "get_lr"):
+        warnings.warn(
+            f"{name} keeps lists as long as the optimizer has groups ({found}). They were left alone; if they"
+            " hold one entry per group, the groups added for new parameters keep a constant learning rate.",
+            UserWarning,
+            stacklevel=2,
         )
+    elif not _drives_all_groups(scheduler, sources):
+        _grow(scheduler, lists, sources)
+        if not _drives_all_groups(scheduler, sources):
+            raise ValueError(
+                f"{name} does not give the added parameter groups the learning rate of those they were copied"
+                f" from, with or without one more entry in {found}. Use a scheduler that computes its rates"
+                f" from the optimizer's groups, or from lists called {', '.join(sorted(PER_GROUP))}."
+            )
 
 
 def _drives_all_groups(scheduler: Any, sources: Sequence[int]) -> bool:

@@ -266,12 +266,12 @@ class Boundary:
     @torch.no_grad()
     def _post_hook(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         members = self._members[optimizer]
-        if optimizer in self._in_step and not any(s.pulled for s in members):
-            if any(s.param.grad is not None for s in members):
-                raise RuntimeError(
-                    f"{type(optimizer).__name__}.step(closure) moved the network's weights as if they were the raw ones. "
-                    "Outside a Lightning Trainer run the closure first and call `step()` without it."
-                )
+        ready = any(site.param.grad is not None for site in members)
+        if optimizer in self._in_step and ready and not any(site.pulled for site in members):
+            raise RuntimeError(
+                f"{type(optimizer).__name__}.step(closure) moved the network's weights as if they were the raw ones. "
+                "Outside a Lightning Trainer run the closure first and call `step()` without it."
+            )
         for site in members:
             if site.pulled:
                 site.push(advance=True)

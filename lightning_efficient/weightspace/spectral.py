@@ -99,7 +99,12 @@ class SpectralTransform(Transform):
     order = 20
 
     def __init__(
-        self, blocks: Sequence[Block], *, init: str = "preserve", learnable: bool = True, monitor: bool = False
+        self,
+        blocks: Sequence[Block],
+        *,
+        init: str = "preserve",
+        learnable: bool = True,
+        monitor: bool = False,
     ) -> None:
         self.blocks = tuple(blocks)
         self.init = init
@@ -130,9 +135,7 @@ class SpectralTransform(Transform):
             return
         if grad is not None:
             rates = []
-            for block, c, sigma, u, v in zip(
-                self.blocks, self._scale, self.sigma, self.left, self.right, strict=True
-            ):
+            for block, c, sigma, u, v in zip(self.blocks, self._scale, self.sigma, self.left, self.right, strict=True):
                 g, w = block.of(grad), block.of(weight)
                 a = torch.dot(g.reshape(-1), w.reshape(-1)) / (c * sigma)
                 column = (a * u).view(-1, *[1] * (g.ndim - 1))
@@ -147,9 +150,7 @@ class SpectralTransform(Transform):
     def advance(self, weight: Tensor) -> None:
         """One power iteration on the new weights."""
         for i, block in enumerate(self.blocks):
-            self.left[i], self.sigma[i], self.right[i] = _power_step(
-                as_matrix(block.of(weight)), self.right[i]
-            )
+            self.left[i], self.sigma[i], self.right[i] = _power_step(as_matrix(block.of(weight)), self.right[i])
         self._rescale()
 
     def push(self, weight: Tensor) -> None:

@@ -84,7 +84,7 @@ class Transform(ABC):
         ``tolerance`` is the relative rounding of the weights' own dtype.
         """
 
-    def rebase(self, weight: Tensor) -> None:
+    def rebase(self, weight: Tensor) -> None:  # noqa: B027
         """Re-derive the state from ``weight``, an output that does not fit; the default has nothing to derive."""
 
     @abstractmethod

@@ -119,9 +119,7 @@ def test_boundary_equals_autograd(optimizer, accumulate, clip, qkv, init):
 
     assert max(abs(loss - expected[0]) for loss in expected) > 1e-2, "the oracle must have trained"
     assert max(abs(a - b) for a, b in zip(expected, got, strict=True)) < 1e-10
-    for (name, site), (module, attribute), w, gamma in zip(
-        boundary.sites.items(), sites, raw, gains, strict=True
-    ):
+    for (name, site), (module, attribute), w, gamma in zip(boundary.sites.items(), sites, raw, gains, strict=True):
         torch.testing.assert_close(site.param.detach(), getattr(module, attribute).detach(), rtol=0, atol=1e-10)
         torch.testing.assert_close(site.chain[0].gain.detach(), gamma.detach(), rtol=0, atol=1e-10, msg=name)
         site.pull(None)
@@ -219,6 +217,4 @@ def test_gain_through_zero_keeps_the_weight():
             torch.testing.assert_close(site.param.detach(), raw, rtol=1e-12, atol=0)
             site.chain[0].gain.fill_(gain)
             site.push(advance=False)
-            assert torch.linalg.matrix_norm(site.param.detach(), 2).item() == pytest.approx(
-                abs(gain), abs=1e-11
-            )
+            assert torch.linalg.matrix_norm(site.param.detach(), 2).item() == pytest.approx(abs(gain), abs=1e-11)

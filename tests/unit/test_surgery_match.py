@@ -217,7 +217,10 @@ def test_no_match_is_a_value_error():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"include": ["head", "blocs"]}, r"`include` glob 'blocs' covers no Linear module \(did you mean 'blocks'"),
+        (
+            {"include": ["head", "blocs"]},
+            r"`include` glob 'blocs' covers no Linear module \(did you mean 'blocks'",
+        ),
         ({"include": ["head", "embed"]}, r"`include` glob 'embed' covers no Linear module\."),
         ({"exclude": ["haed"]}, r"`exclude` glob 'haed' matches no module name \(did you mean 'head'"),
     ],

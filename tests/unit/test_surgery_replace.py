@@ -13,7 +13,7 @@ from lightning_efficient.surgery.replace import reinstate_modules, replace_modul
 
 
 class Affine(nn.Module):
-    """Shares nothing with the module it replaces; parameters of the same names as a LayerNorm's, and one more."""
+    """Shares nothing with what it replaces; parameters named like a LayerNorm's, and one more."""
 
     def __init__(self, dim=4):
         super().__init__()
@@ -93,7 +93,8 @@ def fingerprint(model):
     ]
 
 
-# --- every registration -----------------------------------------------------------------------------------------
+# --- every registration
+# -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["blocks.1.norm", "seq.0", "named.final", "alias", "blocks.0"])
@@ -155,7 +156,8 @@ def test_several_at_once_and_nothing_at_all(net):
     assert replace_modules(net, {}) == {}
 
 
-# --- identity, tying, copies ------------------------------------------------------------------------------------
+# --- identity, tying, copies
+# ------------------------------------------------------------------------------------
 
 
 def test_tied_weights_stay_tied(net):
@@ -221,7 +223,8 @@ def _body(net):
     return x
 
 
-# --- device, dtype, flags ---------------------------------------------------------------------------------------
+# --- device, dtype, flags
+# ---------------------------------------------------------------------------------------
 
 
 def test_the_new_module_gets_the_old_ones_dtype_and_keeps_parameter_identity(net):
@@ -294,7 +297,8 @@ def test_requires_grad_of_same_named_parameters_follows_both_ways(net):
     assert not net.seq[0].weight.requires_grad
 
 
-# --- hooks ------------------------------------------------------------------------------------------------------
+# --- hooks
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_all_kinds_of_hooks_fire_on_the_new_module_and_again_on_the_old(net):
@@ -395,7 +399,8 @@ def test_backward_hooks_of_two_kinds_are_refused(net):
     assert fingerprint(net) == before
 
 
-# --- wrappers ---------------------------------------------------------------------------------------------------
+# --- wrappers
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_names_inside_wrappers(net):
@@ -419,7 +424,8 @@ def test_a_target_that_is_itself_compiled_runs_the_new_module(net):
     torch.testing.assert_close(net.seq[0](x), expected)
 
 
-# --- errors -----------------------------------------------------------------------------------------------------
+# --- errors
+# -----------------------------------------------------------------------------------------------------
 
 
 def meta_norm():
@@ -430,16 +436,36 @@ def meta_norm():
 @pytest.mark.parametrize(
     ("make", "error", "text"),
     [
-        (lambda net: {"seq.0": nn.Identity(), "blocks.0.nrom": nn.Identity()}, ValueError, "close names.*norm"),
+        (
+            lambda net: {"seq.0": nn.Identity(), "blocks.0.nrom": nn.Identity()},
+            ValueError,
+            "close names.*norm",
+        ),
         (lambda net: {"seq.0": nn.Identity(), "qqqq": nn.Identity()}, ValueError, "no module 'qqqq'"),
         (lambda net: {"seq.0": nn.Identity(), "": nn.Identity()}, ValueError, "The model itself"),
         (lambda net: {"seq.0": nn.Identity(), "seq.1": torch.relu}, TypeError, "expected an nn.Module"),
         (lambda net: {"seq.0": net.head}, ValueError, "already part of the model"),
         (lambda net: {"seq.0": net.seq[0]}, ValueError, "already part of the model"),
-        (lambda net: {"alias": nn.Identity(), "named.final": nn.Identity()}, ValueError, "are the same module"),
-        (lambda net: dict.fromkeys(("seq.0", "alias"), nn.Identity()), ValueError, "given the same new module"),
-        (lambda net: {"blocks.0": nn.Identity(), "blocks.0.fc": nn.Identity()}, ValueError, "lies inside 'blocks.0'"),
-        (lambda net: {"seq.1": nn.Identity(), "seq.0": meta_norm()}, ValueError, "no data yet"),
+        (
+            lambda net: {"alias": nn.Identity(), "named.final": nn.Identity()},
+            ValueError,
+            "are the same module",
+        ),
+        (
+            lambda net: dict.fromkeys(("seq.0", "alias"), nn.Identity()),
+            ValueError,
+            "given the same new module",
+        ),
+        (
+            lambda net: {"blocks.0": nn.Identity(), "blocks.0.fc": nn.Identity()},
+            ValueError,
+            "lies inside 'blocks.0'",
+        ),
+        (
+            lambda net: {"seq.1": nn.Identity(), "seq.0": meta_norm()},
+            ValueError,
+            "the new module is on the meta device",
+        ),
     ],
 )
 def test_everything_is_checked_before_anything_changes(net, make, error, text):

@@ -181,7 +181,7 @@ def normalized_entropy(entropy: Tensor, keys: Tensor) -> Tensor:
     Returns:
         In ``[0, 1]``; NaN where fewer than two keys are visible, as such a row has no choice to make.
     """
-    return torch.where(keys > 1, entropy / keys.clamp(min=2).log(), torch.nan)
+    return torch.where(keys > 1, entropy / keys.clamp(min=2).to(entropy.dtype).log(), torch.nan)
 
 
 def entropy_lower_bound(logit_norm: Tensor, keys: Tensor) -> Tensor:
@@ -258,12 +258,8 @@ def _check(q: Tensor, k: Tensor, mask: Tensor | None) -> None:
     if mask is None:
         return
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(
-            f"`mask` is {mask.dtype}; expected bool (True = may attend) or floating point (added)."
-        )
+        raise TypeError(f"`mask` is {mask.dtype}; expected bool (True = may attend) or floating point (added).")
     target = (*q.shape[:3], k.shape[2])
     sizes = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     if mask.dim() > 4 or any(have not in (1, want) for have, want in zip(sizes, target, strict=True)):
-        raise ValueError(
-            f"`mask` {tuple(mask.shape)} does not broadcast to (batch, heads, queries, keys) {target}."
-        )
+        raise ValueError(f"`mask` {tuple(mask.shape)} does not broadcast to (batch, heads, queries, keys) {target}.")

@@ -19,6 +19,7 @@ HEAD_STATES = {
     "collapsed": "sum",
     "first_key": "sum",
     "bound": "sum",
+    "ceiling": "sum",
     "entropy_min": "min",
     "normalized_min": "min",
     "logit_norm_max": "max",
@@ -54,6 +55,7 @@ def head_update(rows: AttentionRows, threshold: float = 0.05) -> dict[str, Tenso
         "collapsed": total((normalized < threshold).to(entropy.dtype)),
         "first_key": total(rows.first_key),
         "bound": total(bound),
+        "ceiling": total(rows.keys.to(entropy.dtype).log()),
         "entropy_min": least(entropy),
         "normalized_min": least(normalized),
         "logit_norm_max": torch.where(use, rows.logit_norm, -torch.inf).amax((0, 2)),
@@ -67,7 +69,7 @@ def head_compute(states: dict[str, Tensor]) -> dict[str, Tensor]:
         states: Of :func:`head_update`, combined over updates as ``HEAD_STATES`` says.
 
     Returns:
-        Name -> ``(heads,)``: ``entropy``, ``normalized``, ``first_key``, ``bound`` (means over rows),
+        Name -> ``(heads,)``: ``entropy``, ``normalized``, ``first_key``, ``bound``, ``ceiling`` (``log keys``; means over rows),
         ``collapsed`` (fraction of rows), ``entropy_min``, ``normalized_min``, ``logit_norm_max``. NaN for a
         head without any row.
     """

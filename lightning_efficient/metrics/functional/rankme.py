@@ -23,9 +23,7 @@ def rankme(embeddings: Tensor, eps: float = 1e-7) -> Tensor:
     Source: Garrido et al., ICML 2023, arXiv 2210.02885, equations 1 and 2. Nothing is centred.
     """
     if embeddings.dim() != 2 or not embeddings.numel():
-        raise ValueError(
-            f"`embeddings` has shape {tuple(embeddings.shape)}; expected (samples, features), neither of them 0."
-        )
+        raise ValueError(f"`embeddings` has shape {tuple(embeddings.shape)}; expected (samples, features), neither 0.")
     wide = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
     with torch.autocast(embeddings.device.type, enabled=False):
         return rank_of_spectrum(torch.linalg.svdvals(embeddings.to(wide)), eps)

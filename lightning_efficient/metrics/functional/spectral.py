@@ -62,18 +62,9 @@ def _step(matrix: Tensor, v: Tensor) -> Tensor:
 
 
 def _matrices(model: nn.Module) -> dict[str, Tensor]:
-    tables = {
-        id(p)
-        for m in model.modules()
-        if isinstance(m, nn.Embedding | nn.EmbeddingBag)
-        for p in m.parameters()
-    }
+    tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) for p in m.parameters()}
     return {
         name: p
         for name, p in model.named_parameters()
-        if p.is_floating_point()
-        and p.dim() >= 2
-        and p.shape[0] > 1
-        and p[0].numel() > 1
-        and id(p) not in tables
+        if p.is_floating_point() and p.dim() >= 2 and p.shape[0] > 1 and p[0].numel() > 1 and id(p) not in tables
     }

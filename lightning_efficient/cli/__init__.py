@@ -1,0 +1,107 @@
+"""The command line. ``lightning-efficient --help`` answers at once: commands import what they need when they run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+_TRAINER = {
+    "fit": "train a model",
+    "validate": "evaluate on the validation data",
+    "test": "evaluate on the test data",
+    "predict": "run the model on the prediction data",
+}
+_DESCRIPTION = "Efficient-training methods for PyTorch Lightning."
+_EPILOG = """\
+fit, validate, test and predict take the arguments of LightningCLI and one key per method, off unless enabled:
+
+  lightning-efficient fit -c config.yaml --sigma_reparam.enabled=true
+
+Classes are named by import path (--model my_package.MyModule); the current folder is importable."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the console script ``lightning-efficient``.
+
+    Args:
+        argv: Arguments; ``None``: those of the process.
+
+    Raises:
+        SystemExit: With code 2 and one message for wrong arguments or refused input.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    command = args[0] if args else ""
+    if command not in (*_TRAINER, "targets"):
+        options = build_parser().parse_args(args)
+        command = options.command
+    _import_from_here()
+    from lightning_efficient.cli import commands
+
+    if command in _TRAINER:
+        # LightningCLI warns about arguments that do not come from the process.
+        commands.train(None if argv is None else args)
+    elif command == "targets":
+        commands.run_targets(args[1:])
+    else:
+        getattr(commands, f"run_{command}")(options)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the commands that are not the Trainer's."""
+    parser = argparse.ArgumentParser(
+        prog="lightning-efficient",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    for name, text in _TRAINER.items():
+        commands.add_parser(name, help=text)
+    commands.add_parser("targets", help="what each method would change in a model, and why not the rest")
+    _add_export(commands.add_parser("export", help="turn a checkpoint into a plain model, checked"))
+    _add_compare(commands.add_parser("compare", help="a table and a picture of runs, from their logs"))
+    _add_demo(commands.add_parser("demo", help="train a small ViT with and without sigmaReparam, in two minutes"))
+    return parser
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, help="file written by a Trainer")
+    parser.add_argument("--model", required=True, metavar="CLASS", help="import path of the LightningModule")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="FILE",
+        help=".pt2 (torch.export), .onnx, or the state dict alone: .safetensors, .pt, .pth",
+    )  # fmt: skip
+    parser.add_argument("--submodule", metavar="NAME", help="export this part of the model, such as `net`")
+    parser.add_argument(
+        "--input-shape", metavar="N,N,...", type=_shape,
+        help="shape of a random float input, batch first; default: the model's example_input_array",
+    )  # fmt: skip
+    parser.add_argument("--dynamic-batch", action="store_true", help="let the program accept any batch size")
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("logdir", nargs="+", type=Path, help="folder of a run, or of several")
+    parser.add_argument("--metrics", nargs="+", metavar="NAME", help="which scalars; default: all they share")
+    parser.add_argument("--baseline", metavar="NAME", help="compare the others with this one")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="also draw the curves")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers")
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="a few epochs only, under half a minute")
+    parser.add_argument("--out", type=Path, default=Path("efficient_demo"), metavar="DIR", help="default: %(default)s")
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    sizes = text.split(",")
+    if not all(size.strip().isdigit() and int(size) > 0 for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape such as 1,3,224,224")
+    return tuple(int(size) for size in sizes)
+
+
+def _import_from_here() -> None:
+    # As `python -m` does: a user's `my_model.py` lies in the current folder, which a console script cannot see.
+    if (here := str(Path.cwd())) not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)

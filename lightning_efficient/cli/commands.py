@@ -1,0 +1,135 @@
+"""What the commands do; imported when one of them runs."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from rich.console import Console
+from torch import nn
+
+from lightning_efficient.checkpoint import load_from_checkpoint
+from lightning_efficient.cli.efficient_cli import EfficientCLI
+from lightning_efficient.cli.errors import short_errors
+from lightning_efficient.cli.targets import show_targets
+
+__all__ = ["run_compare", "run_demo", "run_export", "run_targets", "train"]
+
+
+def train(args: Sequence[str] | None) -> None:
+    """``fit``, ``validate``, ``test`` and ``predict``.
+
+    Args:
+        args: The command and its arguments; None: those of the process.
+    """
+    with short_errors():
+        EfficientCLI(args=None if args is None else list(args))
+
+
+def run_targets(args: Sequence[str]) -> None:
+    """``targets``.
+
+    Args:
+        args: Arguments after the command.
+    """
+    with short_errors():
+        show_targets(args)
+
+
+def run_export(options: Namespace) -> None:
+    """``export``: load a checkpoint, export a plain model, save and check the file.
+
+    Args:
+        options: ``checkpoint``, ``model``, ``out``, ``submodule``, ``input_shape``, ``dynamic_batch``.
+    """
+    from lightning_efficient.export import export, save_exported
+
+    with short_errors():
+        cls = import_class(options.model)
+        if not options.checkpoint.is_file():
+            raise FileNotFoundError(f"no checkpoint {str(options.checkpoint)!r}.")
+        model: nn.Module = load_from_checkpoint(cls, options.checkpoint, map_location="cpu")
+        example: Any = getattr(model, "example_input_array", None)
+        if options.input_shape is not None:
+            example = torch.randn(options.input_shape, generator=torch.Generator().manual_seed(0))
+        if options.submodule is not None:
+            model = submodule(model, options.submodule)
+        plain = export(model, example)
+        apart = save_exported(plain, example, options.out, dynamic_batch=options.dynamic_batch)
+    size = options.out.stat().st_size / 2**20
+    checked = "state dict, read back bit for bit" if apart is None else f"read back: {apart}"
+    Console().print(f"{options.out}  {size:.1f} MiB  ({checked})", highlight=False)
+
+
+def import_class(path: str) -> type[LightningModule]:
+    """The LightningModule class at an import path.
+
+    Args:
+        path: Such as ``my_package.models.MyModule``.
+
+    Raises:
+        ValueError: It cannot be imported, or is something else.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"cannot import --model {path!r}: {error}. Expected package.module.Class.") from error
+    if not (isinstance(found, type) and issubclass(found, LightningModule)):
+        raise ValueError(f"--model {path!r} is {found!r}; expected a LightningModule class.")
+    return found
+
+
+def submodule(model: nn.Module, name: str) -> nn.Module:
+    """A part of a model by its dotted name.
+
+    Args:
+        model: The model.
+        name: Such as ``net`` or ``net.encoder``.
+
+    Raises:
+        ValueError: There is none.
+    """
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        parts = ", ".join(child for child, _ in model.named_children())
+        raise ValueError(f"{type(model).__name__} has no submodule {name!r}; it has {parts}.") from None
+
+
+def run_compare(options: Namespace) -> None:
+    """``compare``: a table of runs from their logs, a picture and the numbers on request.
+
+    Args:
+        options: ``logdir``, ``metrics``, ``baseline``, ``png``, ``json``.
+    """
+    from lightning_efficient.compare import compare
+
+    with short_errors():
+        comparison = compare(options.logdir, options.metrics, options.baseline)
+        Console().print(comparison.table())
+        if options.png is not None:
+            options.png.parent.mkdir(parents=True, exist_ok=True)
+            comparison.figure().savefig(options.png, dpi=150)
+            print(options.png)
+        if options.json is not None:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(comparison.to_dict(), indent=1), encoding="utf-8")
+            print(options.json)
+
+
+def run_demo(options: Namespace) -> None:
+    """``demo``.
+
+    Args:
+        options: ``quick``, ``out``.
+    """
+    with short_errors():
+        from lightning_efficient.demo.run import run
+
+        run(options.out, quick=options.quick)

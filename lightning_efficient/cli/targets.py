@@ -1,0 +1,134 @@
+"""``lightning-efficient targets``: what each method would change in a model, before any training."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from lightning_efficient.callbacks.weightspace import WeightSpaceCallback
+from lightning_efficient.cli.efficient_cli import EfficientCLI, add_method_arguments
+from lightning_efficient.methods_file import METHODS
+from lightning_efficient.surgery.change import Change
+
+USAGE = """\
+usage: lightning-efficient targets [-c CONFIG ...] [--model CLASS] [--model.ARG VALUE ...] [--METHOD.ARG VALUE ...]
+
+What each method would change in a model, and why not the rest, before any training.
+
+  -c CONFIG           a config file as for `lightning-efficient fit`; several merge
+  --model CLASS       import path of a LightningModule or nn.Module class, or of a function annotated to return one
+  --model.ARG VALUE   an argument of it
+  --METHOD.ARG VALUE  an argument of a method, such as --sigma_reparam.exclude='[head]'
+
+example: lightning-efficient targets --model timm.models.vit_tiny_patch16_224 --sigma_reparam.qkv=split"""
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
+
+
+class _ModelOnly(EfficientCLI):
+    """Accepts what ``fit`` accepts, and makes the model and the callbacks only."""
+
+    def __init__(self, args: Sequence[str]) -> None:
+        prog = {"prog": "lightning-efficient targets"}
+        super().__init__(seed_everything_default=False, parser_kwargs=prog, args=list(args), run=False)
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(Trainer, "trainer")
+        parser.add_subclass_arguments(nn.Module, "model", fail_untyped=False, required=True)
+        parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=False)
+        parser.add_method_arguments(Trainer, "fit", skip=set(self.subcommands()["fit"]))
+        add_method_arguments(parser)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        self.config = parser.parse_args(cast(list[str], args))
+
+    def before_instantiate_classes(self) -> None:
+        for unused in ("trainer", "data", "optimizer", "lr_scheduler"):
+            self.config.pop(unused, None)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        return cast(Trainer, None)
+
+
+def show_targets(args: Sequence[str], console: Console | None = None) -> None:
+    """Print one table a method.
+
+    Args:
+        args: Command-line arguments after ``targets``.
+        console: Where to; None: standard output.
+    """
+    if not args or {"-h", "--help"} & set(args):
+        print(USAGE)
+        return
+    cli = _ModelOnly(args)
+    model: nn.Module = cli.model
+    if isinstance(model, LightningModule):
+        model.configure_model()
+    if not any(True for _ in model.parameters()):
+        raise ValueError(f"{type(model).__name__} has no parameters yet: does it build its layers in `setup`?")
+    console = console or Console()
+    for method in METHODS:
+        console.print(section(method, cli.config_init[method], model))
+
+
+def section(method: str, callback: Callback, model: nn.Module) -> RenderableType:
+    """What one method would do.
+
+    Args:
+        method: Key of the method.
+        callback: Its callback, with the user's arguments.
+        model: The model, left as it is.
+    """
+    switched = "" if callback.enabled else "  (off in this configuration)"  # type: ignore[attr-defined]
+    title = Text.assemble((f"\n{method}", "bold cyan"), (switched, "dim"))
+    try:
+        change = planned(callback, model)
+    except ValueError as error:
+        return Group(title, Text(f"  {error}", style="red"))
+    return Group(title, _table(change), Text(f"  {len(change.targets)} matched, {len(change.skipped)} left alone"))
+
+
+def planned(callback: Callback, model: nn.Module) -> Change:
+    """The record of what a callback would do, without doing it.
+
+    Args:
+        callback: One of this package's.
+        model: The model.
+
+    Raises:
+        ValueError: The method finds nothing, or refuses the model.
+    """
+    if isinstance(callback, WeightSpaceCallback):
+        change = callback.plan(cast(LightningModule, model)).change
+        assert change is not None
+        return change
+    return cast(Any, callback).planned(model)
+
+
+def _table(change: Change) -> Table:
+    table = Table(box=None, padding=(0, 2), show_header=False)
+    table.add_column(overflow="fold")
+    table.add_column(justify="right", style="dim")
+    table.add_column(overflow="fold")
+    for notes, mark, style in ((change.targets, "✓", ""), (change.skipped, "–", "dim")):
+        for (name, note), count in _grouped(notes).items():
+            table.add_row(Text(f"{mark} {name}", style), f"× {count}" if count > 1 else "", Text(note, style))
+    return table
+
+
+def _grouped(notes: Mapping[str, str]) -> dict[tuple[str, str], int]:
+    """Names that differ in layer numbers only and say the same: one line, counted."""
+    counts: dict[tuple[str, str], int] = {}
+    for name, note in notes.items():
+        key = (_NUMBER.sub("*", name), note)
+        counts[key] = counts.get(key, 0) + 1
+    first = {(_NUMBER.sub("*", name), note): name for name, note in reversed(notes.items())}
+    return {(name if n > 1 else first[name, note], note): n for (name, note), n in counts.items()}

@@ -1,0 +1,73 @@
+"""A small vision transformer as a user writes it: nothing here knows of this package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from timm.models import VisionTransformer
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+
+class DigitsViT(pl.LightningModule):
+    """Classifies 8×8 images; AdamW, cosine schedule, no warm-up.
+
+    Args:
+        lr: Peak learning rate.
+        weight_decay: Of AdamW.
+        depth: Transformer blocks.
+        embed_dim: Width.
+        num_heads: Attention heads a block.
+    """
+
+    def __init__(
+        self, lr: float = 1e-3, weight_decay: float = 0.05, depth: int = 4, embed_dim: int = 64, num_heads: int = 4
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.lr, self.weight_decay = lr, weight_decay
+        self.example_input_array = torch.zeros(1, 1, 8, 8)
+        self.net = VisionTransformer(
+            img_size=8,
+            patch_size=2,
+            in_chans=1,
+            num_classes=10,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (n, 10) of images (n, 1, 8, 8)."""
+        logits: Tensor = self.net(images)
+        return logits
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy."""
+        images, labels = batch
+        loss = cross_entropy(self(images), labels)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Loss and accuracy."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Loss and accuracy."""
+        self._evaluate("test", batch)
+
+    def _evaluate(self, split: str, batch: tuple[Tensor, Tensor]) -> None:
+        images, labels = batch
+        logits = self(images)
+        self.log(f"{split}_loss", cross_entropy(logits, labels), batch_size=len(labels))
+        self.log(f"{split}_acc", (logits.argmax(1) == labels).float().mean(), batch_size=len(labels))
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, annealed by a cosine over the whole run."""
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
