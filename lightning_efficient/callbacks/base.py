@@ -7,7 +7,10 @@ from typing import Any, ClassVar
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
 
+from lightning_efficient.callbacks.attach import attachment
 from lightning_efficient.surgery.order import ORDER, check_methods
 
 HPARAM_PREFIX = "efficient/"
@@ -59,6 +62,15 @@ class EfficientCallback(Callback):
         everyone = [cb for cb in trainer.callbacks if isinstance(cb, EfficientCallback)]  # type: ignore[attr-defined]
         if everyone[0] is self and trainer.enable_autolog_hparams:
             log_hparams(trainer, pl_module, everyone)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keep two samples of the first batch, for an :func:`~lightning_efficient.export` without example inputs."""
+        if self.enabled and attachment(pl_module).example_batch is None:
+            attachment(pl_module).example_batch = apply_to_collection(batch, Tensor, _two_samples)
+
+
+def _two_samples(tensor: Tensor) -> Tensor:
+    return tensor[:2].detach().cpu().clone() if tensor.ndim else tensor.detach().cpu()
 
 
 def peers(trainer: Trainer) -> list[EfficientCallback]:

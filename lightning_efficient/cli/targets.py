@@ -6,15 +6,19 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from lightning_efficient.attention import AttentionProbe
+from lightning_efficient.callbacks.base import EfficientCallback
+from lightning_efficient.callbacks.collapse_monitor import CollapseMonitor
 from lightning_efficient.callbacks.weightspace import WeightSpaceCallback
 from lightning_efficient.cli.efficient_cli import EfficientCLI, add_method_arguments
+from lightning_efficient.inference import as_call, evaluating
 from lightning_efficient.methods_file import METHODS
 from lightning_efficient.surgery.change import Change
 
@@ -49,6 +53,7 @@ class _ModelOnly(EfficientCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = parser.parse_args(cast(list[str], args))
+        self.config["seed_everything"] = False
 
     def before_instantiate_classes(self) -> None:
         for unused in ("trainer", "data", "optimizer", "lr_scheduler"):
@@ -64,6 +69,9 @@ def show_targets(args: Sequence[str], console: Console | None = None) -> None:
     Args:
         args: Command-line arguments after ``targets``.
         console: Where to; None: standard output.
+
+    Raises:
+        ValueError: A method that is switched on refuses the model.
     """
     if not args or {"-h", "--help"} & set(args):
         print(USAGE)
@@ -75,28 +83,25 @@ def show_targets(args: Sequence[str], console: Console | None = None) -> None:
     if not any(True for _ in model.parameters()):
         raise ValueError(f"{type(model).__name__} has no parameters yet: does it build its layers in `setup`?")
     console = console or Console()
+    refused = []
     for method in METHODS:
-        console.print(section(method, cli.config_init[method], model))
+        callback: EfficientCallback = cli.config_init[method]
+        console.print(
+            Text.assemble((f"\n{method}", "bold"), "" if callback.enabled else "  (off in this configuration)")
+        )
+        try:
+            change = planned(callback, model)
+        except ValueError as error:
+            refused += [method] * callback.enabled
+            console.print(Text(f"  {error}"))
+            continue
+        console.print(_table(change))
+        console.print(f"  {len(change.targets)} matched, {len(change.skipped)} left alone", highlight=False)
+    if refused:
+        raise ValueError(f"{', '.join(refused)}: switched on, and would refuse this model.")
 
 
-def section(method: str, callback: Callback, model: nn.Module) -> RenderableType:
-    """What one method would do.
-
-    Args:
-        method: Key of the method.
-        callback: Its callback, with the user's arguments.
-        model: The model, left as it is.
-    """
-    switched = "" if callback.enabled else "  (off in this configuration)"  # type: ignore[attr-defined]
-    title = Text.assemble((f"\n{method}", "bold cyan"), (switched, "dim"))
-    try:
-        change = planned(callback, model)
-    except ValueError as error:
-        return Group(title, Text(f"  {error}", style="red"))
-    return Group(title, _table(change), Text(f"  {len(change.targets)} matched, {len(change.skipped)} left alone"))
-
-
-def planned(callback: Callback, model: nn.Module) -> Change:
+def planned(callback: EfficientCallback, model: nn.Module) -> Change:
     """The record of what a callback would do, without doing it.
 
     Args:
@@ -106,11 +111,30 @@ def planned(callback: Callback, model: nn.Module) -> Change:
     Raises:
         ValueError: The method finds nothing, or refuses the model.
     """
-    if isinstance(callback, WeightSpaceCallback):
-        change = callback.plan(cast(LightningModule, model)).change
-        assert change is not None
-        return change
-    return cast(Any, callback).planned(model)
+    if isinstance(callback, CollapseMonitor):
+        return _attention(callback, model)
+    change = cast(WeightSpaceCallback, callback).plan(cast(LightningModule, model)).change
+    assert change is not None
+    return change
+
+
+def _attention(monitor: CollapseMonitor, model: nn.Module) -> Change:
+    """Attention is known only once it runs: one forward on the model's own example input."""
+    example = getattr(model, "example_input_array", None)
+    if example is None:
+        raise ValueError(
+            "attention is found while the model runs, and this one has no `example_input_array` to run on."
+        )
+    with evaluating(model), AttentionProbe(model, max_samples=1, max_queries=1) as probe:
+        as_call(example).run(model)
+    change = Change(monitor.method, skipped=dict(probe.unread))
+    for call in probe.calls:
+        name = call.site.partition("#")[0]
+        if monitor._covered(name):
+            change.targets[call.site] = f"{call.kind}, {call.rows.entropy.shape[1]} heads"
+        else:
+            change.skipped[call.site] = "not covered by include, or excluded"
+    return change
 
 
 def _table(change: Change) -> Table:

@@ -18,13 +18,13 @@ _START = {"sum": 0.0, "min": torch.inf, "max": -torch.inf}
 class AttentionEntropy(Metric):
     """Entropy of softmax attention per head, in nats, with the fraction that has collapsed.
 
-    ``update`` takes queries and keys, not the attention matrix, so it works beside fused kernels. ``compute``
-    returns tensors of shape ``(heads,)``: ``entropy`` and ``normalized`` (mean over rows, in nats and divided
-    by the log of the visible keys), ``entropy_min`` and ``normalized_min`` (lowest row), ``collapsed``
-    (fraction of rows below the threshold), ``first_key`` (mean weight on key 0; above 0.5 is an attention
-    sink, low in entropy and healthy), ``logit_norm_max``, ``ceiling`` (mean log of the visible keys), and ``bound`` (mean of the lower bound that the
-    logits' norms imply). Rows that see fewer than two keys are left out. The queries of padded tokens count:
-    mask them out with all keys to leave them out.
+    ``update`` takes queries and keys, not the attention matrix, so it works beside fused kernels. ``compute`` returns
+    tensors of shape ``(heads,)``: ``entropy`` and ``normalized`` (mean over rows, in nats and divided by the log of the
+    visible keys), ``entropy_min`` and ``normalized_min`` (lowest row), ``collapsed`` (fraction of rows below the
+    threshold), ``first_key`` (mean weight on key 0; above 0.5 is an attention sink, low in entropy and healthy),
+    ``logit_norm_max``, ``ceiling`` (mean log of the visible keys), ``bound`` (mean of the lower bound that the logits'
+    norms imply) and ``rows`` (how many). Rows that see fewer than two keys are left out. The queries of padded tokens
+    count: mask them out with all keys to leave them out.
 
     Args:
         num_heads: Number of query heads.

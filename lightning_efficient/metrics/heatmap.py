@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -19,6 +20,8 @@ _COLOURS = torch.tensor(
 _NO_VALUE = (208, 208, 208)
 _FRAME = (255, 60, 60)
 _PAD = 12
+_Box: TypeAlias = tuple[int, int, int, int]
+_Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def heatmap(
@@ -54,48 +57,72 @@ def heatmap(
     """
     if not values or len(values) != len(labels):
         raise ValueError(f"got {len(values)} rows and {len(labels)} labels; expected as many, at least one.")
-    columns = max(1, *(len(row) for row in values))
-    cell = (max(10, min(44, 700 // columns)), max(12, min(26, 900 // len(values))))
-    font, small = ImageFont.load_default(14), ImageFont.load_default(11)
-    shared, short = _shorten(labels)
-    left, top = max(int(font.getlength(text)) for text in [*short, "layer"]) + 2 * _PAD, 64
-    right, bottom = left + cell[0] * columns, top + cell[1] * len(values)
+    shared, names = _shorten(labels)
+    grid = _Grid.fit(names, max(1, *(len(row) for row in values)))
     subtitle = f"layers: {shared}" if shared else ""
-    wide = max(int(font.getlength(text)) for text in (title, legend, subtitle)) + 2 * _PAD
-    size = (max(right + 110, wide), max(bottom, top + 90) + 64)
-    image = Image.new("RGB", size, "white")
+    wide = max(int(grid.font.getlength(text)) for text in (title, legend, subtitle)) + 2 * _PAD
+    image = Image.new("RGB", (max(grid.right + 110, wide), grid.foot + 64), "white")
     draw = ImageDraw.Draw(image)
-    draw.text((_PAD, 8), title, "black", font)
-    draw.text((_PAD, 27), subtitle, (90, 90, 90), small)
-    draw.text((left - _PAD, top - 4), "layer", "black", font, anchor="rd")
-    draw.text((left + (right - left) / 2, bottom + 32), "head", "black", font, anchor="mm")
-    for column in range(0, columns, max(1, math.ceil(22 / cell[0]))):
-        draw.text((left + (column + 0.5) * cell[0], bottom + 12), str(column), "black", font, anchor="mm")
+    draw.text((_PAD, 8), title, "black", grid.font)
+    draw.text((_PAD, 27), subtitle, (90, 90, 90), grid.small)
+    draw.text((_PAD, image.height - 12), legend, "black", grid.small, anchor="ls")
+    _axes(draw, grid, names)
     for i, row in enumerate(values):
-        y = top + i * cell[1]
-        draw.text((left - _PAD, y + cell[1] / 2), short[i], "black", font, anchor="rm")
         for j, value in enumerate(row):
-            box = (left + j * cell[0], y, left + (j + 1) * cell[0] - 1, y + cell[1] - 1)
-            _cell(draw, box, value, low, high, small)
+            box = grid.box(i, j)
+            _cell(draw, box, value, low, high, grid.small)
             if frames is not None and frames[i][j]:
                 draw.rectangle(box, outline=_FRAME, width=2)
             if dots is not None and dots[i][j]:
                 corner = (box[2] - 7, box[1] + 3, box[2] - 3, box[1] + 7)
                 draw.ellipse(corner, _contrast(_colour(value, low, high)))
-    _colour_bar(image, draw, right + 24, top, max(bottom, top + 90), low, high, unit, font)
-    draw.text((_PAD, size[1] - 12), legend, "black", small, anchor="ls")
+    _colour_bar(draw, grid, low, high, unit)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.view(size[1], size[0], 3).permute(2, 0, 1).contiguous()
+    return pixels.view(image.height, image.width, 3).permute(2, 0, 1).contiguous()
 
 
-def _cell(
-    draw: ImageDraw.ImageDraw,
-    box: tuple[float, float, float, float],
-    value: float,
-    low: float,
-    high: float,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-) -> None:
+class _Grid(NamedTuple):
+    """Where the cells are, in pixels, and the two fonts."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+    width: int
+    height: int
+    font: _Font
+    small: _Font
+
+    @classmethod
+    def fit(cls, names: Sequence[str], columns: int) -> _Grid:
+        font, small = ImageFont.load_default(14), ImageFont.load_default(11)
+        width, height = max(10, min(44, 700 // columns)), max(12, min(26, 900 // len(names)))
+        left, top = max(int(font.getlength(text)) for text in [*names, "layer"]) + 2 * _PAD, 64
+        return cls(left, top, left + width * columns, top + height * len(names), width, height, font, small)
+
+    @property
+    def foot(self) -> int:
+        """Lower end of the colour bar, which needs some height even beside a single row."""
+        return max(self.bottom, self.top + 90)
+
+    def box(self, row: int, column: int) -> _Box:
+        x, y = self.left + column * self.width, self.top + row * self.height
+        return x, y, x + self.width - 1, y + self.height - 1
+
+
+def _axes(draw: ImageDraw.ImageDraw, grid: _Grid, names: Sequence[str]) -> None:
+    draw.text((grid.left - _PAD, grid.top - 4), "layer", "black", grid.font, anchor="rd")
+    draw.text(((grid.left + grid.right) / 2, grid.bottom + 32), "head", "black", grid.font, anchor="mm")
+    for row, name in enumerate(names):
+        y = grid.top + (row + 0.5) * grid.height
+        font = grid.font if grid.height > 16 else grid.small
+        draw.text((grid.left - _PAD, y), name, "black", font, anchor="rm")
+    for column in range(0, (grid.right - grid.left) // grid.width, math.ceil(22 / grid.width)):
+        x = grid.left + (column + 0.5) * grid.width
+        draw.text((x, grid.bottom + 12), str(column), "black", grid.font, anchor="mm")
+
+
+def _cell(draw: ImageDraw.ImageDraw, box: _Box, value: float, low: float, high: float, font: _Font) -> None:
     colour = _colour(value, low, high)
     draw.rectangle(box, colour)
     text = "n/a" if math.isnan(value) else f"{value:.2f}"
@@ -118,25 +145,15 @@ def _contrast(colour: tuple[int, int, int]) -> str:
     return "black" if 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2] > 128 else "white"
 
 
-def _colour_bar(
-    image: Image.Image,
-    draw: ImageDraw.ImageDraw,
-    x: int,
-    top: int,
-    bottom: int,
-    low: float,
-    high: float,
-    unit: str,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-) -> None:
-    for y in range(top, bottom):
-        share = (bottom - 1 - y) / max(1, bottom - 1 - top)
-        draw.line((x, y, x + 15, y), _colour(low + share * (high - low), low, high))
-    for step in range(5):
-        y = bottom - 1 - step * (bottom - 1 - top) / 4
-        draw.line((x + 16, y, x + 20, y), "black")
-        draw.text((x + 24, y), f"{low + step * (high - low) / 4:.2f}", "black", font, anchor="lm")
-    draw.text((x, top - 10), unit, "black", font, anchor="ls")
+def _colour_bar(draw: ImageDraw.ImageDraw, grid: _Grid, low: float, high: float, unit: str) -> None:
+    x, last, length = grid.right + 24, grid.foot - 1, grid.foot - 1 - grid.top
+    for y in range(grid.top, grid.foot):
+        draw.line((x, y, x + 15, y), _colour(low + (last - y) / length * (high - low), low, high))
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        at = last - share * length
+        draw.line((x + 16, at, x + 20, at), "black")
+        draw.text((x + 24, at), f"{low + share * (high - low):.2f}", "black", grid.font, anchor="lm")
+    draw.text((x, grid.top - 10), unit, "black", grid.font, anchor="ls")
 
 
 def _shorten(labels: Sequence[str]) -> tuple[str, list[str]]:

@@ -58,11 +58,8 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
         Canonical dotted name -> module, in ``named_modules`` order; the root is ``""``. A wrapper and what it
         wraps share a name: the wrapped module is the one returned.
     """
-    return {
-        canonical_name(name): module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if WRAPPER_SEGMENTS.isdisjoint(module._modules)
-    }
+    # A wrapper comes before what it wraps, so the latter is what stays.
+    return {canonical_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
 
 
 def covers(glob: str, name: str) -> bool:

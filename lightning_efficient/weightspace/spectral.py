@@ -184,19 +184,22 @@ class SpectralTransform(Transform):
             state |= {f"left.{i}": u.clone(), f"right.{i}": v.clone()}
         return state
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over gains, norms and vectors; the number of blocks must be the same."""
-        n = len(self.blocks)
-        names = {"gain", "sigma"} | {f"{side}.{i}" for side in ("left", "right") for i in range(n)}
-        if set(state) != names or tuple(state["gain"].shape) != (n,) or tuple(state["sigma"].shape) != (n,):
+    def load_state_dict(self, state: Mapping[str, Tensor], weight: Tensor) -> None:
+        """Take over gains, norms and vectors; the matrices must be of the same number and shapes."""
+        matrices = [block.of(weight) for block in self.blocks]
+        expected = {"gain": (len(matrices),), "sigma": (len(matrices),)}
+        for i, matrix in enumerate(matrices):
+            expected |= {f"left.{i}": (matrix.shape[0],), f"right.{i}": (matrix[0].numel(),)}
+        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        if found != expected:
             raise ValueError(
-                f"a spectral state for {n} block(s) has the tensors {sorted(names)}; got "
-                f"{ {k: tuple(v.shape) for k, v in sorted(state.items())} }. Was `qkv` changed since it was saved?"
+                f"a spectral state of {len(matrices)} block(s) holds {expected}; got {found}. "
+                "Was `qkv` or the model changed since it was saved?"
             )
-        self.gain.data = state["gain"].clone()
-        self.sigma = state["sigma"].clone()
-        self.left = [state[f"left.{i}"].clone() for i in range(n)]
-        self.right = [state[f"right.{i}"].clone() for i in range(n)]
+        own = {k: v.to(weight.device, compute_dtype(weight.dtype), copy=True) for k, v in state.items()}
+        self.gain.data, self.sigma = own["gain"], own["sigma"]
+        self.left = [own[f"left.{i}"] for i in range(len(matrices))]
+        self.right = [own[f"right.{i}"] for i in range(len(matrices))]
         self._rescale()
 
     def _rescale(self) -> None:

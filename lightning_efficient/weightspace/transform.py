@@ -92,5 +92,8 @@ class Transform(ABC):
         """The state as plain tensors, ``theta`` included."""
 
     @abstractmethod
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over a state; raises ``ValueError`` when names or shapes do not fit."""
+    def load_state_dict(self, state: Mapping[str, Tensor], weight: Tensor) -> None:
+        """Take over a copy of a state, in ``weight``'s device and compute dtype.
+
+        Raises ``ValueError`` before anything changes when names or shapes are not those of a state of ``weight``.
+        """

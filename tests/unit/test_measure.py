@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import json
-import time
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
+from lightning_efficient import measure
 from lightning_efficient.inference import Call, ExportError
 from lightning_efficient.measure import ExportReport, compare_models, count_macs
 
@@ -76,33 +76,39 @@ def test_tied_weights_count_once() -> None:
     assert rows["state dict file"].before - rows["state dict file"].after >= 3600
 
 
-class Sleeper(nn.Module):
-    def __init__(self, milliseconds: float) -> None:
+class Clock:
+    """Stands in for ``time``: models move it on."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class Slow(nn.Module):
+    """Takes ``base`` ms a sample; the first runs and every tenth are a hundred times slower, as on a real machine."""
+
+    def __init__(self, clock: Clock, base: float, log: list[float]) -> None:
         super().__init__()
-        self.milliseconds = milliseconds
-        self.batches: list[int] = []
+        self.clock, self.base, self.log, self.runs = clock, base, log, 0
 
     def forward(self, x: Tensor) -> Tensor:
-        self.batches.append(len(x))
-        time.sleep(self.milliseconds / 1e3)
+        self.log.append(self.base)
+        self.runs += 1
+        self.clock.now += self.base * len(x) / 1e3 * (100 if self.runs < 5 or self.runs % 10 == 0 else 1)
         return x
 
 
-def test_latency_is_interleaved_and_right() -> None:
-    order: list[str] = []
-    before, after = Sleeper(2), Sleeper(6)
-    before.register_forward_hook(lambda *args: order.append("b"))
-    after.register_forward_hook(lambda *args: order.append("a"))
-    report = compare_models(before, after, torch.randn(2, 3), batch_sizes=(1, 4))
-    for batch in (1, 4):
-        row = next(r for r in report.rows if r.quantity == f"latency, batch {batch}")
-        assert 2 <= row.before < 5
-        assert 6 <= row.after < 9
-        assert 1.2 < row.ratio < 4.5
-        assert before.batches.count(batch) >= 20
-    timed = "".join(order[-40:])
+def test_latency_is_a_median_of_interleaved_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, log = Clock(), []
+    monkeypatch.setattr(measure, "time", clock)
+    report = compare_models(Slow(clock, 2, log), Slow(clock, 6, log), torch.randn(2, 3), batch_sizes=(4,))
+    row = report.rows[-1]
+    assert row.quantity == "latency, batch 4"
+    assert (row.before, row.after, row.ratio) == pytest.approx((8, 24, 3))
     # Every round runs both, and which goes first alternates, so that neither profits from the other's caches.
-    assert timed in ("baab" * 10, "abba" * 10)
+    assert log[-40:] in ([2, 6, 6, 2] * 10, [6, 2, 2, 6] * 10)
 
 
 def test_models_and_random_state_are_left_alone() -> None:

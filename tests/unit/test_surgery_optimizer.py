@@ -407,6 +407,24 @@ def test_a_change_and_its_undoing():
     assert params(optimizer) == [[id(a)]]
 
 
+def test_removed_then_taken_back():
+    a, w = parameter(2), parameter(2)
+    optimizer = torch.optim.SGD([a, w], lr=0.1)
+    rebind([optimizer], [Change("do", removed=[a]), Change("undo", added=[(a, w)])])
+    assert params(optimizer) == [[id(a), id(w)]]
+
+
+def test_a_parameter_tied_to_one_that_is_there_leaves_it_where_it_is():
+    a, b = parameter(2), parameter(2)
+    optimizer = torch.optim.Adam([{"params": [a], "lr": 1.0}, {"params": [b], "lr": 2.0}])
+    a.grad, b.grad = torch.ones(2), torch.full((2,), 3.0)
+    optimizer.step()
+    state = optimizer.state[b]
+    rebind([optimizer], [Change("tie", replaced=[(a, b)])])
+    assert params(optimizer) == [[], [id(b)]]
+    assert list(optimizer.state.values()) == [state]
+
+
 def test_two_parameters_that_become_one_are_there_once():
     a, b, one = parameter(2), parameter(2), parameter(2)
     optimizer = torch.optim.SGD([{"params": [a]}, {"params": [b]}], lr=0.1)

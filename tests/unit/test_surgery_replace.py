@@ -149,6 +149,17 @@ def test_plain_lists_dicts_tuples_and_attributes_are_followed(net):
     assert net.norm_dict == {"first": norms[0], "other": 3}
 
 
+def test_what_the_old_module_holds_leaves_with_it_and_comes_back_as_it_was(net):
+    old = net.blocks[0]
+    object.__setattr__(old.fc, "parent", old)  # a way to look up that some models have
+    before = fingerprint(net)
+    swaps = replace_modules(net, {"blocks.0": nn.Identity()})
+    assert old.fc.parent is old
+    restore_modules(net, swaps)
+    assert old.fc.parent is old
+    assert fingerprint(net) == before
+
+
 def test_several_at_once_and_nothing_at_all(net):
     new = {f"blocks.{i}.norm": Affine() for i in range(2)}
     swaps = replace_modules(net, new)
@@ -179,6 +190,15 @@ def test_parameters_taken_over_keep_their_identity_and_precision(net):
     assert new.weight is old.weight
     assert new.bias is old.bias
     assert {p.dtype for p in new.parameters()} == {torch.float32}
+
+
+def test_a_shared_tensor_keeps_its_own_precision(net):
+    old = net.seq[0]
+    old.weight = nn.Parameter(old.weight.detach().bfloat16())
+    new = Affine()
+    new.bias = old.bias  # float32 next to a bfloat16 weight
+    replace_modules(net, {"seq.0": new})
+    assert (new.weight.dtype, new.bias.dtype) == (torch.bfloat16, torch.float32)
 
 
 def test_a_deepcopy_of_a_changed_model_is_independent(net):

@@ -69,12 +69,12 @@ def head_compute(states: dict[str, Tensor]) -> dict[str, Tensor]:
         states: Of :func:`head_update`, combined over updates as ``HEAD_STATES`` says.
 
     Returns:
-        Name -> ``(heads,)``: ``entropy``, ``normalized``, ``first_key``, ``bound``, ``ceiling`` (``log keys``; means over rows),
-        ``collapsed`` (fraction of rows), ``entropy_min``, ``normalized_min``, ``logit_norm_max``. NaN for a
-        head without any row.
+        Name -> ``(heads,)``: ``rows`` (their number), ``entropy``, ``normalized``, ``first_key``, ``bound``,
+        ``ceiling`` (log of the visible keys; means over rows), ``collapsed`` (fraction of rows), ``entropy_min``,
+        ``normalized_min``, ``logit_norm_max``. NaN for a head without any row.
     """
     rows = states["rows"]
-    out = {}
+    out = {"rows": rows}
     for name, how in HEAD_STATES.items():
         if name != "rows":
             value = states[name] / rows if how == "sum" else states[name]

@@ -1,0 +1,218 @@
+"""Reading runs back from what Lightning's loggers wrote: TensorBoard event files and CSVLogger's ``metrics.csv``."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import statistics
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+
+_EVENTS = "events.out.tfevents.*"
+_CSV = "metrics.csv"
+_REPLICA = re.compile(r"(seed|version)[_-]?\d+", re.IGNORECASE)
+_SEED = re.compile(r"seed[_-]?(\d+)", re.IGNORECASE)
+# Lightning's TensorBoardLogger writes this once, as a placeholder.
+_NOT_LOGGED_BY_THE_USER = frozenset({"hp_metric"})
+_LOWER = re.compile("loss|err|error|mse|mae|rmse|nll|ppl|perplexity|bpc|bpb|wer|cer|fid")
+_HIGHER = re.compile("acc|accuracy|f1|auc|auroc|iou|miou|map|bleu|rouge|precision|recall|psnr|ssim|r2|top1|top5")
+
+
+def direction(metric: str) -> str | None:
+    """``"min"`` or ``"max"``, whichever is better for a metric of this name; ``None`` if the name does not tell."""
+    words = re.split(r"[^a-z0-9]+", metric.lower())
+    if any(map(_LOWER.fullmatch, words)) or words[-1].endswith("loss"):
+        return "min"
+    return "max" if any(map(_HIGHER.fullmatch, words)) else None
+
+
+@dataclass(frozen=True)
+class Series:
+    """One logged quantity over a run, by increasing step.
+
+    Args:
+        steps: Global steps.
+        values: The quantity at each.
+        times: Wall time of each entry in seconds since 1970; ``None`` where the logger keeps none (CSV).
+    """
+
+    steps: list[int]
+    values: list[float]
+    times: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Args:
+        path: The folder its log lies in.
+        variant: What was trained: the name of the folder above ``seed_<n>`` or ``version_<k>``.
+        replica: The part of the path that tells the runs of a variant apart; empty if there is one run only.
+        series: Name → what was logged under it.
+    """
+
+    path: Path
+    variant: str
+    replica: str
+    series: dict[str, Series]
+
+    @property
+    def seed(self) -> int | None:
+        """The number in ``seed_<n>``: runs of two variants with the same one form a pair."""
+        found = _SEED.search(self.replica)
+        return int(found[1]) if found else None
+
+    @property
+    def last_step(self) -> int:
+        """Largest step anything was logged at."""
+        return max(series.steps[-1] for series in self.series.values())
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Median over the intervals between logged steps; ``None`` without wall times or with one step only."""
+        first: dict[int, float] = {}
+        for series in self.series.values():
+            for step, moment in zip(series.steps, series.times or (), strict=False):
+                first[step] = min(moment, first.get(step, moment))
+        intervals = [(t1 - t0) / (step1 - step0) for (step0, t0), (step1, t1) in pairwise(sorted(first.items()))]
+        return statistics.median(intervals) if intervals else None
+
+
+def read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Run]:
+    """Every run in the folders and below them, ordered by variant and replica.
+
+    A run is a folder with TensorBoard event files or a ``metrics.csv``; folders inside a run (TensorBoard makes some)
+    are no runs of their own. ``<variant>/seed_<n>`` are replicas of one variant; so are ``<variant>/version_<k>``,
+    unless their ``hparams.yaml`` differ in more than the seed. Of several versions of one seed the last counts.
+
+    Args:
+        paths: Folders to search.
+
+    Raises:
+        FileNotFoundError: A folder does not exist, or none holds a log.
+        ValueError: No log holds a scalar.
+    """
+    folders = _log_folders([Path(path).resolve() for path in paths])
+    series = {folder: _read(folder) for folder in folders}
+    if empty := [str(folder) for folder in folders if not series[folder]]:
+        if len(empty) == len(folders):
+            raise ValueError(f"the logs hold no scalars: {', '.join(empty)}.")
+        warnings.warn(f"no scalars logged in {', '.join(empty)}: left out.", stacklevel=2)
+    variants = _variants([folder for folder in folders if series[folder]])
+    runs = [Run(folder, variant, replica, series[folder]) for folder, (variant, replica) in variants.items()]
+    return sorted(_last_version_of_each_seed(runs), key=lambda run: (run.variant, _natural(run.replica)))
+
+
+def _log_folders(roots: Iterable[Path]) -> list[Path]:
+    roots = list(roots)
+    if missing := [str(root) for root in roots if not root.exists()]:
+        raise FileNotFoundError(f"no such folder: {', '.join(missing)}.")
+    files = [file for root in roots for pattern in (_EVENTS, _CSV) for file in root.rglob(pattern)]
+    folders = sorted({file.parent for file in files})
+    if not folders:
+        looked = ", ".join(map(str, roots)) or "an empty list of folders"
+        raise FileNotFoundError(
+            f"no logs in {looked}: looked for TensorBoard event files ({_EVENTS}) and Lightning's CSVLogger ({_CSV}) "
+            "there and in every folder below."
+        )
+    return [folder for folder in folders if not any(parent in folders for parent in folder.parents)]
+
+
+# -- one log -------------------------------------------------------------------------------------------------------
+
+
+def _read(folder: Path) -> dict[str, Series]:
+    # Event files first: they know the wall time.
+    points = _read_events(folder) if any(folder.glob(_EVENTS)) else _read_csv(folder / _CSV)
+    return {name: _series(rows) for name, rows in points.items() if rows and name not in _NOT_LOGGED_BY_THE_USER}
+
+
+_Point = tuple[int, float, float | None]
+
+
+def _read_events(folder: Path) -> dict[str, list[_Point]]:
+    kinds = ("images", "audio", "histograms", "compressedHistograms", "tensors")
+    log = EventAccumulator(str(folder), size_guidance={"scalars": 0, **dict.fromkeys(kinds, 1)})  # 0: all of them
+    log.Reload()
+    return {
+        name: [(e.step, e.value, e.wall_time) for e in sorted(log.Scalars(name), key=lambda e: e.wall_time)]
+        for name in log.Tags()["scalars"]
+    }
+
+
+def _read_csv(file: Path) -> dict[str, list[_Point]]:
+    points: dict[str, list[_Point]] = {}
+    with file.open(newline="") as lines:
+        for row in csv.DictReader(lines):
+            if not (row.get("step") or "").strip():
+                raise ValueError(f"{file}: a row without `step`: {row}; expected what Lightning's CSVLogger writes.")
+            for name, text in row.items():
+                if name not in ("step", None) and text:
+                    points.setdefault(name, []).append((int(row["step"]), float(text), None))
+    return points
+
+
+def _series(points: list[_Point]) -> Series:
+    # A resumed run repeats the steps since its checkpoint: what was written last counts.
+    last = {step: (value, moment) for step, value, moment in points}
+    steps = sorted(last)
+    times = [moment for step in steps if (moment := last[step][1]) is not None]
+    return Series(steps, [last[step][0] for step in steps], times or None)
+
+
+# -- which runs belong together ------------------------------------------------------------------------------------
+
+
+def _variants(folders: Sequence[Path]) -> dict[Path, tuple[str, str]]:
+    """Folder → (variant, replica)."""
+    split = {folder: _split(folder) for folder in folders}
+    hparams: dict[Path, set[str]] = {}
+    for folder, (variant, _) in split.items():
+        if not _SEED.search(str(folder.relative_to(variant))):
+            hparams.setdefault(variant, set()).add(_hparams(folder))
+    mixed = {variant for variant, found in hparams.items() if len(found) > 1}
+    split = {folder: (folder, "") if variant in mixed else (variant, r) for folder, (variant, r) in split.items()}
+    names = _names({variant for variant, _ in split.values()})
+    return {folder: (names[variant], replica) for folder, (variant, replica) in split.items()}
+
+
+def _split(folder: Path) -> tuple[Path, str]:
+    replica: list[str] = []
+    while _REPLICA.fullmatch(folder.name):
+        replica.insert(0, folder.name)
+        folder = folder.parent
+    return folder, "/".join(replica)
+
+
+def _hparams(folder: Path) -> str:
+    file = folder / "hparams.yaml"
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return "\n".join(sorted(line for line in lines if not re.match(r"\s*\w*seed\w*\s*:", line)))
+
+
+def _names(folders: set[Path]) -> dict[Path, str]:
+    """The shortest path of each that starts where they part."""
+    common = Path(os.path.commonpath(folders))
+    return {f: f.name if f == common else f.relative_to(common).as_posix() for f in folders}
+
+
+def _last_version_of_each_seed(runs: list[Run]) -> list[Run]:
+    kept: dict[tuple[str, object], Run] = {}
+    for run in sorted(runs, key=lambda run: _natural(run.replica)):
+        key = (run.variant, run.replica if run.seed is None else run.seed)
+        if key in kept:
+            warnings.warn(f"{run.variant}: {kept[key].replica} left out, {run.replica} is newer.", stacklevel=3)
+        kept[key] = run if run.seed is None else replace(run, replica=run.replica)
+    return list(kept.values())
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    """Sorting key that puts version_10 after version_9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]

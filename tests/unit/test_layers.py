@@ -1,0 +1,149 @@
+"""The house rules that a machine can check: imports point one way, the core is free of lightning, files stay short."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lightning_efficient
+
+PACKAGE = "lightning_efficient"
+ROOT = Path(lightning_efficient.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+
+# Lowest first; a file may import its own layer and those below. The first segment below the package decides.
+LAYERS = (
+    {"metrics", "attention", "surgery", "weightspace", "schedule"},
+    {"methods", "pruning"},
+    {"callbacks", "recipe", "checkpoint"},
+    {"export", "formats", "inference", "compare", "measure", "demo", "cli", "testing", "functional"}
+    | {"methods_file", "_switch"},
+    {""},  # the public names, imported on use
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+CORE = LAYERS[0] | LAYERS[1]
+LONGEST = 400
+PICKLERS = ("pickle", "cloudpickle", "dill", "marshal", "shelve")
+
+
+def segment(module: str) -> str:
+    """``lightning_efficient.callbacks.base`` -> ``callbacks``; the package itself -> ``""``."""
+    return (module.split(".") + [""])[1]
+
+
+def module_of(path: Path) -> str:
+    parts = (PACKAGE, *path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[str, int]]:
+    """Every imported module or name, dotted and absolute, wherever in the file, with its line."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = module.split(".")[: None if is_package and node.level == 1 else -max(node.level - is_package, 0)]
+            base = ".".join([*(parents if node.level else []), *([node.module] if node.module else [])])
+            yield from ((f"{base}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def upward(module: str, imported: str) -> bool:
+    """Whether a module of this package imports from a higher layer."""
+    return imported.split(".")[0] == PACKAGE and LEVEL[segment(imported)] > LEVEL[segment(module)]
+
+
+def type_only(tree: ast.Module) -> ast.Module:
+    """The file without its ``if TYPE_CHECKING:`` blocks, which import nothing when it runs."""
+
+    class Strip(ast.NodeTransformer):
+        def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
+            is_guard = isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+            return node.orelse if is_guard else self.generic_visit(node)
+
+    return Strip().visit(tree)
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_file_keeps_the_rules(path: Path) -> None:
+    module = module_of(path)
+    assert segment(module) in LEVEL, f"{module} has no layer: add it to LAYERS"
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST
+    running = imports(type_only(parse(path)), module, path.name == "__init__.py")
+    assert [f"{n} (line {i})" for n, i in running if upward(module, n)] == []
+    names = list(imports(parse(path), module, path.name == "__init__.py"))
+    if segment(module) in CORE:
+        assert [f"{n} (line {i})" for n, i in names if n.split(".")[0] in ("lightning", "pytorch_lightning")] == []
+    assert [f"{n} (line {i})" for n, i in names if forbidden_import(n)] == []
+    assert [f"{n} (line {i})" for n, i in forbidden_calls(parse(path))] == []
+
+
+def forbidden_import(name: str) -> bool:
+    first, *rest = name.split(".")
+    if first in PICKLERS and rest:
+        return not rest[-1].endswith("Error")
+    return first in ("lightning", "pytorch_lightning") and any(part.startswith("_") for part in rest)
+
+
+def forbidden_calls(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Uses of builtins that execute text, and of loaders that execute a file; naming their errors is fine."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", None) in PICKLERS:
+            yield from [(ast.unparse(node), node.lineno)] * (not node.attr.endswith("Error"))
+        if not isinstance(node, ast.Call):
+            continue
+        if isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec", "__import__"):
+            yield node.func.id, node.lineno
+        for keyword in node.keywords:
+            if keyword.arg == "weights_only" and getattr(keyword.value, "value", None) is False:
+                yield "weights_only=False", node.lineno
+
+
+# -- the rules themselves can fail
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from lightning_efficient.export import export", ["lightning_efficient.export.export"]),
+        ("def f():\n  import lightning_efficient.cli", ["lightning_efficient.cli"]),
+        ("from ..callbacks import base", ["lightning_efficient.callbacks.base"]),
+        ("from .. import recipe", ["lightning_efficient.recipe"]),
+        ("from . import sigma_reparam\nfrom .x import y", []),
+        ("from lightning_efficient.surgery.match import covers", []),
+        ("if TYPE_CHECKING:\n  from lightning_efficient.export import export", []),
+    ],
+)
+def test_upward_imports_are_found(source: str, found: list[str]) -> None:
+    module = "lightning_efficient.methods.some"
+    names = [name for name, _ in imports(type_only(ast.parse(source)), module, is_package=False)]
+    assert [name for name in names if upward(module, name)] == found
+
+
+def test_relative_imports_of_packages() -> None:
+    tree = ast.parse("from .x import y\nfrom ..recipe import z")
+    assert [n for n, _ in imports(tree, "lightning_efficient.methods", is_package=True)] == [
+        "lightning_efficient.methods.x.y",
+        "lightning_efficient.recipe.z",
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", ["pickle.loads", "marshal.load", "lightning.pytorch.utilities._pytree", "lightning.x._y"]
+)
+def test_forbidden_imports_are_found(name: str) -> None:
+    assert forbidden_import(name)
+    assert not forbidden_import("lightning.pytorch.utilities.rank_zero")
+    assert not forbidden_import("pickle.UnpicklingError")
+
+
+@pytest.mark.parametrize("source", ["eval('1')", "exec('1')", "torch.load(p, weights_only=False)", "pickle.loads(b)"])
+def test_forbidden_calls_are_found(source: str) -> None:
+    assert list(forbidden_calls(ast.parse(source)))
+    assert not list(forbidden_calls(ast.parse("model.eval(); torch.load(p, weights_only=True); pickle.PickleError")))
