@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import pickle
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -190,13 +189,9 @@ def _onnxruntime(path: Path) -> Callable[..., list[Tensor]]:
 
 def _save_state(model: nn.Module, path: Path) -> None:
     torch.save(model.state_dict(), path)
-    try:
-        _same_tensors(torch.load(path, weights_only=True), model)
-    except pickle.UnpicklingError as error:
-        raise ExportError(
-            "the state dict holds objects that `torch.load(weights_only=True)` refuses (`get_extra_state` of "
-            f"a module?): {str(error).splitlines()[0]}"
-        ) from error
+    with _as_export_error("the state dict cannot be read back by torch.load(weights_only=True)"):
+        read = torch.load(path, weights_only=True)
+    _same_tensors(read, model)
 
 
 def _save_safetensors(model: nn.Module, path: Path) -> None:

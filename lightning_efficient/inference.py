@@ -21,6 +21,12 @@ class ExportError(RuntimeError):
     """A model cannot be exported, or the export does not compute the same; nothing has been changed."""
 
 
+def first_line(error: Exception) -> str:
+    """Kind and first line of an error, for messages that quote it."""
+    text = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 @dataclass(frozen=True)
 class Call:
     """The arguments of one ``model(...)`` call."""

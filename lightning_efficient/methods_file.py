@@ -16,10 +16,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 
 # Key in YAML and on the command line -> name of the callback in `lightning_efficient`.
 METHODS: dict[str, str] = {"sigma_reparam": "SigmaReparam", "collapse_monitor": "CollapseMonitor"}

@@ -110,9 +110,11 @@ def unfoldable(pl_module: LightningModule) -> list[str]:
 
 def _carry_over(pl_module: LightningModule, request: Request) -> None:
     """Changes of an earlier run that still stand are read off the modules, so that nothing is applied twice."""
-    present = set(map(id, pl_module.modules()))
+    modules, params = set(map(id, pl_module.modules())), set(map(id, pl_module.parameters()))
     for change in request.changes:
-        change.swaps = {n: (old, new) for n, (old, new) in change.swaps.items() if id(new) in present}
+        change.swaps = {n: (old, new) for n, (old, new) in change.swaps.items() if id(new) in modules}
+        change.replaced = [(old, new) for old, new in change.replaced if id(new) in params]
+        change.added = [(new, weight) for new, weight in change.added if id(new) in params]
     request.changes = [change for change in request.changes if change.swaps]
 
 

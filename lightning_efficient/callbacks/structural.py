@@ -87,8 +87,10 @@ def rebind_optimizers(trainer: Trainer, pl_module: LightningModule, method: str,
             f"{method} does not fold ({names[:3]} ...), and the parent of spawned processes only takes over plain "
             "weights. Use Trainer(strategy='ddp')."
         )
-    changes = [c for r in attachment(pl_module).requests if (r.method, r.key) == (method, key) for c in r.changes]
+    mine = attachment(pl_module)
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-    rebind(trainer.optimizers, changes, schedulers)
+    # All changes at once: a later one may have replaced what an earlier one made.
+    rebind(trainer.optimizers, mine.changes, schedulers, pl_module)
+    changes = [c for r in mine.requests if (r.method, r.key) == (method, key) for c in r.changes]
     for change in changes:
         rank_zero_info(change.report())

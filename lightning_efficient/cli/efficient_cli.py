@@ -86,12 +86,12 @@ class EfficientCLI(LightningCLI):
             for other in listed if isinstance(listed, list) else [listed]:
                 if type(other) is type(ours) and other.state_key == ours.state_key:
                     self.parser.error(
-                        f"{type(ours).__name__} is in `trainer.callbacks` and has its own key `{method}` here: move its "
-                        f"arguments to `{method}`, with `enabled: true`."
+                        f"{type(ours).__name__} is in `trainer.callbacks` and has its own key `{method}` here: move "
+                        f"its arguments to `{method}`, with `enabled: true`."
                     )
         if os.environ.get(VARIABLE):
             self.parser.error(
-                f"the environment variable {VARIABLE} is set, and every method has its own key here: unset it, and pass "
-                f"the methods as `-c` file or `--{next(iter(METHODS))}.enabled=true`."
+                f"the environment variable {VARIABLE} is set, and every method has its own key here: unset it, and "
+                f"pass the methods as a `-c` file or as `--{next(iter(METHODS))}.enabled=true`."
             )
         return super().instantiate_trainer(**kwargs)

@@ -150,9 +150,7 @@ def _table(change: Change) -> Table:
 
 def _grouped(notes: Mapping[str, str]) -> dict[tuple[str, str], int]:
     """Names that differ in layer numbers only and say the same: one line, counted."""
-    counts: dict[tuple[str, str], int] = {}
+    groups: dict[tuple[str, str], list[str]] = {}
     for name, note in notes.items():
-        key = (_NUMBER.sub("*", name), note)
-        counts[key] = counts.get(key, 0) + 1
-    first = {(_NUMBER.sub("*", name), note): name for name, note in reversed(notes.items())}
-    return {(name if n > 1 else first[name, note], note): n for (name, note), n in counts.items()}
+        groups.setdefault((_NUMBER.sub("*", name), note), []).append(name)
+    return {(key[0] if len(names) > 1 else names[0], key[1]): len(names) for key, names in groups.items()}

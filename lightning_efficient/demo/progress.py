@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ def progress_bars(console: Console) -> Progress:
 
 
 class ProgressLine(Callback):
-    """Moves one bar of a shared display.
+    """Moves one bar of a shared display, and keeps the processor time of every step (wall time on an idle machine).
 
     Args:
         bars: The display.
@@ -43,16 +44,23 @@ class ProgressLine(Callback):
 
     def __init__(self, bars: Progress, task: TaskID) -> None:
         self.bars, self.task = bars, task
+        self.seconds: list[float] = []
+        self._started = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Now the number of steps is known."""
         self.bars.start_task(self.task)
         self.bars.update(self.task, total=int(trainer.estimated_stepping_batches))
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start the clock."""
+        self._started = time.process_time()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """One step further."""
+        self.seconds.append(time.process_time() - self._started)
         self.bars.update(self.task, completed=trainer.global_step)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

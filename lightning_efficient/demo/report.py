@@ -1,6 +1,8 @@
-"""The demo's table: four numbers a variant, read back from the logs."""
+"""The demo's table: four numbers a variant, three of them read back from the logs."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from rich import box
 from rich.table import Table
@@ -9,11 +11,12 @@ from lightning_efficient.compare import ENTROPY, Comparison, best, final
 from lightning_efficient.logs import Run
 
 
-def summary(comparison: Comparison) -> Table:
+def summary(comparison: Comparison, step_seconds: Mapping[str, float]) -> Table:
     """One column a variant, one run each.
 
     Args:
         comparison: Of the demo's two runs.
+        step_seconds: Name of the variant → processor time of a training step, the first one the reference.
     """
     runs = {name: replicas[0] for name, replicas in comparison.variants.items()}
     table = Table(box=box.SIMPLE_HEAD, caption="one seed each: a demonstration, not evidence", caption_justify="left")
@@ -23,8 +26,8 @@ def summary(comparison: Comparison) -> Table:
     table.add_row("validation accuracy, best", *(_number(best(run, "val_acc")) for run in runs.values()))
     table.add_row("test accuracy of that checkpoint", *(_number(final(run, "test_acc")) for run in runs.values()))
     table.add_row("lowest head entropy, nats", *(_lowest(run) for run in runs.values()))
-    times = [run.seconds_per_step for run in runs.values()]
-    table.add_row("time per step", *(_time(time, times[0]) for time in times))
+    reference = next(iter(step_seconds.values()))
+    table.add_row("time per step, median", *(_time(step_seconds[name], reference) for name in runs))
     return table
 
 
@@ -36,8 +39,6 @@ def _lowest(run: Run) -> str:
     return _number(min(run.series[ENTROPY].values, default=None)) if ENTROPY in run.series else "–"
 
 
-def _time(seconds: float | None, reference: float | None) -> str:
-    if seconds is None:
-        return "–"
-    ratio = "" if reference is None or seconds == reference else f"× {seconds / reference:.2f}   "
+def _time(seconds: float, reference: float) -> str:
+    ratio = "" if seconds == reference else f"× {seconds / reference:.2f}   "
     return f"{ratio}{1e3 * seconds:.1f} ms"

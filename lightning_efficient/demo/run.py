@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from rich.console import Console
-from rich.progress import Progress, TaskID
 from torch import Tensor
 
 from lightning_efficient.cli.efficient_cli import EfficientCLI
@@ -61,11 +61,12 @@ def run(out: Path, quick: bool = False, console: Console | None = None) -> Compa
     with quiet(), one_thread():
         with progress_bars(console) as bars:
             tasks = {name: bars.add_task(name, start=False, total=None, note="") for name in VARIANTS}
-            best = {name: train(name, out, quick, bars, task) for name, task in tasks.items()}
+            lines = {name: ProgressLine(bars, task) for name, task in tasks.items()}
+            best = {name: train(name, out, quick, line) for name, line in lines.items()}
         comparison = compare([out / "logs"], METRICS, "baseline")
-        console.print(summary(comparison))
-        for line in export_plain(best["sigma_reparam"], out / "exported", with_onnx=not quick):
-            console.print(line, highlight=False, soft_wrap=True)
+        console.print(summary(comparison, {name: median(line.seconds) for name, line in lines.items()}))
+        for text in export_plain(best["sigma_reparam"], out / "exported", with_onnx=not quick):
+            console.print(text, highlight=False, soft_wrap=True)
     comparison.figure().savefig(out / "demo.png", dpi=150)
     console.print(f"\npicture   {out / 'demo.png'}", highlight=False, soft_wrap=True)
     console.print(f"curves    tensorboard --logdir {out / 'logs'}", highlight=False, soft_wrap=True)
@@ -73,15 +74,14 @@ def run(out: Path, quick: bool = False, console: Console | None = None) -> Compa
     return comparison
 
 
-def train(name: str, out: Path, quick: bool, bars: Progress, task: TaskID) -> Path:
+def train(name: str, out: Path, quick: bool, line: ProgressLine) -> Path:
     """Fit one variant and test its best checkpoint; everything comes from the YAML files beside this one.
 
     Args:
         name: A key of ``VARIANTS``.
         out: The demo's folder.
         quick: A few epochs only.
-        bars: Progress display.
-        task: This run's bar in it.
+        line: Its line on the terminal.
 
     Returns:
         The best checkpoint by validation accuracy.
@@ -94,7 +94,7 @@ def train(name: str, out: Path, quick: bool, bars: Progress, task: TaskID) -> Pa
     options += [f"--trainer.max_epochs={QUICK_EPOCHS}"] * quick
     checkpoint = ModelCheckpoint(monitor="val_acc", mode="max")
     defaults: dict[str, Any] = {
-        "callbacks": [ProgressLine(bars, task), checkpoint],
+        "callbacks": [line, checkpoint],
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }

@@ -27,6 +27,9 @@ METHOD = "sigma_reparam"
 # Attribute names under which models fuse query, key and value rows [q; k; v] into one projection.
 _FUSED_QKV = ("qkv", "to_qkv", "c_attn", "Wqkv", "in_proj")
 
+# Largest entries between which a spectral norm neither under- nor overflows in float32.
+_SMALLEST, _LARGEST = 1e-15, 1e15
+
 
 @dataclass(frozen=True)
 class SigmaReparamConfig:
@@ -83,7 +86,8 @@ def find_targets(
 
     Raises:
         NoMatchError: No module matches.
-        ValueError: A matched weight is complex, sparse, quantized, uninitialized or not finite.
+        ValueError: A matched weight is complex, sparse, quantized, uninitialized, not finite or beyond 1e15, or does
+            not divide by three under ``qkv="split"``; or every matched weight has to be left alone.
     """
     config = config or SigmaReparamConfig()
     selection = select_modules(
@@ -100,10 +104,10 @@ def find_targets(
                 found.skipped[name] = "computed by a parametrization, not a parameter"
             elif id(param) in seen:
                 found.skipped[name] = f"the same parameter as {seen[id(param)]!r}, reparametrized there"
-            elif reason := _check(name, param):
+            elif isinstance(module, nn.Embedding) and module.sparse:
+                found.skipped[name] = "its gradients are sparse (Embedding(sparse=True))"
+            elif reason := _check(name, param) or _vanishes(name, param, blocks(param)):
                 found.skipped[name] = reason
-            elif not all(bool(block.of(param.detach()).any()) for block in blocks(param)):
-                found.skipped[name] = "all zero (or one of q, k, v is): its spectral norm is 0"
             else:
                 seen[id(param)] = name
                 found.matched[name] = (param, blocks(param))
@@ -176,11 +180,20 @@ def _check(name: str, param: nn.Parameter) -> str | None:
         return "frozen (requires_grad=False)"
     if param.numel() == 0:
         return "empty"
-    values = param.detach()
-    if not bool(torch.isfinite(values).all()):
+    return None
+
+
+def _vanishes(name: str, param: nn.Parameter, blocks: Sequence[Block]) -> str | None:
+    """A reason to leave alone what cannot be divided by its norm, or an error if it has none."""
+    largest = [torch.linalg.vector_norm(block.of(param.detach()), ord=float("inf")) for block in blocks]
+    magnitudes: list[float] = torch.stack(largest).tolist()
+    if not all(value <= _LARGEST for value in magnitudes):  # false for NaN
         raise ValueError(
-            f"{name!r} holds NaN or infinite values; its spectral norm is undefined. Check the checkpoint."
+            f"{name!r} holds NaN, infinite or huge (> {_LARGEST:g}) values; its spectral norm is undefined. "
+            "Check the checkpoint, or exclude it."
         )
+    if min(magnitudes) < _SMALLEST:
+        return f"all zero, or below {_SMALLEST:g} (or one of q, k, v is): no spectral norm to divide by"
     return None
 
 
@@ -199,8 +212,10 @@ def apply_sigma_reparam(
 ) -> tuple[Change, Boundary]:
     """sigmaReparam in a training loop of your own; inside a Lightning Trainer use the callback.
 
-    The model stays plain. From here on every ``optimizer.step()`` (called without a closure) updates the raw weights
-    and the gains; ``boundary.detach()`` ends it and leaves the trained weights in the model.
+    The model stays plain. From here on every ``optimizer.step()`` updates the raw weights and the gains;
+    ``boundary.detach()`` ends it and leaves the trained weights in the model. Where gradients are clipped, call
+    ``boundary.before_step(optimizer)`` first. After an exception out of ``step`` that you catch, call
+    ``boundary.restore()``: until then, or the next step, weights may be the raw ones.
 
     Args:
         model: The model; the weights of its matched layers are in ``optimizer``.
@@ -212,6 +227,10 @@ def apply_sigma_reparam(
 
     Returns:
         What was done, and the boundary that does it.
+
+    Raises:
+        ValueError: As :func:`find_targets`; or a weight is not in ``optimizer``; or that or a scheduler cannot take the
+            gains. The weights are unchanged then.
     """
     config = config or SigmaReparamConfig()
     targets = find_targets(model, config, include, exclude)
@@ -223,10 +242,12 @@ def apply_sigma_reparam(
     for name, (param, blocks) in targets.matched.items():
         boundary.add(name, param, make_transform(config, blocks))
         change.targets[name] = describe(param, blocks, targets.notes.get(name))
-    boundary.attach([optimizer])
-    thetas = list(boundary.thetas(optimizer))
+    boundary.check([optimizer])
+    thetas = boundary.thetas(optimizer)
     add_parameters(optimizer, thetas, schedulers)
     change.added.extend(thetas)
+    boundary.start()
+    boundary.attach([optimizer])
     return change, boundary
 
 

@@ -196,7 +196,7 @@ def _nothing_included(
         findings.append(f"{glob!r} " + (f"covers no {kind} module, only {only}" if named else missing))
     return (
         f"{method}: `include` {'; '.join(findings)}."
-        f" {kind} modules of this model: {_quote(candidates[:5])}{' ...' if len(candidates) > 5 else ''}."
+        f" {kind} modules of this model: {_quote(candidates[:5])}{', ...' if len(candidates) > 5 else '.'}"
     )
 
 

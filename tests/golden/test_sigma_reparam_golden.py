@@ -147,9 +147,10 @@ def test_two_optimizers_step_independently():
     boundary = Boundary()
     for name, (param, blocks) in targets.matched.items():
         boundary.add(name, param, make_transform(SigmaReparamConfig(), blocks))
-    boundary.attach(ours_optimizers)
     for o in ours_optimizers:
-        add_parameters(o, list(boundary.thetas(o)), [])
+        add_parameters(o, boundary.thetas(o), [])
+    boundary.start()
+    boundary.attach(ours_optimizers)
 
     first_gains = [g for g, n in zip(gains, targets.matched, strict=True) if n.split(".")[0] in split]
     other_gains = [g for g in gains if not any(g is f for f in first_gains)]

@@ -421,21 +421,27 @@ def test_compiled_model_is_measured_without_recompiling(tmp_path):
     assert f"{PREFIX}/entropy_min" in trainer.callback_metrics
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_two_processes_agree(tmp_path):
-    class Agree(Callback):
-        def on_train_end(self, trainer, pl_module):
-            values = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith(PREFIX)}
-            (tmp_path / f"rank{trainer.global_rank}").write_text(repr(sorted(values.items())))
+class Outcome(Callback):
+    """Writes what each process ends with: its monitored values, and a digest of its weights."""
 
-    trainer = Trainer(
-        accelerator="cpu", devices=2, strategy="ddp_fork", max_steps=3, enable_progress_bar=False,
-        logger=TensorBoardLogger(tmp_path, name="", version="run"), enable_model_summary=False,
-        enable_checkpointing=False, callbacks=[CollapseMonitor(every_n_steps=2), Agree()],
-    )  # fmt: skip
-    trainer.fit(Classifier(), DataLoader(data(), batch_size=4), DataLoader(data(8), batch_size=4))
-    ranks = [(tmp_path / f"rank{rank}").read_text() for rank in range(2)]
-    assert ranks[0] == ranks[1]
-    assert "entropy_min" in ranks[0]
-    assert [s.step for s in events(tmp_path).Scalars(f"{PREFIX}/entropy_min")] == [0, 2]
+    def __init__(self, folder) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer, pl_module):
+        values = sorted((n, float(v)) for n, v in trainer.callback_metrics.items() if n.startswith(PREFIX))
+        weights = torch.cat([p.detach().flatten() for p in pl_module.parameters()])
+        torch.save((values, weights), self.folder / f"rank{trainer.global_rank}.pt")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_processes_agree_and_train_as_without_the_monitor(tmp_path):
+    for name, monitors in (("plain", []), ("watched", [CollapseMonitor(every_n_steps=2)])):
+        folder = tmp_path / name
+        folder.mkdir()
+        fit(folder, *monitors, Outcome(folder), model=_seeded(Classifier), devices=2, strategy="ddp_fork", max_steps=3)
+    (first, weights), (second, same) = (torch.load(tmp_path / "watched" / f"rank{r}.pt") for r in range(2))
+    assert first == second
+    assert f"{PREFIX}/entropy_min" in dict(first)
+    assert torch.equal(weights, same)
+    assert torch.equal(weights, torch.load(tmp_path / "plain" / "rank0.pt")[1])
+    assert [s.step for s in events(tmp_path / "watched").Scalars(f"{PREFIX}/entropy_min")] == [0, 2]

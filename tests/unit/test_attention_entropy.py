@@ -88,9 +88,7 @@ def test_bool_mask_in_every_broadcastable_shape_and_rows_that_see_nothing():
         mask = torch.rand(shape, generator=g) > 0.4
         allowed = mask.expand(2, 4, 11, 11)
         entropy = attention_entropy(q, k, mask=mask)
-        torch.testing.assert_close(
-            entropy, reference(q, k, allowed=allowed), rtol=0, atol=1e-12, equal_nan=True
-        )
+        torch.testing.assert_close(entropy, reference(q, k, allowed=allowed), rtol=0, atol=1e-12, equal_nan=True)
     assert entropy.isfinite().all()
     mask = torch.ones(11, 11, dtype=torch.bool)
     mask[3] = False
@@ -137,9 +135,7 @@ def test_additive_bias_and_what_counts_as_masked():
     q, k = qk(dtype=torch.float64)
     bias = torch.randn(1, 4, 11, 11, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 3
     rows = attention_rows(q, k, mask=bias)
-    torch.testing.assert_close(
-        rows.entropy, reference(q, k, bias=bias.expand(2, 4, 11, 11)), rtol=0, atol=1e-12
-    )
+    torch.testing.assert_close(rows.entropy, reference(q, k, bias=bias.expand(2, 4, 11, 11)), rtol=0, atol=1e-12)
     assert (rows.keys == 11).all()
     allowed = torch.rand(2, 1, 11, 11, generator=torch.Generator().manual_seed(3)) > 0.3
     allowed[..., 0] = True
@@ -232,6 +228,7 @@ def test_gradients_match_finite_differences_with_masked_rows():
     mask = torch.ones(4, 4, dtype=torch.bool).tril()
     q.requires_grad_(), k.requires_grad_()
     assert torch.autograd.gradcheck(lambda a, b: attention_entropy(a, b, mask=mask), (q, k))
+    assert torch.autograd.gradcheck(attention_entropy, (q, k))
     mask[2] = False
     attention_entropy(q, k, mask=mask)[..., [0, 1, 3]].sum().backward()
     assert q.grad.isfinite().all()

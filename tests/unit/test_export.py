@@ -85,8 +85,7 @@ def test_tying_and_shared_modules_survive() -> None:
     assert plain.again is plain.qkv
 
 
-# -- what is taken out
-# ----------------------------------------------------------------------------------------
+# -- what is taken out -----------------------------------------------------------------------------------------------
 
 
 class Uncopyable:
@@ -198,8 +197,7 @@ def test_old_weight_norm_that_refuses_deepcopy_is_copied() -> None:
         torch.testing.assert_close(plain(x) - plain.bias, 2 * (layer(x) - layer.bias))
 
 
-# -- fuse()
-# ---------------------------------------------------------------------------------------------------
+# -- fuse() ----------------------------------------------------------------------------------------------------------
 
 
 class Scaled(nn.Module):
@@ -341,8 +339,7 @@ def test_layers_without_a_plain_form_are_refused_by_name() -> None:
         export(layer, torch.randn(1, 2))
 
 
-# -- verification
-# ---------------------------------------------------------------------------------------------
+# -- verification ----------------------------------------------------------------------------------------------------
 
 
 def test_difference_is_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -424,8 +421,7 @@ def test_difference_of_nested_outputs_names_the_worst_relative_one() -> None:
         difference("text", "text")
 
 
-# -- example inputs
-# -------------------------------------------------------------------------------------------
+# -- example inputs --------------------------------------------------------------------------------------------------
 
 
 def test_example_input_array_is_used() -> None:
@@ -507,6 +503,23 @@ def test_models_that_cannot_be_copied_name_the_attribute() -> None:
     model.net.lock = Uncopyable()
     with pytest.raises(ExportError, match=r"net\.lock"):
         export(model, torch.randn(1, 4))
+
+
+def test_sharded_models_are_refused() -> None:
+    import torch.distributed as dist
+    from torch.distributed.tensor import DeviceMesh, distribute_module
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = distribute_module(nn.Linear(4, 4), DeviceMesh("cpu", [0]))
+        with pytest.raises(ExportError, match="weight, bias: sharded over processes"):
+            export(model, torch.randn(1, 4))
+    finally:
+        dist.destroy_process_group()
+    wrapper = nn.Sequential(nn.Module())
+    wrapper[0]._fsdp_wrapped_module = nn.Linear(4, 4)  # as FullyShardedDataParallel registers what it wraps
+    with pytest.raises(ExportError, match="0: sharded over processes"):
+        export(wrapper, torch.randn(1, 4))
 
 
 def test_a_copy_that_needs_its_trainer_is_reported() -> None:

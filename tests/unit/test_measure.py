@@ -167,3 +167,11 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 def test_outputs_of_another_shape() -> None:
     with pytest.raises(ExportError, match="structure"):
         compare_models(nn.Linear(3, 2), nn.Linear(3, 4), torch.randn(1, 3))
+
+
+def test_models_that_draw_random_numbers_draw_the_same() -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.randn_like(x)
+
+    assert compare_models(Noisy(), Noisy(), torch.zeros(2, 3), batch_sizes=None).difference.absolute == 0.0

@@ -164,6 +164,13 @@ def test_a_scheduler_given_twice_or_inside_another_is_grown_once():
     assert len(inner.base_lrs) == len(inner.lr_lambdas) == len(inner.get_last_lr()) == 3
 
 
+def test_schedulers_that_know_each_other():
+    optimizer = make(1)
+    outer = After(optimizer)
+    outer.after.owner = outer
+    assert all_schedulers([outer]) == [outer, outer.after]
+
+
 def test_schedulers_of_other_optimizers_are_left_alone():
     optimizer, other = make(2), make(2)
     mine, theirs = lrs.StepLR(optimizer, 3), lrs.StepLR(other, 3)
@@ -308,6 +315,28 @@ def test_user_written_schedulers(kind, groups):
         assert rates[groups:] == rates[:groups][::-1]
     assert getattr(scheduler, "milestones", [4, 9]) == [4, 9]
     assert type(getattr(scheduler, "powers", ())) is tuple
+
+
+class Counting(Powers):
+    """Notes each call, and drives the momentum on the side, as OneCycleLR does."""
+
+    calls = 0
+
+    def get_lr(self):
+        self.calls += 1
+        for group in self.optimizer.param_groups:
+            group["momentum"] *= 0.5
+        return super().get_lr()
+
+
+def test_asking_a_scheduler_leaves_no_trace():
+    optimizer = make(2, torch.optim.SGD)
+    scheduler = Counting(optimizer)
+    calls, before = scheduler.calls, [settings(group) for group in optimizer.param_groups]
+    add_to_every_group(optimizer, scheduler)
+    assert scheduler.calls == calls
+    assert not scheduler._get_lr_called_within_step
+    assert [settings(group) for group in optimizer.param_groups] == before + before[::-1]
 
 
 def test_a_scheduler_that_cannot_follow_is_refused_and_nothing_changes():

@@ -116,13 +116,16 @@ def attention_rows(
         rows = max(1, _BLOCK // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
         for chosen in torch.split(index, rows):
             logits = q[:, :, chosen] @ k.mT
+            if mask is None and not is_causal:
+                blocks.append(_plain_rows(logits))
+                continue
             visible = torch.ones(k.shape[2], dtype=torch.bool, device=q.device)
             if is_causal:
                 visible = torch.arange(k.shape[2], device=q.device) <= chosen[:, None]
             if mask is not None:
                 part = mask if mask.shape[2] == 1 else mask[:, :, chosen]
                 logits, visible = _apply_mask(logits, visible, part)
-            blocks.append(rows_from_logits(logits, visible))
+            blocks.append(_masked_rows(logits, visible))
     return AttentionRows(*(torch.cat(parts, dim=2) for parts in zip(*blocks, strict=True)))
 
 
@@ -136,15 +139,30 @@ def rows_from_logits(logits: Tensor, visible: Tensor | None = None) -> Attention
     """
     if visible is None:
         visible = ~(logits <= torch.finfo(logits.dtype).min / 2)  # a NaN is no mask
-    logits = logits.to(_wide(logits))
-    keys = visible.expand(logits.shape).sum(-1)
-    alone = (keys == 0).unsqueeze(-1)
-    logits = logits.masked_fill(~visible, -torch.inf).masked_fill(alone, 0.0)
+    return _masked_rows(logits.to(_wide(logits)), visible)
+
+
+def _plain_rows(logits: Tensor) -> AttentionRows:
+    """Every key visible: few passes over the logits, as most attention is like that."""
+    log_p = logits.log_softmax(-1)
+    p = log_p.exp()
+    n = logits.shape[-1]
+    return AttentionRows(
+        entropy=-torch.linalg.vecdot(p, log_p),
+        keys=torch.full(logits.shape[:-1], n, device=logits.device),
+        logit_norm=log_p.var(-1, correction=0).sqrt() * n**0.5,  # log p is the logits less a constant
+        first_key=p[..., 0],
+    )
+
+
+def _masked_rows(logits: Tensor, visible: Tensor) -> AttentionRows:
+    keys = visible.expand(*visible.shape[:-1], logits.shape[-1]).sum(-1).expand(logits.shape[:-1])
+    empty = keys == 0
+    logits = logits.masked_fill(~visible, -torch.inf).masked_fill(empty.unsqueeze(-1), 0.0)
     log_p = logits.log_softmax(-1)
     p = log_p.exp()
     # Masked keys have p = 0 and log p = -inf; the fill keeps their product, and its gradient, at zero.
     entropy = -(p * log_p.masked_fill(~visible, 0.0)).sum(-1)
-    empty = alone.squeeze(-1)
     return AttentionRows(
         entropy=entropy.masked_fill(empty, torch.nan),
         keys=keys,

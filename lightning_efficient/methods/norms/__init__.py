@@ -1,0 +1,1 @@
+"""The progressive norm swap: normalization layers traded during training for ones that fold away."""
