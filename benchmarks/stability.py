@@ -29,9 +29,8 @@ from torch import Tensor, nn
 from lightning_efficient.methods.sigma_reparam import SigmaReparamConfig, apply_sigma_reparam
 from lightning_efficient.metrics.functional import attention_rows, normalized_entropy
 
-ARMS = ("baseline", "sigmaReparam", "sigmaReparam, frozen gain", "QK-norm")
+ARMS = ("baseline", "sigmaReparam", "sigmaReparam (frozen gain)", "QK-norm")
 FACTORS = (1, 2, 4, 8, 16, 32, 64)
-COLLAPSED = 0.05  # normalised entropy under which a head is counted as collapsed
 WARMUP = 0.2  # of the steps, in the runs that warm up
 
 
@@ -111,7 +110,7 @@ def run(task: Task, arm: str, factor: int, warmup: bool, seed: int, steps: int) 
         "first_val_loss": trace.first_val_loss,
         "diverged": not (math.isfinite(val) and final <= trace.losses[0]),
         "min_entropy": min((e.min().item() for e in whole), default=None),
-        "collapsed_heads": (whole[-1] < COLLAPSED).float().mean().item() if whole else None,
+        "collapsed_heads": (whole[-1] < stability_report.COLLAPSED).float().mean().item() if whole else None,
         "stable_rank": stable_rank(trace.model),
         "curve": [finite(loss) for loss in trace.losses[:: max(1, steps // 20)]],
         "seconds": time.perf_counter() - start,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from common import markdown, save
 
 Row = dict[str, Any]
 
+COLLAPSED = 0.05  # normalised entropy under which a head counts as collapsed
 BLIND = 0.95  # a run whose validation loss is above this part of the input-blind predictor's has learned nothing
 # Okabe and Ito's colours, which stay apart in every common colour blindness; markers and dashes say it again.
 STYLES = {
     "baseline": ("#000000", "o", "-"),
     "sigmaReparam": ("#0072B2", "s", "-"),
-    "sigmaReparam, frozen gain": ("#56B4E9", "D", "--"),
+    "sigmaReparam (frozen gain)": ("#56B4E9", "D", "--"),
     "QK-norm": ("#D55E00", "^", "-."),
 }
 
@@ -100,11 +102,12 @@ def warm(cell: Row) -> str:
 def times(factors: Sequence[int | None]) -> str:
     """``×16`` where all seeds agree, else one entry a seed; a dash where it never happened."""
     texts = ["–" if factor is None else f"×{factor}" for factor in factors]
-    return texts[0] if len(set(texts)) == 1 else ", ".join(texts)
+    return texts[0] if len(set(texts)) == 1 else " / ".join(texts)
 
 
 def plus_minus(pair: tuple[float, float], sign: bool = False) -> str:
-    return f"{pair[0]:{'+' if sign else ''}.3f} ± {pair[1]:.3f}"
+    mean = f"{pair[0]:{'+' if sign else ''}.3f}"
+    return mean if math.isnan(pair[1]) else f"{mean} ± {pair[1]:.3f}"
 
 
 def summary_table(summary: Sequence[Row]) -> str:
@@ -151,59 +154,78 @@ def rate_table(rows: Sequence[Row], key: str) -> str:
         for factor in factors:
             known = [v for v in cell[factor] if v is not None]
             star = "" if len(known) == len(cell[factor]) else "*"
-            cell[factor] = f"{statistics.fmean(known):.3g}{star}" if known else "not finite"
+            mean = statistics.fmean(known) if known else math.nan
+            cell[factor] = f"{mean:.{3 if mean < 10 else 1}f}{star}" if known else "not finite"
     ordered = sorted(cells, key=lambda k: [*dict.fromkeys(t for t, _ in cells)].index(k[0]))
     return markdown([cells[k] for k in ordered], {"task": "task", "arm": "arm"} | {f: f"×{f}" for f in factors})
 
 
-def findings(rows: Sequence[Row], summary: Sequence[Row]) -> list[str]:
-    """What the numbers say, in sentences; "clear" means that the 95 % interval over seeds leaves zero out."""
-    sentences = []
-    for (task, _), group in itertools.groupby(summary, key=lambda s: (s["task"], s["warmup"])):
-        cells = list(group)
-        parts = [f"{c['arm']} {_verdict(difference(summary, c, 'sensitivity'))}" for c in cells[1:]]
-        fails = ", ".join(f"{c['arm']} {times(c['first_failed'])}" for c in cells)
-        sentences.append(
-            f"{task}, {warm(cells[0])}: LR sensitivity {statistics.fmean(cells[0]['sensitivity']):.2f} (baseline); "
-            f"{'; '.join(parts)}. Input-blind first at: {fails}."
-        )
-    lost = sum(row["diverged"] for row in rows)
-    sentences.append(f"{lost} of {len(rows)} runs ended not finite or above their loss at step 0.")
-    sentences.append(_control(summary))
-    sentences.append(_entropy(rows))
-    return sentences
+def findings(rows: Sequence[Row], summary: Sequence[Row], tasks: Sequence[Row]) -> list[str]:
+    """What the numbers say, in sentences."""
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    control = next(arm for arm in arms if "frozen" in arm)
+    against = "against the baseline, in the order of the table"
+    sensitivity = "; ".join(f"{arm} {compare(summary, arm, 'sensitivity', 'baseline')}" for arm in arms[1:])
+    best = "; ".join(f"{arm} {compare(summary, arm, 'best_val_loss', 'baseline')}" for arm in arms[1:])
+    return [
+        f"LR sensitivity {against}: {sensitivity}.",
+        f"Best validation loss over the rates {against}: {best}.",
+        _failures(rows, tasks, arms),
+        f"The control, a frozen gain against a learned one: best validation loss "
+        f"{compare(summary, control, 'best_val_loss', 'sigmaReparam')}; LR sensitivity "
+        f"{compare(summary, control, 'sensitivity', 'sigmaReparam')}.",
+        _entropy(rows, tasks),
+        _rank(rows, arms),
+    ]
 
 
-def _verdict(pair: tuple[float, float]) -> str:
-    clear = abs(pair[0]) > pair[1]
-    word = ("higher" if pair[0] > 0 else "lower") if clear else "not clearly different"
-    return f"{word} ({plus_minus(pair, True)})"
+def compare(summary: Sequence[Row], arm: str, key: str, to: str) -> str:
+    """In how many cells ``arm`` is lower and higher than ``to`` with an interval that leaves zero out."""
+    pairs = [difference(summary, cell, key, to) for cell in summary if cell["arm"] == arm]
+    lower, higher = (sum(sign * mean > half for mean, half in pairs) for sign in (-1, 1))
+    listed = ", ".join(f"{mean:+.3f}" for mean, _ in pairs)
+    return f"clearly lower in {lower} and clearly higher in {higher} of {len(pairs)} cells ({listed})"
 
 
-def _control(summary: Sequence[Row]) -> str:
-    names = {"best_val_loss": "best validation loss", "sensitivity": "LR sensitivity"}
+def _failures(rows: Sequence[Row], tasks: Sequence[Row], arms: Sequence[str]) -> str:
+    blind = {task["name"]: task["blind"] for task in tasks}
     parts = []
-    for key, name in names.items():
-        frozen = [s for s in summary if "frozen" in s["arm"]]
-        pairs = [difference(summary, s, key, "sigmaReparam") for s in frozen]
-        worse, better = (sum(sign * d > h for d, h in pairs) for sign in (1, -1))
-        listed = ", ".join(f"{d:+.3f}" for d, _ in pairs)
-        parts.append(f"{name} clearly worse in {worse} and clearly better in {better} of {len(pairs)} cells ({listed})")
-    return f"The control, a frozen gain instead of a learned one: {'; '.join(parts)}."
+    for arm in arms:
+        counts = []
+        for warmup in (False, True):
+            chosen = [r for r in rows if r["arm"] == arm and r["warmup"] == warmup]
+            counts.append(f"{sum(failed(r, blind[r['task']]) for r in chosen)}/{len(chosen)}")
+        parts.append(f"{arm} {' and '.join(counts)}")
+    lost = sum(row["diverged"] for row in rows)
+    return (
+        f"{lost} of {len(rows)} runs ended not finite or above their loss at step 0; failure here is learning nothing. "
+        f"Input-blind without and with warm-up: {'; '.join(parts)}."
+    )
 
 
-def _entropy(rows: Sequence[Row]) -> str:
+def _entropy(rows: Sequence[Row], tasks: Sequence[Row]) -> str:
+    blind = {task["name"]: task["blind"] for task in tasks}
+    counts = []
+    for collapsed in (True, False):
+        chosen = [r for r in rows if r["min_entropy"] is not None and (r["min_entropy"] < COLLAPSED) == collapsed]
+        counts.append(f"{sum(failed(r, blind[r['task']]) for r in chosen)} of the {len(chosen)} runs")
+    return (
+        f"Entropy collapse and failure: {counts[0]} in which a head fell below {COLLAPSED:g} of its ceiling ended "
+        f"input-blind, and {counts[1]} in which none did."
+    )
+
+
+def _rank(rows: Sequence[Row], arms: Sequence[str]) -> str:
     top = max(row["factor"] for row in rows)
     parts = []
-    for arm in STYLES:
+    for arm in arms:
         last = [r for r in rows if r["arm"] == arm and r["factor"] == top]
-        entropy = [r["min_entropy"] for r in last if r["min_entropy"] is not None]
-        rank = [r["stable_rank"] for r in last if r["stable_rank"] is not None]
-        if entropy and rank:
-            parts.append(f"{arm} {statistics.median(entropy):.3f} and {statistics.median(rank):.1f}")
+        numbers = [[r[key] for r in last if r[key] is not None] for key in ("min_entropy", "stable_rank")]
+        if all(numbers):
+            parts.append("{} {:.3f} and {:.1f}".format(arm, *map(statistics.median, numbers)))
     return (
-        f"At ×{top}, median over tasks, warm-ups and seeds of the lowest head entropy and of the weights' final stable "
-        f"rank: {'; '.join(parts)}."
+        f"At ×{top}, medians over tasks, warm-ups and seeds of the lowest head entropy and of the weights' final "
+        f"stable rank: {'; '.join(parts)}."
     )
 
 
@@ -231,9 +253,8 @@ def picture(rows: Sequence[Row], tasks: Sequence[Row], path: Path) -> None:
         top.axhline(task["blind"], color="0.5", lw=1, ls=":")
         top.set(xscale="log", yscale="log")
         bottom.set(xlabel="peak learning rate", ylim=(-0.03, 1.03))
-        for axis in (top, bottom):
-            axis.grid(alpha=0.25, which="both")
-    _finish(axes, panels)
+    rates = {task["name"]: sorted({r["lr"] for r in rows if r["task"] == task["name"]}) for task in tasks}
+    _finish(axes, panels, rates)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), ncol=len(STYLES), loc="upper center", frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 0.95))
     figure.savefig(path, dpi=130)
@@ -253,22 +274,28 @@ def _line(axis: Any, runs: Sequence[Row], key: str) -> None:
     axis.plot(list(by_rate), means, dash, marker=marker, color=color, ms=5, lw=1.6, label=runs[0]["arm"])
 
 
-def _finish(axes: Any, panels: Sequence[tuple[Row, bool]]) -> None:
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
+def _finish(axes: Any, panels: Sequence[tuple[Row, bool]], rates: Mapping[str, Sequence[float]]) -> None:
+    """One loss scale per task, plain numbers on the axes, and the line of the input-blind predictor."""
+    from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
     for i, (task, _) in enumerate(panels):
         group = [axes[0, j] for j, (other, _) in enumerate(panels) if other["name"] == task["name"]]
         low, high = min(a.get_ylim()[0] for a in group), max(a.get_ylim()[1] for a in group)
-        axes[0, i].set_ylim(low, high)
-        axes[0, i].yaxis.set_major_formatter(ScalarFormatter())
-        axes[0, i].yaxis.set_minor_formatter(ScalarFormatter() if high / low < 5 else NullFormatter())
-        axes[0, i].tick_params(which="both", labelsize=8)
-        across = axes[0, i].get_yaxis_transform()  # x in parts of the panel, y in data
-        axes[0, i].text(
-            0.02, task["blind"], "ignoring the input", transform=across, fontsize=7, va="bottom", color="0.35"
-        )
-    axes[0, 0].set_ylabel("final training loss (mean of the last 10 %)")
-    axes[1, 0].set_ylabel("lowest head entropy / log(keys)")
+        top, bottom = axes[:, i]
+        top.set_ylim(low, high)
+        if high < 20 * low:  # few or no powers of ten to label
+            top.yaxis.set_major_locator(MaxNLocator(6))
+            top.yaxis.set_minor_locator(NullLocator())
+            top.yaxis.set_major_formatter(ScalarFormatter())
+        bottom.xaxis.set_minor_locator(NullLocator())
+        bottom.set_xticks(rates[task["name"]], [f"{rate:g}" for rate in rates[task["name"]]])
+        for axis in (top, bottom):
+            axis.grid(alpha=0.25)
+            axis.tick_params(labelsize=8)
+        across = top.get_yaxis_transform()  # x in parts of the panel, y in data
+        top.text(0.02, task["blind"], "ignoring the input", transform=across, fontsize=7, va="bottom", color="0.35")
+    axes[0, 0].set_ylabel("final training loss")
+    axes[1, 0].set_ylabel("lowest head entropy")
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
@@ -285,7 +312,8 @@ Intervals: 95 %, t over seeds; differences are paired by seed. *Diverges*: not f
 the loss at step 0. *Input-blind*: validation loss above {blind:g} of that of the best predictor that ignores its \
 input. *LR sensitivity*: mean over the rates of min(final validation loss, loss at step 0), minus the arm's best \
 (Wortsman et al., arXiv 2309.14322). *Lowest head entropy*: over layers, heads, rates, seeds and training, divided by \
-log(visible keys). A dash: never; one entry a seed where seeds disagree.\
+log(visible keys). A dash: never; one entry a seed where seeds disagree. *Clearly*: the interval leaves zero out; with \
+many comparisons and few seeds, one in twenty does so by chance.\
 """
 TABLES = {
     "Final training loss": "train_loss",
@@ -310,7 +338,7 @@ def write(rows: Sequence[Row], tasks: Sequence[Row], steps: int, warmup: float) 
         setting.strip(),
         "![final loss and lowest head entropy against the learning rate](stability.png)",
         "## Findings",
-        "\n".join(f"- {sentence}" for sentence in findings(rows, summary)),
+        "\n".join(f"- {sentence}" for sentence in findings(rows, summary, tasks)),
         "## Summary",
         summary_table(summary),
         TERMS.format(blind=BLIND),

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-# Lightning 2.6's LightningCLI calls half a dozen functions that jsonargparse 4.49 renamed; this is its documented switch.
+# Lightning 2.6's LightningCLI calls functions that jsonargparse 4.49 renamed; this is jsonargparse's documented switch.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 torch.set_num_threads(1)

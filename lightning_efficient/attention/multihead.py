@@ -69,7 +69,7 @@ def _project(call: SimpleNamespace, query: Tensor, key: Tensor) -> tuple[Tensor,
 
 
 def _mask(call: SimpleNamespace, batch: int, keep: int, extra: int, unbatched: bool) -> Tensor | None:
-    """The call's two masks as one: boolean with ``True`` = may attend, or additive if either of them is."""
+    """The call's two masks as one additive term, which is what torch makes of them as well."""
     masks: list[Tensor] = []
     if (padding := call.key_padding_mask) is not None:
         padding = padding.unsqueeze(0) if unbatched else padding[:keep]
@@ -78,14 +78,11 @@ def _mask(call: SimpleNamespace, batch: int, keep: int, extra: int, unbatched: b
         if blocked.dim() == 3:
             blocked = blocked.reshape(batch, call.num_heads, *blocked.shape[1:])[:keep]
         masks.append(blocked.reshape((1,) * (4 - blocked.dim()) + blocked.shape))
-    if not masks:
-        return None
-    # Extra keys (bias_k, add_zero_attn) come last, and every query sees them.
-    masks = [F.pad(mask, (0, extra)) for mask in masks]
-    if all(mask.dtype == torch.bool for mask in masks):
-        return ~masks[0] if len(masks) == 1 else ~(masks[0] | masks[1])
-    terms = [
-        torch.zeros_like(mask, dtype=torch.float32).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask
-        for mask in masks
-    ]
-    return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+    total = None
+    for mask in masks:
+        if mask.dtype == torch.bool:  # True = may not attend
+            mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(mask, -torch.inf)
+        # Extra keys (bias_k, add_zero_attn) come last, and every query sees them.
+        mask = F.pad(mask, (0, extra))
+        total = mask if total is None else total + mask
+    return total

@@ -148,6 +148,7 @@ def _consumers(tracker: Tracker, name: str) -> Consumers:
         if any(name in call.norms for call in calls):
             blocked = blocked or _shared(tracker, weight) or _differs(tracker, weight, calls)
             readers.append(_reader(tracker, name, weight, calls[0]))
+    readers = [reader for reader in readers if reader.parts]  # one with no parts reads in a way that blocks
     if not readers:
         blocked = blocked or "nothing reads its output"
     return Consumers(tuple(readers), blocked, producer)
@@ -188,7 +189,11 @@ def _producer(tracker: Tracker, name: str) -> Producer | None:
     rows = {row for row, channel in enumerate(first.channels.tolist()) if channel >= 0}
     others = [f for other, fs in tracker.feeds.items() if other != name for f in fs if f is not None]
     claimed = {
-        row for f in others if f.weight == first.weight for row, channel in enumerate(f.channels.tolist()) if channel >= 0
+        row
+        for f in others
+        if f.weight == first.weight
+        for row, channel in enumerate(f.channels.tolist())
+        if channel >= 0
     }
     if rows & (claimed | tracker.leaked(first.weight)) or _shared(tracker, first.weight):
         return None

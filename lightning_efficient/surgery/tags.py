@@ -8,15 +8,16 @@ padding, joining) is applied to the companion as it is, so the companion is righ
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Axis = Literal["last", 1]
+K = TypeVar("K", bound=Hashable)
 Function = Callable[..., Any]
 
 _SPACES = (torch.Tensor, torch, F)
@@ -34,7 +35,9 @@ MOVES = _functions(
     " take_along_dim __getitem__ cat concat concatenate stack hstack vstack dstack pad unfold pixel_shuffle"
     " pixel_unshuffle channel_shuffle diagonal"
 ) | {torch.Tensor.T.__get__, torch.Tensor.mT.__get__}  # type: ignore[attr-defined]
-_JOINS = _functions("cat concat concatenate stack hstack vstack dstack pad unfold")  # of them, those that bring in others
+_JOINS = _functions(
+    "cat concat concatenate stack hstack vstack dstack pad unfold"
+)  # of them, those that bring in others
 # A companion is laid out in memory in its own way, which only these two look at.
 _ANY_LAYOUT = {torch.Tensor.view: torch.Tensor.reshape, torch.Tensor.view_as: torch.Tensor.reshape_as}
 # The result is the argument, perhaps of another floating dtype, on another device or in other memory.
@@ -108,7 +111,7 @@ class Tag:
     via: frozenset[str] = frozenset()
 
 
-class Space:
+class Space(Generic[K]):
     """Tags of one kind, with the numbering of their channels.
 
     A key stands for whatever has channels: a module's output, a weight's rows.
@@ -116,14 +119,14 @@ class Space:
 
     def __init__(self) -> None:
         self._tags: dict[int, Tag] = {}
-        self._range: dict[Hashable, range] = {}
+        self._range: dict[K, range] = {}
         self._next = 1
 
     def of(self, value: Any) -> Tag | None:
         """The tag of a tensor, if it has one."""
         return self._tags.get(id(value))
 
-    def mark(self, key: Hashable, tensor: Tensor, axis: int) -> None:
+    def mark(self, key: K, tensor: Tensor, axis: int) -> None:
         """Tag a tensor whose ``axis`` runs over the channels of ``key``."""
         size = tensor.shape[axis]
         known = self._range.setdefault(key, range(self._next, self._next + size))
@@ -139,12 +142,12 @@ class Space:
             return tag.keys
         return frozenset(key for key in tag.keys if bool((self.local(key, tag.ids) >= 0).any()))
 
-    def local(self, key: Hashable, ids: Tensor) -> Tensor:
+    def local(self, key: K, ids: Tensor) -> Tensor:
         """Channel of ``key`` for every number in ``ids``; -1 where it is not one of them."""
         numbers = self._range.get(key, range(0))
         return torch.where((ids >= numbers.start) & (ids < numbers.stop), ids - numbers.start, -1.0).long()
 
-    def size(self, key: Hashable) -> int:
+    def size(self, key: K) -> int:
         """Number of channels of a key."""
         return len(self._range[key])
 

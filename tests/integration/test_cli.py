@@ -81,13 +81,16 @@ def test_stock_lightning_cli_with_a_class_path(cli: Any) -> None:
     config["trainer"]["callbacks"] = [{"class_path": "lightning_efficient.SigmaReparam", "init_args": init_args}]
     made = cli(LightningCLI, "-c", file("stock.yaml", yaml.safe_dump(config)), *SMALL, *SHORT)
     assert ours(made.trainer)["sigma_reparam"].config() == SigmaReparam(**init_args).config()
-    before = made.model.net.head.weight.clone(), made.model.net.blocks[0].attn.qkv.weight.clone()
+
+    def spectral_norms() -> list[float]:
+        weights = (made.model.net.blocks[0].attn.qkv.weight, made.model.net.head.weight)
+        return [torch.linalg.matrix_norm(weight.detach(), 2).item() for weight in weights]
+
+    before = spectral_norms()
     made.trainer.fit(made.model, datamodule=made.datamodule)
-    # init="one" sets every targeted spectral norm to 1, from about 0.3, and three steps move it by a few per cent.
-    head, qkv = made.model.net.head.weight, made.model.net.blocks[0].attn.qkv.weight
-    assert torch.linalg.matrix_norm(qkv, 2) == pytest.approx(1.0, abs=0.1)
-    assert torch.linalg.matrix_norm(before[1], 2) < 0.5
-    assert torch.linalg.matrix_norm(head, 2) == pytest.approx(torch.linalg.matrix_norm(before[0], 2).item(), abs=0.1)
+    # init="one" lifts every targeted norm to 1, and four steps move it by a few per cent; the head is excluded.
+    assert max(before) < 0.5
+    assert spectral_norms() == [pytest.approx(1.0, abs=0.1), pytest.approx(before[1], abs=0.1)]
 
 
 def test_every_method_has_a_key_and_is_off(cli: Any) -> None:
@@ -142,8 +145,9 @@ def test_fit_targets_export_compare(run: Any, trained: Path, capsys: pytest.Capt
 
     capsys.readouterr()
     assert run("targets", "-c", trained / "config.yaml", "--sigma_reparam.exclude=[net.head]") == 0
-    shown = capsys.readouterr().out
-    assert "✓ net.blocks.0.attn.qkv.weight    48×16, 1 gain" in " ".join(shown.split(" ")).replace("  ", " ") or shown
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "✓ net.blocks.0.attn.qkv.weight 48×16, 1 gain" in shown
+    assert "5 matched, 1 left alone" in shown
     assert "excluded by 'net.head'" in shown
     assert "scaled_dot_product_attention, 2 heads" in shown
 

@@ -326,11 +326,12 @@ def test_a_skipped_epoch_leaves_no_mode_or_hook(tmp_path):
         def on_train_batch_start(self, batch, batch_idx):
             return -1 if self.current_epoch == 0 else None
 
-    trace = Trace()
-    model = Skips()
-    fit(tmp_path, CollapseMonitor(every_n_steps=1000), trace, model=model)
-    assert set(trace.modes) == {0}
-    assert hooks_on(model) == 0
+        def on_train_epoch_start(self):
+            seen.append((len(_get_current_function_mode_stack()), hooks_on(self)))
+
+    seen: list[tuple[int, int]] = []
+    fit(tmp_path, CollapseMonitor(every_n_steps=1000), model=Skips())
+    assert seen == [(0, 0), (0, 0)]
 
 
 class Worker(Dataset):

@@ -46,23 +46,27 @@ json.dump({
 """
 
 
-def run_script(folder: Path, methods: Path | None) -> tuple[dict[str, list[object]], str]:
-    script, result = folder / "train.py", folder / "result.json"
-    script.write_text(SCRIPT, encoding="utf-8")
-    environment = {k: v for k, v in os.environ.items() if k != VARIABLE}
-    if methods is not None:
-        environment[VARIABLE] = str(methods)
-    command = [sys.executable, script, result]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return json.loads(result.read_text(encoding="utf-8")), done.stderr
+# Runs the script twice, without and with the variable: importing torch and lightning takes seconds, once is enough.
+DRIVER = """
+import os, runpy, sys
+for result, value in zip(sys.argv[2:4], ["", sys.argv[4]]):
+    os.environ["LIGHTNING_EFFICIENT"], sys.argv[1:2] = value, [result]
+    print("=== run", file=sys.stderr, flush=True)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def test_a_script_that_does_not_know_us(tmp_path: Path) -> None:
-    methods = tmp_path / "m.yaml"
+    script, methods = tmp_path / "train.py", tmp_path / "m.yaml"
+    script.write_text(SCRIPT, encoding="utf-8")
     methods.write_text("sigma_reparam: {init: one}\n", encoding="utf-8")
-    off, said_off = run_script(tmp_path, None)
-    on, said_on = run_script(tmp_path, methods)
+    files = [tmp_path / "off.json", tmp_path / "on.json"]
+    code = f"import sys; sys.argv[0] = {str(script)!r}\n{DRIVER}"
+    command = [sys.executable, "-c", code, "result", *files, methods]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    off, on = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    _, said_off, said_on = done.stderr.split("=== run\n")
     assert off["callbacks"] == []
     assert off["ours"] == ["lightning_efficient", "lightning_efficient._switch"]
     assert "lightning_efficient" not in said_off

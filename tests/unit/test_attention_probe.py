@@ -189,6 +189,21 @@ def test_multihead_attention(name, need_weights):
         assert torch.equal(found.rows.keys, (weights > 0).sum(-1))
 
 
+@pytest.mark.parametrize("names", [("key_padding_mask",), ("attn_mask",), ("key_padding_mask", "attn_mask")])
+def test_boolean_masks_given_to_the_function_itself(names):
+    """nn.MultiheadAttention turns boolean masks into additive ones before it calls the function."""
+    torch.manual_seed(0)
+    x, w = torch.randn(5, 3, 8), torch.randn(24, 8)
+    masks = mha_masks(dict.fromkeys(names, "bool"), batch=3, heads=2, length=5, keys=5)
+    with AttentionProbe(nn.Identity()) as probe:
+        weights = F.multi_head_attention_forward(
+            x, x, x, 8, 2, w, None, None, None, False, 0.0, torch.eye(8), None, average_attn_weights=False, **masks
+        )[1]
+    rows = probe.calls[0].rows
+    torch.testing.assert_close(rows.entropy.double(), entropy_of(weights), rtol=0, atol=2e-5)
+    assert rows.keys.unique().numel() > 1
+
+
 def test_multihead_attention_unbatched_and_causal():
     torch.manual_seed(0)
     mha = nn.MultiheadAttention(8, 2)
@@ -295,6 +310,9 @@ class Plain(nn.Module):
             case "heads last":
                 p = logits.permute(0, 2, 1, 3).softmax(-1)
                 out = torch.einsum("bqhk,bhkd->bhqd", p, v)
+            case "heads last, one value for all":
+                p = logits.permute(0, 2, 1, 3).softmax(-1)
+                out = torch.einsum("bqhk,bkd->bhqd", p, v[:, 0])
             case "by hand":
                 e = (logits - logits.amax(-1, keepdim=True)).exp()
                 out = (e / e.sum(-1, keepdim=True)) @ v
@@ -333,6 +351,7 @@ UNREAD = {
     "five axes": r"1: scaled_dot_product_attention on queries of shape \(2, 1, 2, 5, 4\): which axis holds",
     "weights only": r"1: a softmax of shape \(2, 2, 5, 5\) is not a product's left factor",
     "heads last": r"1: a softmax of shape \(2, 5, 2, 5\) is not a product's left factor",
+    "heads last, one value for all": r"1: a softmax of shape \(2, 5, 2, 5\) is not a product's left factor",
     "flex": "no attention call was seen in '1'",
 }
 
@@ -402,11 +421,12 @@ def test_limits_and_keep():
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_recomputation_under_activation_checkpointing_is_not_read(reentrant):
+@pytest.mark.parametrize("backward", [Tensor.backward, lambda loss: torch.autograd.backward([loss])])
+def test_recomputation_under_activation_checkpointing_is_not_read(reentrant, backward):
     module = nn.Sequential(Plain("sdpa"), Plain("softmax @"))
     x = torch.randn(2, 5, 8, requires_grad=True)
     with AttentionProbe(module) as probe:
-        checkpoint(module, x, use_reentrant=reentrant).sum().backward()
+        backward(checkpoint(module, x, use_reentrant=reentrant).sum())
     assert [c.site for c in probe.calls] == ["0", "1"]
 
 

@@ -111,7 +111,7 @@ class Target(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Target:
         before = [(owner, name, b) for owner in self.modules() for name, b in owner.named_buffers(recurse=False)]
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for owner, name, old in before:
             new = owner.get_buffer(name)
             if _is_narrow(new):

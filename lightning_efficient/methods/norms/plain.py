@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -25,8 +24,8 @@ def affine_module(affine: Affine, axis: int, like: Tensor) -> nn.Module:
         axis: Axis of the channels: -1, or 1 of images (batch, channels, height, width).
         like: Dtype and device of the parameters.
     """
-    root = _root(axis, like, weight=affine.scale, bias=affine.shift)
-    return _module(root, "FusedAffine", lambda x, p: torch.addcmul(p["bias"], x, p["weight"]))
+    scale, shift = (vector.to(like.device, like.dtype) for vector in affine)
+    return fx.symbolic_trace(FusedAffine(scale, shift, axis))
 
 
 def tanh_module(scale: Tensor, shift: Tensor | None, alpha: Tensor, axis: int) -> nn.Module:
@@ -38,14 +37,7 @@ def tanh_module(scale: Tensor, shift: Tensor | None, alpha: Tensor, axis: int) -
         alpha: Factor inside, shape (1,).
         axis: Axis of the channels, -1 or 1.
     """
-    root = _root(axis, scale, weight=scale, bias=shift)
-    root.alpha = nn.Parameter(alpha.detach().clone())
-
-    def forward(x: fx.Proxy, p: dict[str, fx.Proxy]) -> fx.Proxy:
-        y = torch.tanh(torch.mul(x, p["alpha"]))
-        return _scaled(y, p)
-
-    return _module(root, "DynamicTanh", forward)
+    return fx.symbolic_trace(PlainTanh(scale, shift, alpha, axis))
 
 
 def rms_module(scale: Tensor, shift: Tensor | None, eps: float | None, axis: int) -> nn.Module:
@@ -57,38 +49,58 @@ def rms_module(scale: Tensor, shift: Tensor | None, eps: float | None, axis: int
         eps: Added to the mean square; None: machine epsilon of the input.
         axis: Axis of the channels, -1 or 1.
     """
-    channels = scale.numel()
     if axis == -1 and shift is None:
-        norm = nn.RMSNorm(channels, eps=eps, device=scale.device, dtype=scale.dtype)
-        norm.weight = nn.Parameter(scale.detach().clone())
+        norm = nn.RMSNorm(scale.numel(), eps=eps, device=scale.device, dtype=scale.dtype)
+        norm.weight = _parameter(scale, axis)
         return norm
-    root = _root(axis, scale, weight=scale, bias=shift)
-
-    def forward(x: fx.Proxy, p: dict[str, fx.Proxy]) -> fx.Proxy:
-        rows = x if axis == -1 else torch.movedim(x, axis, -1)
-        y = F.rms_norm(rows, [channels], None, eps)
-        return _scaled(y if axis == -1 else torch.movedim(y, -1, axis), p)
-
-    return _module(root, "RMSNorm", forward)
+    return fx.symbolic_trace(PlainRMS(scale, shift, eps, axis))
 
 
-def _scaled(y: fx.Proxy, p: dict[str, fx.Proxy]) -> fx.Proxy:
-    return torch.addcmul(p["bias"], y, p["weight"]) if "bias" in p else torch.mul(y, p["weight"])
+def _parameter(vector: Tensor, axis: int) -> nn.Parameter:
+    vector = vector.detach().clone()
+    return nn.Parameter(vector if axis == -1 else vector[:, None, None])
 
 
-def _root(axis: int, like: Tensor, **vectors: Tensor | None) -> nn.Module:
-    root = nn.Module()
-    for name, vector in vectors.items():
-        if vector is not None:
-            value = vector.detach().to(like.device, like.dtype, copy=True)
-            root.register_parameter(name, nn.Parameter(value if axis == -1 else value[:, None, None]))
-    return root
+# What follows is only ever traced: the graphs hold calls of torch functions and do not refer to these classes.
 
 
-def _module(root: nn.Module, name: str, forward: Callable[[fx.Proxy, dict[str, fx.Proxy]], fx.Proxy]) -> nn.Module:
-    graph = fx.Graph()
-    tracer = fx.proxy.GraphAppendingTracer(graph)
-    x = fx.Proxy(graph.placeholder("x"), tracer)
-    parameters = {key: fx.Proxy(graph.get_attr(key), tracer) for key, _ in root.named_parameters()}
-    graph.output(forward(x, parameters).node)
-    return fx.GraphModule(root, graph, class_name=name)
+class FusedAffine(nn.Module):
+    """``weight · x + bias``."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, scale: Tensor, shift: Tensor | None, axis: int) -> None:
+        super().__init__()
+        self.axis = axis
+        self.weight = _parameter(scale, axis)
+        self.bias = None if shift is None else _parameter(shift, axis)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale and shift."""
+        return x * self.weight if self.bias is None else torch.addcmul(self.bias, x, self.weight)
+
+
+class PlainTanh(FusedAffine):
+    """``weight · tanh(alpha · x) + bias``."""
+
+    def __init__(self, scale: Tensor, shift: Tensor | None, alpha: Tensor, axis: int) -> None:
+        super().__init__(scale, shift, axis)
+        self.alpha = nn.Parameter(alpha.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Squash, scale and shift."""
+        return super().forward(torch.tanh(x * self.alpha))
+
+
+class PlainRMS(FusedAffine):
+    """``weight · x / rms(x) + bias``."""
+
+    def __init__(self, scale: Tensor, shift: Tensor | None, eps: float | None, axis: int) -> None:
+        super().__init__(scale, shift, axis)
+        self.channels, self.eps = scale.numel(), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize, scale and shift."""
+        rows = x if self.axis == -1 else x.movedim(self.axis, -1)
+        y = F.rms_norm(rows, [self.channels], None, self.eps)
+        return super().forward(y if self.axis == -1 else y.movedim(-1, self.axis))

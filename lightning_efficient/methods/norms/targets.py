@@ -11,7 +11,7 @@ from lightning_efficient.methods.norms.plain import Affine, rms_module, tanh_mod
 
 
 class FixedAffine(Scaled):
-    """``c · weight · x + bias``: no statistics at all, so no batch and no future leaks in (TaperNorm, arXiv 2602.10408).
+    """``c · weight · x + bias``: without statistics, so that neither batch nor future leaks in (TaperNorm, 2602.10408).
 
     ``c`` is one number, the least-squares fit of ``c · weight · x`` to what the source makes of ``x``, less its bias:
     ``c = EMA[Σ (w x) · (y - b)] / EMA[Σ (w x)²]``. For an RMS norm that is ``EMA[Σ (w x)² / rms] / EMA[Σ (w x)²]``. It
@@ -39,7 +39,7 @@ class FixedAffine(Scaled):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Scale and shift rows (tokens, channels); ``mask`` does not matter."""
-        return self.scaled(x, self.c.to(self.weight.dtype) * self.weight)
+        return self.scaled(x, self.c * self.weight)
 
     def affine(self) -> Affine:
         """Evaluation, as a float64 map of each channel."""

@@ -45,7 +45,8 @@ class UnifiedNorm(Scaled):
 
     Deviations from the published code: with a mask, padded rows also stay out of the backward means; nothing waits for
     the device. There is no exchange between processes, as there. In a recomputed forward (activation checkpointing) the
-    last decision is used again: do not combine that with one module called several times in a step.
+    last decision is used again: do not combine that with one module called several times in a step. One row alone has
+    no statistics worth the name and uses the running ones.
 
     Args:
         channels: Size of the channel axis.
@@ -98,8 +99,8 @@ class UnifiedNorm(Scaled):
         """Normalize rows (tokens, channels), with the statistics of those in ``mask`` (tokens,); None: of all."""
         if self._suspended is not None:
             return self._average(x, mask)
-        if not self.training or self.frozen or x.shape[0] == 0:
-            return self.scaled(x, self._scale(self.running_var).to(self.weight.dtype))
+        if not self.training or self.frozen or x.shape[0] < 2:
+            return self.scaled(x, self._scale(self.running_var))
         if self.collecting() or self._last is None:
             self._last = self._decide(_mean_square(x, mask, self.running_var))
         state = (self.products, self.ema, self.momentum, self.eps, mask)
@@ -148,14 +149,15 @@ class UnifiedNorm(Scaled):
         x2 = _mean_square(x, mask, self.running_var)
         self._averaged += 1
         self.running_var.lerp_(x2, 1 / self._averaged)
-        return self.scaled(x, self._scale(x2).to(self.weight.dtype))
+        return self.scaled(x, self._scale(x2))
 
 
 def _mean_square(x: Tensor, mask: Tensor | None, like: Tensor) -> Tensor:
     squares = x.detach().to(like.dtype).square()
     if mask is None:
         return squares.mean(0)
-    return torch.where(mask[:, None], squares, 0).sum(0) / mask.sum().clamp(min=1)
+    n = mask.sum()
+    return torch.where(n > 0, torch.where(mask[:, None], squares, 0).sum(0) / n.clamp(min=1), like)
 
 
 class _Smoothed(torch.autograd.Function):

@@ -1,0 +1,86 @@
+"""Schedules as pure functions of the step, so that resuming, repeating and skipping steps cannot get them wrong."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+
+def transition(
+    step: int,
+    total: int | None,
+    *,
+    hold: int | float = 0,
+    length: int | float = 0.8,
+    shape: Literal["linear", "cosine"] = "linear",
+) -> float:
+    """The weight of what is being phased out: 1 while held, then down to 0 and 0 from there on.
+
+    With ``hold=0`` and ``shape="linear"`` this is ``1 - step / length``, SLAB's schedule (arXiv 2405.11582).
+
+    Args:
+        step: Optimizer steps done so far, from 0.
+        total: Optimizer steps in the run. None, -1 or infinity: unknown, which only works for lengths given in steps.
+        hold: How long to stay at 1: an ``int`` in steps, or a ``float`` as a fraction of the run.
+        length: How long the way down takes, likewise; 0 is a jump.
+        shape: ``"linear"``, or ``"cosine"`` (half a period: slow at both ends).
+
+    Returns:
+        A number in [0, 1]: exactly 1 up to step ``hold`` (unless ``length`` is 0), exactly 0 from ``hold + length``.
+
+    Raises:
+        ValueError: The transition would not end within the run, a fraction is given for a run of unknown length, or a
+            value is out of range.
+    """
+    if step < 0:
+        raise ValueError(f"`step` counts from 0; got {step}.")
+    if shape not in ("linear", "cosine"):
+        raise ValueError(f"`shape` must be 'linear' or 'cosine'; got {shape!r}.")
+    first, span = transition_steps(total, hold=hold, length=length)
+    if step >= first + span:
+        return 0.0
+    if step <= first:
+        return 1.0
+    progress = (step - first) / span
+    return 1.0 - progress if shape == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def transition_steps(total: int | None, *, hold: int | float = 0, length: int | float = 0.8) -> tuple[int, int]:
+    """When a transition starts and how many steps it takes.
+
+    Args:
+        total: Optimizer steps in the run; None, -1 or infinity: unknown.
+        hold: Steps (``int``) or fraction of the run (``float``) before it starts.
+        length: Steps or fraction of the run from its start to its end.
+
+    Returns:
+        (first step, number of steps). A fraction above 0 is at least one step.
+
+    Raises:
+        ValueError: As for ``transition``.
+    """
+    known = total is not None and math.isfinite(total) and total >= 0
+    first, span = (_steps(name, v, total if known else None) for name, v in (("hold", hold), ("length", length)))
+    if known and total is not None and first + span > total:
+        raise ValueError(
+            f"The transition ends at step {first + span} (`hold`={hold!r} and `length`={length!r}, together), but the "
+            f"run has {total}: it would end half way. Shorten it, for example to `length`=0.8."
+        )
+    return first, span
+
+
+def _steps(name: str, value: int | float, total: int | None) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"`{name}` must be steps (int) or a fraction of the run (float); got {value!r}.")
+    if isinstance(value, int):
+        if value < 0:
+            raise ValueError(f"`{name}` must not be negative; got {value} steps.")
+        return value
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"`{name}` as a fraction of the run must be within [0, 1]; got {value}. Steps are an int.")
+    if total is None:
+        raise ValueError(
+            f"`{name}`={value} is a fraction of the run, but the run's length is unknown. Set `max_steps` or "
+            f"`max_epochs`, or give `{name}` in steps, as an int."
+        )
+    return max(round(value * total), 1) if value > 0 else 0
