@@ -21,7 +21,10 @@ from lightning_efficient.surgery.match import canonical_name
 
 # method → "module:function" that applies it: function(model, config, names) -> Change. An allow-list: what a file names
 # is looked up here and nowhere else.
-STRUCTURAL: dict[str, str] = {"remove_norms": "lightning_efficient.methods.remove_norms:apply_remove_norms"}
+STRUCTURAL: dict[str, str] = {
+    "remove_norms": "lightning_efficient.methods.remove_norms:apply_remove_norms",
+    "norm_swap": "lightning_efficient.methods.norms.swap:apply_norm_swap",
+}
 
 # `current_model_state` is where Lightning's WeightAveraging keeps the weights being trained.
 _STATES = ("state_dict", "current_model_state")
@@ -60,6 +63,8 @@ def fold(model: nn.Module, requests: Sequence[StructuralRequest], checkpoint: di
                 continue
             state = checkpoint[state_name] = dict(checkpoint[state_name])
             for name, prefix, module in _prefixes(model, request.changes):
+                if f"{prefix}_extra_state" in state:  # an averaged copy does not keep it up to date
+                    state[f"{prefix}_extra_state"] = module.get_extra_state()
                 if isinstance(module, Foldable):
                     live = _take(state, prefix)
                     tensors[name] |= {f"{state_name}/{key}": value for key, value in live.items()}

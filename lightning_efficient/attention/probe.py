@@ -46,16 +46,14 @@ class AttentionCall:
 
 
 class AttentionProbe(TorchFunctionMode):
-    """Context manager around one forward: records entropy and logit norms of every attention call it can
-    read.
+    """Context manager around one forward: records the entropy and logit norms of every attention call it can read.
 
     Reads ``F.scaled_dot_product_attention``, ``F.multi_head_attention_forward`` (``nn.MultiheadAttention``,
-    ``nn.TransformerEncoder``) and softmax followed by a matrix product, before dropout, in float32. The pass
-    computes the same numbers with the probe as without, to the bit, and draws the same random numbers; two
-    exceptions where the probe makes torch take another of its own ways: the inference fast path of
-    ``nn.TransformerEncoder`` is off, and compiled code runs eagerly. Leave the probe before backward: calls
-    recomputed by activation checkpointing do not count. Forwards of other threads (``nn.DataParallel``) are
-    not seen.
+    ``nn.TransformerEncoder``) and softmax followed by a matrix product, before dropout, in float32. The pass computes
+    the same numbers with the probe as without, to the bit, and draws the same random numbers; two exceptions where the
+    probe makes torch take another of its own ways: the inference fast path of ``nn.TransformerEncoder`` is off, and
+    compiled code runs eagerly. torch runs backward with function modes off, so calls that activation checkpointing
+    repeats are not read a second time. Forwards in other threads (``nn.DataParallel``) are not seen.
 
     Args:
         model: Sites are named relative to it.
@@ -126,7 +124,7 @@ class AttentionProbe(TorchFunctionMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func in _READERS or func in SOFTMAX:
-            if self._reading and not _in_backward() and self._keep(self._owners.current):
+            if self._reading and self._keep(self._owners.current):
                 self._read(func, args, kwargs, out)
         elif (call := self._follower.see(func, args, out)) is not None:
             self._add(call)
@@ -174,15 +172,6 @@ class AttentionProbe(TorchFunctionMode):
         if (visit := self._visits[call.site]) > 1:
             call = replace(call, site=f"{call.site}#{visit}")
         self.calls.append(call)
-
-
-def _in_backward() -> bool:
-    """Whether autograd is running: only the recomputation of activation checkpointing calls attention there.
-
-    torch has no public question for this; without the private one, recomputed calls would be read twice.
-    """
-    task = getattr(torch._C, "_current_graph_task_id", None)
-    return task is not None and task() != -1
 
 
 def _some(names: list[str], count: int = 5) -> str:

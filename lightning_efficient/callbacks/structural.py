@@ -25,6 +25,10 @@ class StructuralCallback(EfficientCallback):
     optimizers come out of it (or were there before) are rebound when ``fit`` starts.
     """
 
+    def request(self) -> Request:
+        """What to do to a model."""
+        return Request(self.method, self.state_key, self.config(), self.apply)
+
     @abstractmethod
     def apply(self, pl_module: LightningModule) -> Change:
         """Replace what is not replaced yet; raises ``NoMatchError`` if there is nothing."""
@@ -33,7 +37,7 @@ class StructuralCallback(EfficientCallback):
         """Change the modules that exist already, and hook the instance for those that come later."""
         super().setup(trainer, pl_module, stage)
         if self.enabled:
-            request = Request(self.method, self.state_key, self.config(), self.apply)
+            request = self.request()
             install_before_averaging(self, trainer, pl_module, request)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -30,7 +30,7 @@ from lightning_efficient.inference import difference
 _HERE = Path(__file__).parent
 VARIANTS = {"baseline": ["baseline.yaml"], "sigma_reparam": ["baseline.yaml", "sigma_reparam.yaml"]}
 METRICS = ["train_loss", "val_loss", "val_acc"]
-QUICK_EPOCHS = 12
+QUICK_EPOCHS = 8
 
 
 class _DemoCLI(EfficientCLI):

@@ -34,10 +34,8 @@ class ChannelAffine(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape as ``x``."""
-        a, b = self.a, self.b
-        if self.axis == 1:
-            a, b = (t.view(-1, *[1] * (x.dim() - 2)) for t in (a, b))
-        return torch.addcmul(b, x, a)
+        shape = (-1, *[1] * (x.dim() - 2)) if self.axis == 1 else (-1,)
+        return torch.addcmul(self.b.view(shape), x, self.a.view(shape))
 
 
 def fold_forwards(
@@ -59,12 +57,9 @@ def fold_forwards(
     weight, bias = weight.clone(), None if bias is None else bias.clone()
     for part in parts:
         channels = torch.tensor(part.channels, device=a.device)
-        scale, shift = (
-            torch.where(channels >= 0, t[channels.clamp(min=0)], other) for t, other in ((a, 1.0), (b, 0.0))
-        )
+        scale, shift = (_spread(channels, *pair).to(weight).view(groups, 1, -1, 1) for pair in ((a, 1.0), (b, 0.0)))
         rows = weight[slice(*part.rows)]
         matrix = rows.reshape(groups, len(rows) // groups, rows.shape[1], -1)
-        scale, shift = (t.view(groups, 1, -1, 1).to(weight) for t in (scale, shift))
         if bias is not None:
             bias[part.bias_start : part.bias_start + len(rows)] += (matrix * shift).sum((2, 3)).flatten()
         rows.copy_((matrix * scale).reshape(rows.shape))
@@ -87,9 +82,14 @@ def fold_backwards(
         The new weight and bias; the bias stays None if there was none, which is right only where ``b`` is 0.
     """
     index = torch.tensor(channels, device=a.device)
-    scale, shift = (torch.where(index >= 0, t[index.clamp(min=0)], other) for t, other in ((a, 1.0), (b, 0.0)))
-    new = weight * scale.view(-1, *[1] * (weight.dim() - 1)).to(weight)
-    return new, None if bias is None else bias * scale.to(bias) + shift.to(bias)
+    scale, shift = (_spread(index, *pair).to(weight) for pair in ((a, 1.0), (b, 0.0)))
+    new = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+    return new, None if bias is None else bias * scale + shift
+
+
+def _spread(index: Tensor, values: Tensor, other: float) -> Tensor:
+    """``values[index]``, and ``other`` where the index is -1."""
+    return torch.where(index >= 0, values[index.clamp(min=0)], other)
 
 
 @dataclass(frozen=True)
@@ -179,9 +179,16 @@ class Edit:
         if weight.bias is not None and self.read(weight.bias) is None:
             self.write(weight.bias, like.new_zeros(weight.bias_size))
         owner = modules_by_name(self.model)[weight.module]
+        output = f"{weight.module}.out_proj.bias".lstrip(".")
         # The fast path of nn.MultiheadAttention wants both biases or none.
-        if isinstance(owner, nn.MultiheadAttention) and owner.out_proj.bias is None:
-            self.write(f"{weight.module}.out_proj.bias".lstrip("."), like.new_zeros(owner.embed_dim))
+        if isinstance(owner, nn.MultiheadAttention) and self.read(output) is None:
+            self.write(output, like.new_zeros(owner.embed_dim))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """That of a parameter; where there is none, that of its module."""
+        owner, attribute = self._place(name)
+        value = getattr(owner, attribute)
+        return (next(owner.parameters(recurse=False)) if value is None else value).dtype
 
     def _place(self, name: str) -> tuple[nn.Module, str]:
         module, _, attribute = name.rpartition(".")

@@ -187,14 +187,9 @@ def _producer(tracker: Tracker, name: str) -> Producer | None:
     ):
         return None
     rows = {row for row, channel in enumerate(first.channels.tolist()) if channel >= 0}
-    others = [f for other, fs in tracker.feeds.items() if other != name for f in fs if f is not None]
-    claimed = {
-        row
-        for f in others
-        if f.weight == first.weight
-        for row, channel in enumerate(f.channels.tolist())
-        if channel >= 0
-    }
+    others = [feed for other, feeds in tracker.feeds.items() if other != name for feed in feeds if feed is not None]
+    claims = [feed.channels.tolist() for feed in others if feed.weight == first.weight]
+    claimed = {row for channels in claims for row, channel in enumerate(channels) if channel >= 0}
     if rows & (claimed | tracker.leaked(first.weight)) or _shared(tracker, first.weight):
         return None
     return Producer(_weight(tracker, first.weight, tracker.calls[first.weight][0]), tuple(first.channels.tolist()))

@@ -106,11 +106,13 @@ def fold_affines(
         ValueError: A name, shape, value or axis is wrong; a module does not compute what its ``a`` and ``b``
             say; ``call`` does not call the model; or the model does not run in float64. Nothing is changed.
     """
-    table = {
+    table: dict[str, Affine] = {
         canonical_name(name): (a.detach().double(), b.detach().double(), axis) for name, (a, b, axis) in affines.items()
     }
     _check(model, table)
-    trial = _Trial(float64_copy(model), table, tolerance)
+    if not table:
+        return FoldReport({})
+    trial = _Trial(model, table, tolerance)
     trial.look(capture(model, call))
     trial.settle([step for name in table if isinstance(step := trial.plan(name), Plan)])
     _finish(model, trial)
@@ -120,8 +122,8 @@ def fold_affines(
 class _Trial:
     """A float64 copy of the model, folded step by step."""
 
-    def __init__(self, copy: nn.Module, affines: Mapping[str, Affine], tolerance: float) -> None:
-        self.copy, self.affines, self.tolerance = copy, affines, tolerance
+    def __init__(self, model: nn.Module, affines: Mapping[str, Affine], tolerance: float) -> None:
+        self.model, self.copy, self.affines, self.tolerance = model, float64_copy(model), affines, tolerance
         self.axes: dict[str, Axis] = {name: axis for name, (_, _, axis) in affines.items()}
         self.probes: list[tuple[Probe, dict[str, Tensor], dict[str, Consumers]]] = []
         self.rejected: dict[str, str] = {}
@@ -138,10 +140,10 @@ class _Trial:
         for kind, probe in [("", main), *others(main)]:
             try:
                 tracker, values = probe.run(self.copy, self.axes)
-            except Exception as why:  # whatever the model raises at an input it does not take
+            except Exception as error:  # whatever the model raises at an input it does not take
                 if not kind:
-                    raise ValueError(f"The model does not run in float64 at the given input: {_line(why)}") from why
-                self.rejected[kind] = _line(why)
+                    raise
+                self.rejected[kind] = _line(error)
                 continue
             self.probes.append((probe, values, consumers_of(tracker)))
         self.error = self.compare(set())[0]
@@ -175,7 +177,8 @@ class _Trial:
         for step in steps:
             edit.apply(step, self.affines[step.name])
         swaps = replace_modules(self.copy, {step.name: nn.Identity() for step in steps})
-        error, why = self.compare({w.name for s in [*self.accepted, *steps] if s.backwards for w in s.weights})
+        produced = {w.name for s in [*self.accepted, *steps] if s.backwards for w in s.weights}
+        error, why = self.overflow(edit) or self.compare(produced)
         if error <= self.tolerance:
             self.accepted += steps
             self.kept.append(edit)
@@ -192,6 +195,14 @@ class _Trial:
         half = len(steps) // 2
         self.settle(steps[:half])
         self.settle(steps[half:])
+
+    def overflow(self, edit: Edit) -> tuple[float, str] | None:
+        """A reason not to go on if a new value does not fit into the model's own dtype."""
+        for name in edit.before:
+            value, dtype = edit.read(name), Edit(self.model).dtype(name)
+            if value is not None and not bool(value.abs().max() <= torch.finfo(dtype).max):
+                return float("inf"), f"{name!r} would overflow {dtype}"
+        return None
 
     def compare(self, produced: set[str]) -> tuple[float, str]:
         """Largest difference to the unfolded model over all inputs, and what was raised if it did not run.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_efficient.surgery.tags import Axis, Function, mapped, tensors_in
+from lightning_efficient.surgery.tags import Axis, Function, mapped, tensors_behind, tensors_in
 from lightning_efficient.surgery.tracking import Tracker, evaluating, watch
 
 _LOW = (torch.float32, torch.float16, torch.bfloat16)
@@ -57,10 +58,10 @@ class Probe:
             The tracker, and what was computed: the model's outputs and the fingerprint of every product with a
             weight.
         """
-        args, kwargs = mapped((self.args, self.kwargs), lambda value: _double(value))
+        args, kwargs = mapped((self.args, self.kwargs), _double)
         with Float64():
             tracker, result = watch(model, axes, lambda: model(*args, **kwargs))
-        outputs = {f"output {i}": tensor.detach().clone() for i, tensor in enumerate(tensors_in(result))}
+        outputs = {f"output {i}": tensor.detach().clone() for i, tensor in enumerate(tensors_behind(result))}
         return tracker, outputs | tracker.prints
 
 
@@ -110,10 +111,10 @@ def others(probe: Probe) -> Iterator[tuple[str, Probe]]:
     if first.dim() == 4 and first.is_floating_point():
         height, width = first.shape[2:]
         for size in ((height + 32, width + 32), (height + 9, width + 5)):
-            yield changed(f"image size {size[0]} x {size[1]}", lambda tensor, size=size: _resized(tensor, first, size))
+            yield changed(f"image size {size[0]} x {size[1]}", partial(_resized, like=first, size=size))
     elif first.dim() in (2, 3) and first.shape[1] > 2:
         length = first.shape[1]
-        yield changed(f"second axis {length - 1}", lambda tensor: _shorter(tensor, length))
+        yield changed(f"second axis {length - 1}", partial(_shorter, length=length))
 
 
 def difference(before: Mapping[str, Tensor], after: Mapping[str, Tensor], skip: Callable[[str], bool]) -> float:

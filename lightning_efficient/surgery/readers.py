@@ -130,7 +130,7 @@ def _attention(*args: Any, **kwargs: Any) -> list[Contraction]:
     width: int = call.embed_dim_to_check
     sources = (call.query, call.key, call.value)
     if call.use_separate_proj_weight:
-        groups = [
+        groups: list[tuple[Tensor, tuple[Block, ...]]] = [
             (weight, (Block(source, -1, (0, width), index * width),))
             for index, (weight, source) in enumerate(
                 zip((call.q_proj_weight, call.k_proj_weight, call.v_proj_weight), sources, strict=True)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 Axis = Literal["last", 1]
 K = TypeVar("K", bound=Hashable)
@@ -35,11 +35,13 @@ MOVES = _functions(
     " take_along_dim __getitem__ cat concat concatenate stack hstack vstack dstack pad unfold pixel_shuffle"
     " pixel_unshuffle channel_shuffle diagonal"
 ) | {torch.Tensor.T.__get__, torch.Tensor.mT.__get__}  # type: ignore[attr-defined]
-_JOINS = _functions(
-    "cat concat concatenate stack hstack vstack dstack pad unfold"
-)  # of them, those that bring in others
+# Those of them that can bring in elements from elsewhere.
+_JOINS = _functions("cat concat concatenate stack hstack vstack dstack pad unfold")
 # A companion is laid out in memory in its own way, which only these two look at.
-_ANY_LAYOUT = {torch.Tensor.view: torch.Tensor.reshape, torch.Tensor.view_as: torch.Tensor.reshape_as}
+_ANY_LAYOUT: dict[Function, Function] = {
+    torch.Tensor.view: torch.Tensor.reshape,
+    torch.Tensor.view_as: torch.Tensor.reshape_as,
+}
 # The result is the argument, perhaps of another floating dtype, on another device or in other memory.
 COPIES = _functions("to float double half bfloat16 type type_as cpu cuda clone detach contiguous requires_grad_") | {
     torch.Tensor.data.__get__  # type: ignore[attr-defined]
@@ -73,15 +75,29 @@ def asks(function: Function) -> bool:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in a value, nested in sequences, mappings and dataclasses."""
+    """The tensors in the arguments or the result of a torch function: nested in sequences and mappings."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         yield from (t for item in value.values() for t in tensors_in(item))
     elif isinstance(value, list | tuple | set | frozenset):
         yield from (t for item in value for t in tensors_in(item))
-    elif is_dataclass(value) and not isinstance(value, type):
-        yield from (t for field in fields(value) for t in tensors_in(getattr(value, field.name, None)))
+
+
+def tensors_behind(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """The tensors in what a model returned: also those in attributes of objects of any class."""
+    seen = set() if seen is None else seen
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (t for item in value.values() for t in tensors_behind(item, seen))
+    elif isinstance(value, list | tuple | set | frozenset):
+        yield from (t for item in value for t in tensors_behind(item, seen))
+    elif hasattr(value, "__dict__") and not isinstance(value, type | nn.Module) and not callable(value):
+        yield from (t for item in vars(value).values() for t in tensors_behind(item, seen))
 
 
 def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
@@ -185,9 +201,9 @@ class Space(Generic[K]):
 
     def _move(self, function: Function, args: Any, kwargs: Mapping[str, Any], out: Any, found: list[Tag]) -> None:
         args, kwargs = mapped(args, self._companion), mapped(dict(kwargs), self._companion)
-        function = _ANY_LAYOUT.get(function, function)
         keys, via = (frozenset[Any]().union(*sets) for sets in ([t.keys for t in found], [t.via for t in found]))
-        for tensor, ids in zip(tensors_in(out), tensors_in(function(*args, **kwargs)), strict=True):
+        moved = _ANY_LAYOUT.get(function, function)(*args, **kwargs)
+        for tensor, ids in zip(tensors_in(out), tensors_in(moved), strict=True):
             brought = function in _JOINS and (len(found) > 1 or bool((ids == 0).any()))
             self._tags[id(tensor)] = Tag(tensor, ids, keys, via | {label(function)} if brought else via)
 

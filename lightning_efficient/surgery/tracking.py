@@ -27,6 +27,7 @@ from lightning_efficient.surgery.tags import (
     asks,
     constant_along_others,
     label,
+    tensors_behind,
     tensors_in,
 )
 
@@ -132,14 +133,19 @@ class Tracker(TorchFunctionMode):
 
     def leaked(self, weight: int) -> set[int]:
         """Rows of a weight's product that something else than a norm reads."""
-        return {row for ids in self.leaks[weight] for row in self.rows.local(weight, ids).unique().tolist()}
+        return {row for ids in self.leaks[weight] for row in set(self.rows.local(weight, ids).flatten().tolist())}
 
     def finish(self, result: Any) -> None:
         """Say what the forward returned; call it once, at the end."""
-        kept = [value for module in self.model.modules() for value in vars(module).values()]
-        for value, how in ((result, "returned by the model"), (kept, "kept in an attribute of a module")):
-            for tensor in tensors_in(value):
-                self._lose(self.channels.of(tensor), self.rows.of(tensor), how)
+        self._returns(result, "returned by the model")
+        for name, module in modules_by_name(self.model).items():
+            for attribute, value in vars(module).items():
+                if isinstance(value, Tensor | list | tuple | dict):
+                    self._returns(list(tensors_in(value)), f"kept in {attribute!r} of {self.place(name)}")
+
+    def _returns(self, result: Any, how: str) -> None:
+        for tensor in tensors_behind(result):
+            self._lose(self.channels.of(tensor), self.rows.of(tensor), how)
 
     def place(self, name: str | None = None) -> str:
         """A module for people; the innermost running one if none is named."""
@@ -162,6 +168,8 @@ class Tracker(TorchFunctionMode):
             if target is not None:
                 self._norm_returns(target, out)
                 self._paused -= 1
+            if module is self.model:
+                self._returns(out, "returned by the model")
 
         self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
         # always_call: a forward that raises must leave the stack, too, as its caller may catch and go on.
@@ -210,8 +218,8 @@ class Tracker(TorchFunctionMode):
             self._read(contraction, out)
         sources = {id(block.source) for contraction in found for block in contraction.blocks}
         for tensor in tensors_in((args, kwargs)):
-            tag = None if id(tensor) in sources else self.channels.of(tensor)
-            self._lose(tag, self.rows.of(tensor), f"also feeds `{label(function)}` in {self.place()}")
+            other = None if id(tensor) in sources else self.channels.of(tensor)
+            self._lose(other, self.rows.of(tensor), f"also feeds `{label(function)}` in {self.place()}")
         for contraction in found:
             if contraction.out_axis is not None and id(contraction.weight) in self.slots:
                 self.rows.mark(id(contraction.weight), out, contraction.out_axis)

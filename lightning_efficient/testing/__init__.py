@@ -30,6 +30,7 @@ def assert_method_contract(
     loader: Callable[[int, int, torch.dtype], Loader],
     *,
     folds: bool = True,
+    more_graphs: int = 0,
     scenarios: Sequence[str] | None = None,
     refused: Mapping[str, str] | None = None,
     root: Path | None = None,
@@ -41,6 +42,7 @@ def assert_method_contract(
         modules: Variant → makes a fresh module, with the same initial weights each time; see :class:`Case`.
         loader: ``loader(batches, size, dtype)`` makes a data loader without shuffling.
         folds: Whether the method's checkpoints are loadable without this package.
+        more_graphs: How many graphs more than without the callback ``torch.compile`` may build in a run.
         scenarios: Names from :data:`SCENARIOS`; None: all whose variant is given.
         refused: Scenario → pattern of the error with which the method refuses it.
         root: Folder for checkpoints; None: a temporary one.
@@ -60,7 +62,7 @@ def assert_method_contract(
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             for advice in _ADVICE:
                 warnings.filterwarnings("ignore", advice)
-            case = Case(callback, modules, loader, root or Path(folder), folds)
+            case = Case(callback, modules, loader, root or Path(folder), folds, more_graphs=more_graphs)
             pattern = (refused or {}).get(name)
             if pattern is None:
                 SCENARIOS[name](case)

@@ -56,6 +56,7 @@ class Case:
         root: Folder for checkpoints.
         folds: Whether the method's checkpoints are plain: loadable without this package.
         steps: Optimizer steps a run takes.
+        more_graphs: How many graphs more than without the callback ``torch.compile`` may build in a run.
     """
 
     callback: Callable[[], EfficientCallback]
@@ -64,6 +65,7 @@ class Case:
     root: Path
     folds: bool = True
     steps: int = 6
+    more_graphs: int = 0
 
     def trainer(self, *extra: Callback, with_callback: bool = True, **kwargs: Any) -> Trainer:
         """A quiet CPU Trainer with the callback first, unless ``extra`` contains one already."""

@@ -83,8 +83,23 @@ class BlendNorm(nn.Module):
         self.lam.zero_()
         self.phase = "target"
 
+    def resume(self, lam: float) -> None:
+        """Be in the transition, at ``lam``."""
+        self.phase = "blend"
+        self.lam.fill_(lam)
+
+    def get_extra_state(self) -> dict[str, float]:
+        """Where the transition stood, so that a file evaluates to the network that was trained."""
+        return {"lam": float(self.lam)}
+
+    def set_extra_state(self, state: dict[str, float]) -> None:
+        """Go there."""
+        self.resume(float(state["lam"]))
+        if state["lam"] == 0.0:
+            self.finish()
+
     def recopy(self) -> None:
-        """Copy the source's present scale and shift into the target: for a transition that starts after a hold."""
+        """Start the target from the source as it is now; for a transition that begins after a hold or a calibration."""
         self.target.copy_affine(self.spec.scale(self.source), self.spec.shift(self.source))
 
     def fuse(self) -> nn.Module:

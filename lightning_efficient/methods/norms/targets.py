@@ -14,8 +14,9 @@ class FixedAffine(Scaled):
     """``c · weight · x + bias``: without statistics, so that neither batch nor future leaks in (TaperNorm, 2602.10408).
 
     ``c`` is one number, the least-squares fit of ``c · weight · x`` to what the source makes of ``x``, less its bias:
-    ``c = EMA[Σ (w x) · (y - b)] / EMA[Σ (w x)²]``. For an RMS norm that is ``EMA[Σ (w x)² / rms] / EMA[Σ (w x)²]``. It
-    is learnt by ``calibrate`` and is not trained; until then ``c = 1``.
+    ``c = EMA[Σ (w x) · (y - b)] / EMA[Σ (w x)²]``. For an RMS norm that is ``EMA[Σ (w x)² / rms] / EMA[Σ (w x)²]``. The
+    averages grow in ``calibrate``; ``copy_affine`` takes ``c`` from them. So no forward ever changes the function, and
+    ``c``, which is not trained, stays what it was when the transition started. Before any calibration it is 1.
 
     Args:
         channels: Size of the channel axis.
@@ -23,19 +24,16 @@ class FixedAffine(Scaled):
         decay: Share of the old value in the moving averages; both start at 0, which cancels in their ratio.
     """
 
+    c: Tensor
     product: Tensor
     power: Tensor
 
     def __init__(self, channels: int, bias: bool = True, decay: float = 0.99) -> None:
         super().__init__(channels, bias)
         self.decay = decay
+        self.register_buffer("c", torch.ones(()))
         self.register_buffer("product", torch.zeros(()))
         self.register_buffer("power", torch.zeros(()))
-
-    @property
-    def c(self) -> Tensor:
-        """The calibrated factor, a 0-dim tensor."""
-        return torch.where(self.power > 0, self.product / self.power, 1.0)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Scale and shift rows (tokens, channels); ``mask`` does not matter."""
@@ -45,8 +43,13 @@ class FixedAffine(Scaled):
         """Evaluation, as a float64 map of each channel."""
         weight = self.weight.detach().double()
         shift = torch.zeros_like(weight) if self.bias is None else self.bias.detach().double()
-        c = torch.where(self.power > 0, self.product.double() / self.power.double(), 1.0)
-        return Affine(c * weight, shift)
+        return Affine(self.c.double() * weight, shift)
+
+    @torch.no_grad()
+    def copy_affine(self, scale: Tensor | None, shift: Tensor | None) -> None:
+        """Take over a trained norm's scale and shift, and what calibration has found out since."""
+        super().copy_affine(scale, shift)
+        self.c.copy_(torch.where(self.power > 0, self.product / self.power, self.c))
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, y: Tensor, scale: Tensor | None, shift: Tensor | None, mask: Tensor | None) -> None:
@@ -56,8 +59,8 @@ class FixedAffine(Scaled):
         x, y = widened(x.detach()), widened(y.detach())
         wx = x if scale is None else x * scale
         centered = y if shift is None else y - shift
-        pairs = (wx * centered).sum(1), wx.square().sum(1)
-        for average, terms in zip((self.product, self.power), pairs, strict=True):
+        sums = (wx * centered).sum(1), wx.square().sum(1)
+        for average, terms in zip((self.product, self.power), sums, strict=True):
             terms = terms if mask is None else torch.where(mask, terms, 0)
             average.lerp_(terms.sum().to(average.dtype), 1 - self.decay)
 
