@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from lightning_efficient.surgery.affine import Affine, ChannelAffine, Edit, Plan, plan
@@ -146,7 +147,7 @@ class _Trial:
                 self.rejected[kind] = _line(error)
                 continue
             self.probes.append((probe, values, consumers_of(tracker)))
-        self.error = self.compare(set())[0]
+        self.error = self.compare([])[0]
         if not self.error <= self.tolerance:
             why = f"two runs of the unfolded model differ by {self.error:.1e}: its output is random, or not finite"
             self.outcome = {name: Folded("left", why=why) for name in self.affines}
@@ -177,8 +178,7 @@ class _Trial:
         for step in steps:
             edit.apply(step, self.affines[step.name])
         swaps = replace_modules(self.copy, {step.name: nn.Identity() for step in steps})
-        produced = {w.name for s in [*self.accepted, *steps] if s.backwards for w in s.weights}
-        error, why = self.overflow(edit) or self.compare(produced)
+        error, why = self.overflow(edit) or self.compare([*self.accepted, *steps])
         if error <= self.tolerance:
             self.accepted += steps
             self.kept.append(edit)
@@ -204,18 +204,25 @@ class _Trial:
                 return float("inf"), f"{name!r} would overflow {dtype}"
         return None
 
-    def compare(self, produced: set[str]) -> tuple[float, str]:
+    def compare(self, folded: list[Plan]) -> tuple[float, str]:
         """Largest difference to the unfolded model over all inputs, and what was raised if it did not run.
 
-        The products of ``produced`` weights are not compared: they hold what the norm after them did.
+        Compared are the outputs, and what goes into and comes out of every weight: a head of zeros would hide
+        any error from the outputs. Only between a folded norm and its weights must something differ.
         """
+        read, made = ({w.name for s in folded if s.backwards == back for w in s.weights} for back in (False, True))
+
+        def skip(name: str) -> bool:
+            weight, _, call = name.rpartition("#")
+            return weight in (read if "input" in call else made)
+
         worst = 0.0
         for probe, before, _ in self.probes:
             try:
                 after = probe.run(self.copy, {})[1]
             except Exception as why:  # such as reading an attribute of the norm that is gone
                 return float("inf"), f"the model fails without it: {_line(why)}"
-            worst = max(worst, difference(before, after, lambda name: name.rpartition("#")[0] in produced))
+            worst = max(worst, difference(before, after, skip))
         return worst, ""
 
     def report(self) -> FoldReport:
@@ -228,6 +235,8 @@ class _Trial:
 def _check(model: nn.Module, affines: Mapping[str, Affine]) -> None:
     modules = modules_by_name(model)
     for name, (a, b, axis) in affines.items():
+        if name == "":
+            raise ValueError("The model itself cannot be folded into itself; name modules inside it.")
         if name not in modules:
             raise ValueError(f"The model has no module {name!r}; expected names as in `model.named_modules()`.")
         if a.dim() != 1 or a.shape != b.shape:

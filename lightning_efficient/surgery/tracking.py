@@ -87,7 +87,7 @@ class Tracker(TorchFunctionMode):
         self.uses: dict[int, str] = {}  # what else a parameter is used for
         self.leaks: dict[int, list[Tensor]] = defaultdict(list)  # numbers of rows that something else reads
         self.feeds: dict[str, list[Feed | None]] = defaultdict(list)
-        self.prints: dict[str, Tensor] = {}
+        self.prints: dict[str, Tensor] = {}  # of every product, "<weight>#<call>", and its inputs, "... input <i>"
         self.storages: Counter[int] = Counter()
         self._stack: list[str] = []
         self._paused = 0
@@ -251,7 +251,10 @@ class Tracker(TorchFunctionMode):
         norms = frozenset(name for tag in tags if tag is not None for name in self.channels.keys(tag))
         self.calls[weight].append(Call(contraction, tuple(numbers), norms))
         self._visits[weight] += 1
-        self.prints[f"{self.slots[weight][0].name}#{self._visits[weight]}"] = _fingerprint(next(tensors_in(out)))
+        visit = f"{self.slots[weight][0].name}#{self._visits[weight]}"
+        self.prints[visit] = _fingerprint(next(tensors_in(out)))
+        for index, source in enumerate({id(block.source): block.source for block in contraction.blocks}.values()):
+            self.prints[f"{visit} input {index}"] = _fingerprint(source)
 
     def _lose(self, channels: Tag | None, rows: Tag | None, reason: str) -> None:
         """Something else than a weight reads these channels, something else than a norm reads these rows."""

@@ -148,8 +148,7 @@ class Site:
         """Take the present weights for the network's, whatever the state was; the function stays as it is."""
         work = self.param.detach().to(compute_dtype(self.param.dtype), copy=True)
         for transform in reversed(self.chain):
-            if not transform.fits(work, self._tolerance):
-                transform.rebase(work)
+            transform.rebase(work)
             transform.pull(work, None)
         if self.keeps_raw:
             self.raw = work.to(self.param.dtype)

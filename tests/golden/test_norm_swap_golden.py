@@ -244,7 +244,7 @@ def test_fixed_affine_calibration(kind):
                 top += ((w * row) * (y - b)).sum()
             bottom += ((w * row) ** 2).sum()
         product, power = decay * product + (1 - decay) * top, decay * power + (1 - decay) * bottom
-    assert target.c == 1  # no forward changes what the target computes
+    target.calibrating = False
     blend.recopy()
     c = product / power
     close(target.c, np.array(c), 1e-14)

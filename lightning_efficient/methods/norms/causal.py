@@ -55,7 +55,9 @@ class CausalWatch(TorchFunctionMode):
         """Make the call as it is; look at the mask of attention calls."""
         kwargs = kwargs or {}
         if not self.seen and func in (F.scaled_dot_product_attention, F.multi_head_attention_forward):
-            mask = kwargs.get("attn_mask", args[3] if func is F.scaled_dot_product_attention and len(args) > 3 else None)
+            mask = kwargs.get(
+                "attn_mask", args[3] if func is F.scaled_dot_product_attention and len(args) > 3 else None
+            )
             if kwargs.get("is_causal") or (isinstance(mask, Tensor) and _is_causal(mask)):
                 self.seen = f"{func.__name__} with a causal mask"
         return func(*args, **kwargs)

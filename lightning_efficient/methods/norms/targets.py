@@ -15,8 +15,8 @@ class FixedAffine(Scaled):
 
     ``c`` is one number, the least-squares fit of ``c · weight · x`` to what the source makes of ``x``, less its bias:
     ``c = EMA[Σ (w x) · (y - b)] / EMA[Σ (w x)²]``. For an RMS norm that is ``EMA[Σ (w x)² / rms] / EMA[Σ (w x)²]``. The
-    averages grow in ``calibrate``; ``copy_affine`` takes ``c`` from them. So no forward ever changes the function, and
-    ``c``, which is not trained, stays what it was when the transition started. Before any calibration it is 1.
+    averages grow in ``calibrate``; while ``calibrating``, each training forward uses what the ones before it found, so
+    that a recomputed forward repeats the first. ``c`` is not trained. Before any calibration it is 1.
 
     Args:
         channels: Size of the channel axis.
@@ -37,6 +37,8 @@ class FixedAffine(Scaled):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Scale and shift rows (tokens, channels); ``mask`` does not matter."""
+        if self.calibrating and self.training and self.collecting():
+            self._settle()
         return self.scaled(x, self.c * self.weight)
 
     def affine(self) -> Affine:
@@ -49,7 +51,7 @@ class FixedAffine(Scaled):
     def copy_affine(self, scale: Tensor | None, shift: Tensor | None) -> None:
         """Take over a trained norm's scale and shift, and what calibration has found out since."""
         super().copy_affine(scale, shift)
-        self.c.copy_(torch.where(self.power > 0, self.product / self.power, self.c))
+        self._settle()
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, y: Tensor, scale: Tensor | None, shift: Tensor | None, mask: Tensor | None) -> None:
@@ -63,6 +65,10 @@ class FixedAffine(Scaled):
         for average, terms in zip((self.product, self.power), sums, strict=True):
             terms = terms if mask is None else torch.where(mask, terms, 0)
             average.lerp_(terms.sum().to(average.dtype), 1 - self.decay)
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        self.c.copy_(torch.where(self.power > 0, self.product / self.power, self.c))
 
 
 class DynamicTanh(Scaled):
