@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightning_efficient.callbacks.collapse_monitor import CollapseMonitor
+    from lightning_efficient.callbacks.prepbn import PRepBN
     from lightning_efficient.callbacks.sigma_reparam import SigmaReparam
     from lightning_efficient.checkpoint import load_from_checkpoint
     from lightning_efficient.cli.efficient_cli import EfficientCLI
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = ["CollapseMonitor", "EfficientCLI", "SigmaReparam", "export", "load_from_checkpoint"]
+__all__ = ["CollapseMonitor", "EfficientCLI", "PRepBN", "SigmaReparam", "export", "load_from_checkpoint"]
 
 _HOMES = {
     "CollapseMonitor": "lightning_efficient.callbacks.collapse_monitor",
     "EfficientCLI": "lightning_efficient.cli.efficient_cli",
+    "PRepBN": "lightning_efficient.callbacks.prepbn",
     "SigmaReparam": "lightning_efficient.callbacks.sigma_reparam",
     "export": "lightning_efficient.export",
     "load_from_checkpoint": "lightning_efficient.checkpoint",

@@ -154,6 +154,10 @@ def load_from_checkpoint(cls: type[M], path: str | Path | IO[bytes], map_locatio
     if hasattr(path, "seek"):
         cast(IO[bytes], path).seek(0)
     entries = [entry for entry in recipe.read(content) if entry.method in STRUCTURAL]
+    if not entries:
+        return cls.load_from_checkpoint(path, map_location=map_location, **kwargs)
+    if "_class_path" in content.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}):
+        kwargs.setdefault("_class_path", None)  # written by a CLI; it would have to name a subclass of the loader below
 
     def configure_model(self: LightningModule) -> None:
         cls.configure_model(self)

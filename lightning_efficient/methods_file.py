@@ -22,7 +22,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 # Key in YAML and on the command line -> name of the callback in `lightning_efficient`.
-METHODS: dict[str, str] = {"sigma_reparam": "SigmaReparam", "collapse_monitor": "CollapseMonitor"}
+METHODS: dict[str, str] = {
+    "sigma_reparam": "SigmaReparam",
+    "norm_swap": "PRepBN",
+    "collapse_monitor": "CollapseMonitor",
+}
 
 
 def callback_class(method: str) -> type[Callback]:

@@ -54,14 +54,28 @@ def transition_steps(total: int | None, *, hold: int | float = 0, length: int | 
         length: Steps or fraction of the run from its start to its end.
 
     Returns:
-        (first step, number of steps). A fraction above 0 is at least one step.
+        (first step, number of steps). Fractions that fit together always do, however short the run: ``hold`` is rounded
+        down, and a ``length`` above 0 is at least one step.
 
     Raises:
         ValueError: As for ``transition``.
     """
     known = total is not None and math.isfinite(total) and total >= 0
-    first, span = (_steps(name, v, total if known else None) for name, v in (("hold", hold), ("length", length)))
-    if known and total is not None and first + span > total:
+    for name, value in (("hold", hold), ("length", length)):
+        _check(name, value, known)
+    run = total if known and total is not None else 0
+    first = hold if isinstance(hold, int) else math.floor(hold * run + 1e-9)
+    if isinstance(length, int):
+        span = length
+    elif isinstance(hold, int):
+        span = max(round(length * run), 1) if length > 0 else 0
+    elif length > 0:
+        # Rounded where it ends, not in how long it is, so that 0.2 and 0.8 make a whole in a run of 2 steps.
+        first = min(first, run - 1) if hold + length <= 1 else first
+        span = max(round((hold + length) * run) - first, 1)
+    else:
+        span = 0
+    if known and first + span > run:
         raise ValueError(
             f"The transition ends at step {first + span} (`hold`={hold!r} and `length`={length!r}, together), but the "
             f"run has {total}: it would end half way. Shorten it, for example to `length`=0.8."
@@ -69,18 +83,16 @@ def transition_steps(total: int | None, *, hold: int | float = 0, length: int | 
     return first, span
 
 
-def _steps(name: str, value: int | float, total: int | None) -> int:
+def _check(name: str, value: int | float, known: bool) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"`{name}` must be steps (int) or a fraction of the run (float); got {value!r}.")
     if isinstance(value, int):
         if value < 0:
             raise ValueError(f"`{name}` must not be negative; got {value} steps.")
-        return value
-    if not 0.0 <= value <= 1.0:
+    elif not 0.0 <= value <= 1.0:
         raise ValueError(f"`{name}` as a fraction of the run must be within [0, 1]; got {value}. Steps are an int.")
-    if total is None:
+    elif not known:
         raise ValueError(
             f"`{name}`={value} is a fraction of the run, but the run's length is unknown. Set `max_steps` or "
             f"`max_epochs`, or give `{name}` in steps, as an int."
         )
-    return max(round(value * total), 1) if value > 0 else 0

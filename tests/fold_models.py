@@ -53,7 +53,7 @@ def swap(model: nn.Module, shift: float = 0.5) -> Table:
 
 def deepest_difference(before: Any, after: Any) -> float:
     """Relative to the largest value, over all tensors of two outputs."""
-    one, two = ([v for v in _leaves(o)] for o in (before, after))
+    one, two = (_leaves(output) for output in (before, after))
     assert len(one) == len(two) > 0
     return max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(one, two, strict=True))
 
@@ -174,6 +174,5 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
 
 
 def swin(size: int, **kwargs: Any) -> nn.Module:
-    return timm.create_model(
-        "swin_tiny_patch4_window7_224", img_size=size, embed_dim=12, depths=(2, 2), num_heads=(2, 4), num_classes=10, **kwargs
-    )  # fmt: skip
+    options = {"img_size": size, "embed_dim": 12, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 10}
+    return timm.create_model("swin_tiny_patch4_window7_224", **options, **kwargs)

@@ -14,9 +14,10 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_efficient.callbacks.attach import Request
 from lightning_efficient.callbacks.structural import StructuralCallback
+from lightning_efficient.callbacks.weightspace import Plan
 from lightning_efficient.methods.norms.blend import BlendNorm, blend_norms
-from lightning_efficient.methods.norms.causal import CausalAttention, CausalWatch
-from lightning_efficient.methods.norms.swap import METHOD, NormSwapConfig, apply_norm_swap
+from lightning_efficient.methods.norms.causal import CausalAttentionError, CausalWatch
+from lightning_efficient.methods.norms.swap import METHOD, NormSwapConfig, apply_norm_swap, find_norms
 from lightning_efficient.schedule import transition, transition_steps
 from lightning_efficient.surgery.change import Change
 
@@ -91,6 +92,12 @@ class PRepBN(StructuralCallback):
         """What to do to a model: plain data and a function, so that copies of the model can carry it."""
         config = self.config()
         return Request(METHOD, self.state_key, config, partial(apply_norm_swap, config=config))
+
+    def plan(self, model: nn.Module) -> Plan:
+        """What would be swapped, without changing anything."""
+        norms = find_norms(model, self.options, self.include, self.exclude)
+        targets = {n: f"{type(m).__name__} becomes {self.options.target}" for n, (m, _) in norms.matched.items()}
+        return Plan(change=Change(METHOD, targets=targets, skipped=dict(norms.skipped)))
 
     def apply(self, pl_module: LightningModule) -> Change:
         """Swap the norms that are not swapped yet."""
@@ -198,7 +205,7 @@ class PRepBN(StructuralCallback):
         if self._watch is not None and self._watch.active:
             self._watch.__exit__(None, None, None)
             if self._watch.seen:
-                raise CausalAttention(self._watch.seen, self.options.target)
+                raise CausalAttentionError(self._watch.seen, self.options.target)
 
     def _release(self) -> None:
         for handle in self._handles:

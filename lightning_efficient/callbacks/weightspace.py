@@ -103,7 +103,7 @@ class WeightSpaceCallback(EfficientCallback):
             )
         elif self._tensors:
             # Zero or frozen when the run began, so without a place in the optimizer's saved state.
-            for name in sites.keys() - self._tensors.keys():
+            for name in [name for name in sites if name not in self._tensors]:
                 del sites[name]
                 skipped[name] = "left alone when the checkpoint was written"
         self.change = plan.change
@@ -264,7 +264,7 @@ def _only_optimized(
             "Does `configure_optimizers` use other parameters, or does the optimizer step inside backward?"
         )
     if plan.change is not None:
-        for name in plan.sites.keys() - kept.keys():
+        for name in [name for name in plan.sites if name not in kept]:
             plan.change.targets.pop(name, None)
             plan.change.skipped[name] = "in no optimizer"
     return kept

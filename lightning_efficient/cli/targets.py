@@ -16,6 +16,7 @@ from torch import nn
 from lightning_efficient.attention import AttentionProbe
 from lightning_efficient.callbacks.base import EfficientCallback
 from lightning_efficient.callbacks.collapse_monitor import CollapseMonitor
+from lightning_efficient.callbacks.prepbn import PRepBN
 from lightning_efficient.callbacks.weightspace import WeightSpaceCallback
 from lightning_efficient.cli.efficient_cli import EfficientCLI, add_method_arguments
 from lightning_efficient.inference import as_call, evaluating
@@ -113,7 +114,7 @@ def planned(callback: EfficientCallback, model: nn.Module) -> Change:
     """
     if isinstance(callback, CollapseMonitor):
         return _attention(callback, model)
-    change = cast(WeightSpaceCallback, callback).plan(cast(LightningModule, model)).change
+    change = cast(WeightSpaceCallback | PRepBN, callback).plan(cast(LightningModule, model)).change
     assert change is not None
     return change
 

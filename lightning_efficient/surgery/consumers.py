@@ -200,18 +200,19 @@ def _shared(tracker: Tracker, key: int) -> str | None:
     slot, calls = tracker.slots[key][0], tracker.calls[key]
     if not any(type(p) is nn.Parameter for n, p in slot.owner.named_parameters(recurse=False) if n == slot.attribute):
         return f"the weight of {slot.module!r} is of a special tensor type (quantised?)"
+    weight = calls[0].contraction.weight
     biases = {id(call.contraction.bias): call.contraction.bias for call in calls if call.contraction.bias is not None}
-    if len(biases) > 1:
-        return f"{slot.module!r} is called with two biases"
-    for parameter in (calls[0].contraction.weight, *biases.values()):
+    for parameter in (weight, *biases.values()):
         what = "weight" if id(parameter) == key else "bias"
         slots = tracker.slots.get(id(parameter), [])
         if len(slots) > 1:
-            return f"{what} of {slots[0].module!r} is tied to {slots[1].name!r}"
+            return f"tied {what}: {slots[0].name!r} is {slots[1].name!r}"
         if id(parameter) in tracker.uses:
             return f"{what} of {slots[0].module!r} is also read by {tracker.uses[id(parameter)]}"
         if parameter.numel() and tracker.storages[parameter.untyped_storage().data_ptr()] > 1:
             return f"{what} of {slots[0].module!r} shares its memory with another parameter"
+    if len(biases) > 1:
+        return f"{slot.module!r} is called with two biases"
     return _shared_bias(tracker, key, set(biases))
 
 

@@ -239,7 +239,7 @@ class Tracker(TorchFunctionMode):
         for what, tensor in (("weight", contraction.weight), ("bias", bias)):
             if tensor is not None and id(tensor) not in self.slots:
                 for tag in tags:
-                    self._lose(tag, None, f"the {what} of {reader} is computed in the forward, not a parameter")
+                    self._lose(tag, None, f"{reader} reads it with a {what} computed in the forward, not a parameter")
         if weight not in self.slots:
             return
         numbers = []

@@ -15,7 +15,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 
 import lightning_efficient.demo
-from lightning_efficient import CollapseMonitor, EfficientCLI, SigmaReparam
+from lightning_efficient import EfficientCLI, SigmaReparam
 from lightning_efficient._switch import VARIABLE
 from lightning_efficient.cli import main
 from lightning_efficient.demo.model import DigitsViT
@@ -66,7 +66,7 @@ def file(name: str, text: str) -> Path:
 
 
 def ours(trainer: pl.Trainer) -> dict[str, Any]:
-    found = [cb for cb in trainer.callbacks if isinstance(cb, (SigmaReparam, CollapseMonitor))]
+    found = [cb for cb in trainer.callbacks if isinstance(cb, EfficientCallback)]
     assert len({cb.method for cb in found}) == len(found)
     return {cb.method: cb for cb in found}
 
@@ -141,7 +141,10 @@ def trained(run: Any, tmp_path: Path) -> Path:
 
 def test_fit_targets_export_compare(run: Any, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved = yaml.safe_load((trained / "config.yaml").read_text(encoding="utf-8"))
-    assert {name: saved[name]["enabled"] for name in METHODS} == {"sigma_reparam": True, "collapse_monitor": True}
+    assert {name: saved[name]["enabled"] for name in METHODS} == dict.fromkeys(METHODS, False) | {
+        "sigma_reparam": True,
+        "collapse_monitor": True,
+    }
 
     capsys.readouterr()
     assert run("targets", "-c", trained / "config.yaml", "--sigma_reparam.exclude=[net.head]") == 0

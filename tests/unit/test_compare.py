@@ -107,6 +107,11 @@ def test_estimates_show_no_more_digits_than_are_known(values: tuple[float, ...],
     assert Estimate(values).show() == text
 
 
+def test_an_infinite_run_leaves_no_mean() -> None:
+    assert math.isnan(Estimate((1.0, math.inf)).mean)
+    assert Estimate((1.0, math.inf)).to_dict() == {"mean": None, "half_width_95": None, "n": 2, "values": [1.0, None]}
+
+
 def test_one_seed_gives_no_interval(tmp_path: Path) -> None:
     log(tmp_path / "baseline" / "seed_0", {"val_loss": [1.0, 0.5]})
     log(tmp_path / "sigma" / "seed_0", {"val_loss": [1.0, 0.4]})

@@ -1,4 +1,4 @@
-"""Folding affines away: the algebra against direct evaluation, real models against themselves, and what must not fold."""
+"""Folding affines away: the algebra against direct evaluation, real models against themselves, what must not fold."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ LEFT: dict[str, dict[str, str]] = {
     "convnext": {},
     "mixer": {"norm1": "mixes tokens, not channels"},
     "bert": {"LayerNorm": ""},
-    "gpt2": {"ln_f": "weight of 'transformer.wte' is tied to 'lm_head.weight'"},
+    "gpt2": {"ln_f": "tied weight: 'transformer.wte.weight' is 'lm_head.weight'"},
     "llama": {},
     "llama_eager": {},
-    "decoder": {"final": "tied"},
+    "decoder": {"final": "tied weight: 'embed.weight' is 'head.weight'"},
     "decoder_untied": {},
     "encoder_pre": {},
     "encoder_pre_no_bias": {},
@@ -126,7 +126,7 @@ def test_the_bias_of_the_patch_embedding_is_scaled() -> None:
     lost = (alpha * conv.bias).abs().max()
     assert torch.allclose((expected - published).abs().max(), lost, rtol=1e-12)
 
-    net = nn.Sequential(conv, Affine(a, b, 1), Residual(8, a, b))
+    net = nn.Sequential(conv, Affine(a, b, 1), Residual(8))
     report, error = fold(net, {"1": (a, b, 1)}, {"input": x})
     assert report.norms["1"].how == "backwards"
     assert error <= 1e-14
@@ -135,7 +135,7 @@ def test_the_bias_of_the_patch_embedding_is_scaled() -> None:
 class Residual(nn.Module):
     """Reads its input twice, so that nothing folds forwards into it."""
 
-    def __init__(self, width: int, a: Tensor, b: Tensor) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(width, width, 1, dtype=torch.float64)
 
@@ -237,20 +237,9 @@ class Two(nn.Module):
         return self.last(self.middle(self.bad(h)))
 
 
-class Hidden(torch.autograd.Function):
-    """A copy that torch function modes do not see, as a custom kernel would make it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        with torch._C.DisableTorchFunction():
-            return x * x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
 class HiddenReader(nn.Module):
+    """Reads its input in a way that torch function modes do not see, as a custom kernel would."""
+
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(4, 4)
@@ -283,7 +272,11 @@ class AsksWeight(nn.Module):
 
 def two(middle: nn.Module) -> tuple[Two, Table]:
     model = Two(middle).double().eval()
-    return model, {n: (m.a.detach().clone(), m.b.detach().clone(), "last") for n in ("good", "bad") for m in [getattr(model, n)]}
+    return model, table_of(model)
+
+
+def table_of(model: Two) -> Table:
+    return {name: (norm.a, norm.b, "last") for name, norm in (("good", model.good), ("bad", model.bad))}
 
 
 def test_what_the_trace_cannot_see_is_rolled_back_alone() -> None:
@@ -385,9 +378,8 @@ def test_float32_inside_the_forward_does_not_blur_the_check() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtype_identity_and_flags(dtype: torch.dtype) -> None:
-    model, table = two(nn.Linear(4, 4, bias=False))
-    model = model.to(dtype)
-    table = {name: (getattr(model, name).a, getattr(model, name).b, axis) for name, (_, _, axis) in table.items()}
+    model = two(nn.Linear(4, 4, bias=False))[0].to(dtype)
+    table = table_of(model)
     model.middle.weight.requires_grad_(False)
     model.train()
     kept = {name: p for name, p in model.named_parameters() if name.split(".")[0] not in table}
@@ -415,11 +407,11 @@ def test_nothing_is_left_behind_in_the_model() -> None:
 
 
 def test_weights_that_do_not_fit_float16() -> None:
-    model, table = two(nn.Linear(4, 4))
+    model, _ = two(nn.Linear(4, 4))
     model.bad.a.data.fill_(6e4)
     model.middle.weight.data.fill_(3.0)
     model = model.half()
-    table = {name: (getattr(model, name).a, getattr(model, name).b, axis) for name, (_, _, axis) in table.items()}
+    table = table_of(model)
     x = torch.randn(2, 4, dtype=torch.float16)
     report = fold_affines(model, table, lambda: model(x))
     assert report.left == {"bad": "'middle.weight' would overflow torch.float16"}
@@ -492,8 +484,7 @@ def test_model_that_insists_on_float32() -> None:
                 raise RuntimeError("only float32")
             return x
 
-    model, table = two(Insists())
-    model = model.float()
+    model = two(Insists())[0].float()
     x = torch.randn(2, 4)
     with pytest.raises(ValueError, match="does not run in float64 at the given input: RuntimeError: only float32"):
-        fold_affines(model, table, lambda: model(x))
+        fold_affines(model, table_of(model), lambda: model(x))

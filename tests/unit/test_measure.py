@@ -87,7 +87,7 @@ class Clock:
 
 
 class Slow(nn.Module):
-    """Takes ``base`` ms a sample; the first runs and every tenth are a hundred times slower, as on a real machine."""
+    """Takes ``base`` ms a sample; the first runs and some later ones are a hundred times slower."""
 
     def __init__(self, clock: Clock, base: float, log: list[float]) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class Slow(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.log.append(self.base)
         self.runs += 1
-        self.clock.now += self.base * len(x) / 1e3 * (100 if self.runs < 5 or self.runs % 10 == 0 else 1)
+        self.clock.now += self.base * len(x) / 1e3 * (100 if self.runs < 5 or self.runs % (5 + self.base) == 0 else 1)
         return x
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
-class CausalAttention(ValueError):
+class CausalAttentionError(ValueError):
     """A causal model was given norms with batch statistics.
 
     Args:
@@ -21,8 +21,8 @@ class CausalAttention(ValueError):
 
     def __init__(self, seen: str, target: str) -> None:
         super().__init__(
-            f"the model is causal ({seen}), and the batch statistics of `target={target!r}` would let every position see "
-            "the future of its batch while training: the loss would be too good, and evaluation another network. Use "
+            f"the model is causal ({seen}), and the batch statistics of `target={target!r}` would let every position "
+            "see the future of its batch while training: the loss would be too good, and evaluation another network. Use "
             "`target='affine'`, which has no batch statistics, or accept the leak with `allow_causal=True`."
         )
 

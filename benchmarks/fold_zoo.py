@@ -1,0 +1,230 @@
+"""Folding over the smallest model of every timm family: what folds, what does not and why, and that nothing is wrong.
+
+Every norm is replaced by what it would be after training: a per-channel affine with the statistics of its input, and
+then some noise, so that scale and shift are large and random. Weights are random (nothing is downloaded). "error" is
+measured here, not taken from the fold's own check: plain forwards before and after, in float64.
+
+    python benchmarks/fold_zoo.py                  # all families; goes on where it stopped
+    python benchmarks/fold_zoo.py --only swin_transformer --redo
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import re
+import time
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import timm
+import timm.layers as layers
+import torch
+from common import RESULTS, machine, markdown, save
+from torch import Tensor, nn
+
+from lightning_efficient.surgery.affine import Affine, ChannelAffine
+from lightning_efficient.surgery.fold import FoldReport, fold_affines
+from lightning_efficient.surgery.probes import Float64
+from lightning_efficient.surgery.replace import replace_modules
+
+TOLERANCE = 1e-12
+SIZES = ("test", "zepto", "atto", "femto", "pico", "nano", "micro", "tiny", "mini", "xxs", "xs", "small", "_s", "base")
+CANDIDATES = 4
+LAST = tuple(getattr(layers, n) for n in ("RmsNorm", "RmsNormFp32", "SimpleNorm") if hasattr(layers, n))
+FIRST = tuple(
+    getattr(layers, n)
+    for n in ("LayerNorm2d", "LayerNorm2dFp32", "LayerNormExp2d", "LayerNormAct2d", "RmsNorm2d", "RmsNorm2dFp32")
+    + ("RmsNormAct2d", "SimpleNorm2d", "GroupNorm1", "GroupNorm1Act")
+    if hasattr(layers, n)
+)
+COLUMNS = {
+    "family": "family", "model": "model", "verdict": "verdict", "norms": "norms", "forwards": "forwards",
+    "backwards": "backwards", "left": "left", "error": "error", "checked": "inputs", "why": "why the rest stays",
+}  # fmt: skip
+
+
+def families() -> dict[str, list[str]]:
+    """Module of timm -> names of its models."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in timm.list_models():
+        found[timm.model_entrypoint(name).__module__.rpartition(".")[2]].append(name)
+    return dict(sorted(found.items()))
+
+
+def smallest(names: Iterable[str]) -> str:
+    """The one with the fewest parameters among those whose name promises few, counted without allocating them."""
+
+    def promise(name: str) -> tuple[int, list[int], str]:
+        word = next((i for i, size in enumerate(SIZES) if size in name), len(SIZES))
+        return word, [int(number) for number in re.findall(r"\d+", name)], name
+
+    counts = {}
+    for name in sorted(names, key=promise)[:CANDIDATES]:
+        try:
+            with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+                counts[name] = sum(p.numel() for p in timm.create_model(name).parameters())
+        except Exception:  # some initialisers need data; then the name has to do
+            counts.setdefault(name, 10**12)
+    return min(counts, key=lambda name: counts[name])
+
+
+def channel_axis(module: nn.Module) -> Any:
+    """``"last"`` or 1 for a norm whose finished form is one affine per channel; None for anything else."""
+    if isinstance(module, (*FIRST, nn.BatchNorm1d, nn.BatchNorm2d)):
+        return 1
+    return "last" if isinstance(module, (*LAST, nn.LayerNorm, nn.RMSNorm)) else None
+
+
+def swap_norms(model: nn.Module, x: Tensor) -> dict[str, Affine]:
+    """Put a perturbed affine of its input's statistics in the place of every norm that runs."""
+    seen: dict[str, Affine] = {}
+
+    def measure(name: str, axis: Any) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            values = args[0].movedim(1 if axis == 1 else -1, 0).flatten(1)
+            mean, std = values.mean(1), values.std(1, correction=0)
+            std = std.clamp(min=0.1 * std.mean()) + 1e-3  # nearly constant channels are not blown up
+            a = (torch.rand_like(mean) + 0.5) / std
+            seen.setdefault(name, (a, torch.randn_like(mean) / 2 - mean * a, axis))
+
+        return hook
+
+    norms = {name: (m, axis) for name, m in model.named_modules() if (axis := channel_axis(m)) is not None}
+    handles = [module.register_forward_pre_hook(measure(name, axis)) for name, (module, axis) in norms.items()]
+    model(x)
+    for handle in handles:
+        handle.remove()
+    # What else the layer held (an activation) stays behind the affine.
+    new = {name: nn.Sequential(ChannelAffine(*affine), *norms[name][0].children()) for name, affine in seen.items()}
+    replace_modules(model, new)
+    return {f"{name}.0": affine for name, affine in seen.items()}
+
+
+def build(name: str) -> tuple[nn.Module, Tensor]:
+    """A float64 model in which no parameter is zero, and the smallest images it takes."""
+    with warnings.catch_warnings(action="ignore"):
+        model = timm.create_model(name).double().eval()
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    native = model.pretrained_cfg.get("input_size", (3, 224, 224))
+    error: Exception | None = None
+    for size in (*((s, s) for s in (64, 128) if s < native[1]), native[1:]):
+        x = torch.randn(2, native[0], *size, dtype=torch.float64)
+        try:
+            with Float64():
+                model(x)
+            return model, x
+        except Exception as why:  # whatever a model raises at a size that is not its own
+            error = why
+    raise RuntimeError(f"takes no image: {type(error).__name__}: {error}")
+
+
+@torch.no_grad()
+def fold_one(name: str) -> dict[str, Any]:
+    """One row of the table."""
+    torch.manual_seed(0)
+    model, x = build(name)
+    with Float64():
+        table = swap_norms(model, x)
+        before = outputs(model(x))
+    row: dict[str, Any] = {"norms": len(table), "image": x.shape[-1]}
+    if not table:
+        return row | {"verdict": "no norms"}
+    report = fold_affines(model, table, lambda: model(x), tolerance=TOLERANCE)
+    with Float64():
+        after = outputs(model(x))
+    error = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(before, after, strict=True))
+    if not error <= TOLERANCE:
+        verdict = "WRONG"
+    else:
+        verdict = "pass" if not report.left else "partly" if report.folded else "refused"
+    return row | {"verdict": verdict, "error": error, **summary(report)}
+
+
+def outputs(value: Any) -> list[Tensor]:
+    """The tensors a model returned."""
+    if isinstance(value, Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value
+    return [tensor for item in items for tensor in outputs(item)]
+
+
+def summary(report: FoldReport) -> dict[str, Any]:
+    """Counts, and the reasons without the names of modules."""
+    how = Counter(outcome.how for outcome in report.norms.values())
+    why = Counter(re.sub(r"'[^']*'", "…", reason) for reason in report.left.values())
+    return {
+        "forwards": how["forwards"], "backwards": how["backwards"], "left": how["left"],
+        "checked": len(report.checked), "why": "; ".join(f"{n} × {reason}" for reason, n in why.most_common()),
+        "norms_left": report.left, "rejected": report.rejected,
+    }  # fmt: skip
+
+
+def isolated(name: str, limit: float) -> dict[str, Any]:
+    """``fold_one`` in a process of its own, ended after ``limit`` seconds."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+
+    def work(connection: Connection) -> None:
+        try:
+            connection.send(fold_one(name))
+        except Exception as why:  # the table says so, and the next model is not concerned
+            text = str(why).strip().splitlines() or [""]
+            connection.send({"verdict": "not run", "why": f"{type(why).__name__}: {text[0]}"})
+
+    process = multiprocessing.get_context("fork").Process(target=work, args=(sender,))
+    process.start()
+    sender.close()
+    row = {"verdict": "not run", "why": f"not done after {limit:.0f} s"}
+    try:
+        if receiver.poll(limit):
+            row = receiver.recv()
+    except EOFError:
+        row = {"verdict": "not run", "why": "the process died (memory?)"}
+    process.terminate()
+    process.join()
+    return row
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """The JSON and the table."""
+    save("fold_zoo", rows)
+    counts = Counter(row["verdict"] for row in rows)
+    norms = sum(row.get("norms", 0) for row in rows)
+    gone = sum(row.get("forwards", 0) + row.get("backwards", 0) for row in rows)
+    errors = [row["error"] for row in rows if "error" in row]
+    head = (
+        "# Folding over timm\n\nThe smallest model of every family, random weights, every norm replaced by a random "
+        "affine; relative error in float64.\n\n"
+        f"{len(rows)} families: {', '.join(f'{n} {verdict}' for verdict, n in counts.most_common())}. "
+        f"{gone} of {norms} norms folded; largest error {max(errors, default=0.0):.1e}.\n\n`{machine()}`\n\n"
+    )
+    shown = [{**row, "error": f"{row['error']:.0e}" if "error" in row else ""} for row in rows]
+    (RESULTS / "fold_zoo.md").write_text(head + markdown(shown, COLUMNS) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="*", help="families")
+    parser.add_argument("--redo", action="store_true", help="also those that are done")
+    parser.add_argument("--limit", type=float, default=150.0, help="seconds a model may take")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    path = RESULTS / "fold_zoo.json"
+    done = {row["family"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+    for family, names in families().items():
+        if (args.only and family not in args.only) or (family in done and not args.redo):
+            continue
+        start, name = time.perf_counter(), smallest(names)
+        row = {"family": family, "model": name, **isolated(name, args.limit)}
+        done[family] = row | {"seconds": round(time.perf_counter() - start, 1)}
+        print(f"{family:28} {name:36} {row['verdict']:9} {row.get('why', '')[:150]}", flush=True)
+        write([done[key] for key in sorted(done)])
+
+
+if __name__ == "__main__":
+    main()
