@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LightningCLI
 import lightning_efficient.demo
 from lightning_efficient import EfficientCLI, SigmaReparam
 from lightning_efficient._switch import VARIABLE
+from lightning_efficient.callbacks.base import EfficientCallback
 from lightning_efficient.cli import main
 from lightning_efficient.demo.model import DigitsViT
 from lightning_efficient.methods_file import METHODS
