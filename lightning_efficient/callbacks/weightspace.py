@@ -249,7 +249,7 @@ def _logs_now(trainer: Trainer, pl_module: LightningModule) -> bool:
     batches = trainer.fit_loop.total_batch_idx + 1
     stepped = trainer.global_step if pl_module.automatic_optimization else batches
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    return every > 0 and (stepped % every == 0 or trainer.should_stop)
+    return every > 0 and stepped > 0 and (stepped % every == 0 or trainer.should_stop)
 
 
 def _only_optimized(

@@ -26,6 +26,7 @@ def model_with(target: str) -> tuple[nn.Module, BlendNorm]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 2))
     apply_norm_swap(model, {"target": target, "init": "slab", "warmup": 3, "window": 2})
+    model[1].target.calibrating = True
     return model, model[1]
 
 

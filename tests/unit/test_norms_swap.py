@@ -152,8 +152,13 @@ def test_replaying_names():
         assert dict(model.named_modules()) == before
 
 
+class Gated(nn.RMSNorm):
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return super().forward(x if gate is None else x * gate)
+
+
 class Odd(nn.Module):
-    """One norm in two places, one over two axes, and one that nobody swaps."""
+    """One norm in two places, one without parameters, and some that cannot be swapped."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,6 +167,7 @@ class Odd(nn.Module):
         self.image = nn.LayerNorm((3, 4))
         self.group = nn.GroupNorm(1, 4)
         self.bare = nn.LayerNorm(4, elementwise_affine=False)
+        self.gated = Gated(4)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bare(self.image(self.blocks[1](self.blocks[0](self.shared(x)))))
@@ -174,7 +180,10 @@ def test_shared_unsupported_and_bare_norms():
     change = apply_norm_swap(model)
     assert set(change.swaps) == {"shared", "bare"}
     assert model.blocks[1] is model.shared
-    assert change.skipped == {"image": "it normalizes over 2 axes at once"}
+    assert change.skipped == {
+        "image": "it normalizes over 2 axes at once",
+        "gated": "its forward takes more than the input",
+    }
     assert torch.equal(model(x), before)
     sources = {id(new): source for new, source in change.added}
     assert all(sources[id(p)] is None for p in model.bare.target.parameters())

@@ -15,7 +15,13 @@ from lightning_efficient.methods.norms.sources import Source, recognise
 from lightning_efficient.methods.norms.targets import RMS, DynamicTanh, FixedAffine
 from lightning_efficient.methods.norms.unified import UnifiedNorm
 from lightning_efficient.surgery.change import Change
-from lightning_efficient.surgery.match import NoMatchError, modules_by_name, near_names, select_modules
+from lightning_efficient.surgery.match import (
+    NoMatchError,
+    canonical_name,
+    modules_by_name,
+    near_names,
+    select_modules,
+)
 from lightning_efficient.surgery.replace import replace_modules
 
 METHOD = "norm_swap"
@@ -119,22 +125,22 @@ def find_norms(
         ValueError: ``config`` is invalid.
     """
     NormSwapConfig.of(config)
-    inside = {module for blend in _blends(model) for module in blend.modules()}
+    inside = {model} | {module for blend in _blends(model) for module in blend.modules()}
     found = {module: what for module in model.modules() if module not in inside and (what := recognise(module))}
     types = tuple({type(module): None for module, what in found.items() if isinstance(what, Source)})
     if not types:
-        left = [f"{len(_blends(model))} are swapped already"] if inside else []
+        left = [f"{count} are swapped already"] if (count := len(_blends(model))) else []
         left += [f"{type(module).__name__}: {what}" for module, what in found.items()]
         raise NoMatchError(f"{METHOD}: no layer norm or RMS norm to swap ({'; '.join(left[:5]) or 'none found'}).")
     selection = select_modules(model, types=types, include=include, exclude=exclude, method=METHOD)
     modules = modules_by_name(model)
     norms = Norms(skipped={name: why for name, why in selection.skipped.items() if modules[name] in found})
+    for name, module in model.named_modules():
+        if isinstance(what := found.get(module), str):
+            norms.skipped.setdefault(canonical_name(name), what)
     for name, module in selection.matched.items():
-        what = found.get(module)
-        if isinstance(what, Source):
+        if isinstance(what := found.get(module), Source):
             norms.matched[name] = (module, what)
-        elif what is not None:
-            norms.skipped[name] = what
     if not norms.matched:
         raise NoMatchError(f"{METHOD}: none of the norms that `include` covers can be swapped: {norms.skipped}.")
     return norms

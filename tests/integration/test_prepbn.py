@@ -1,0 +1,188 @@
+"""PRepBN in a Trainer: schedule, blend in validation, causal models, padding, composition, distribution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+from zoo import CLASSES, Classifier, loader
+
+from lightning_efficient import export, load_from_checkpoint
+from lightning_efficient.callbacks.prepbn import PRepBN
+from lightning_efficient.callbacks.sigma_reparam import SigmaReparam
+from lightning_efficient.methods.norms.blend import blend_norms
+from lightning_efficient.surgery.match import NoMatchError
+
+
+def trainer(tmp_path: Any, *callbacks: Callback, **kwargs: Any) -> Trainer:
+    options = {"max_steps": 8, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": tmp_path}
+    return Trainer(callbacks=list(callbacks), **{**options, **quiet, **kwargs})
+
+
+class Watch(Callback):
+    """Keeps lam and phase of the first norm at every training step and validation batch."""
+
+    def __init__(self) -> None:
+        self.train: list[float] = []
+        self.phases: list[str] = []
+        self.validation: list[float] = []
+
+    def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Any) -> None:
+        norm = next(iter(blend_norms(pl_module).values()))
+        self.train.append(float(norm.lam))
+        self.phases.append(norm.phase)
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        self.validation.append(float(next(iter(blend_norms(pl_module).values())).lam))
+
+
+def test_lam_follows_the_step_and_validation_sees_the_blend(tmp_path: Any) -> None:
+    watch = Watch()
+    t = trainer(tmp_path, PRepBN(transition=4, hold=2), watch, num_sanity_val_steps=0, val_check_interval=2)
+    module = Classifier("timm_vit")
+    t.fit(module, loader(batches=8), loader(1))
+    assert watch.train == [1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    assert watch.phases[-2:] == ["target", "target"]
+    assert watch.validation == [1.0, 0.5, 0.0, 0.0]
+
+
+def test_accumulation_moves_lam_with_optimizer_steps(tmp_path: Any) -> None:
+    watch = Watch()
+    t = trainer(tmp_path, PRepBN(transition=2, hold=1), watch, max_steps=4, accumulate_grad_batches=2)
+    t.fit(Classifier("timm_vit"), loader(batches=8), loader(1))
+    assert watch.train == [1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.0, 0.0]
+
+
+def test_a_causal_model_with_batch_statistics_is_refused_before_it_learns(tmp_path: Any) -> None:
+    module = Classifier("decoder")
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    with pytest.raises(ValueError, match=r"causal.*target='affine'.*allow_causal=True"):
+        trainer(tmp_path, PRepBN(transition=4, hold=0)).fit(module, loader(batches=8), loader(1))
+    after = dict(module.named_parameters())
+    assert all(torch.equal(before[k], after[k]) for k in before if k in after)
+    trainer(tmp_path, PRepBN(transition=4, allow_causal=True)).fit(Classifier("decoder"), loader(batches=8), loader(1))
+
+
+def test_a_model_without_norms_is_refused(tmp_path: Any) -> None:
+    with pytest.raises(NoMatchError, match="no layer norm or RMS norm"):
+        trainer(tmp_path, PRepBN()).fit(Classifier("cnn"), loader(), loader(1))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "options", "message"),
+    [
+        ({"transition": 9}, {}, "ends at step"),
+        ({"transition": 0.8}, {"max_steps": -1, "max_epochs": -1}, "run's length is unknown"),
+        ({"transition": 1.5}, {}, "within"),
+    ],
+)
+def test_a_transition_that_cannot_end_is_refused(tmp_path: Any, kwargs: Any, options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, PRepBN(**kwargs), **options).fit(Classifier("timm_vit"), loader(batches=8), loader(1))
+
+
+def test_a_run_that_ends_half_way_says_so(tmp_path: Any) -> None:
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            trainer.should_stop = trainer.global_step == 4
+
+    with pytest.warns(UserWarning, match=r"lam = 0\.5.*old norms are still needed"):
+        trainer(tmp_path, PRepBN(transition=8, hold=0), Stop()).fit(
+            Classifier("timm_vit"), loader(batches=8), loader(1)
+        )
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_with_sigma_reparam_in_either_order(tmp_path: Any, order: tuple[int, int]) -> None:
+    def callbacks() -> list[Callback]:
+        both: list[Callback] = [SigmaReparam(), PRepBN(transition=3, hold=1)]
+        return [both[i] for i in order]
+
+    whole = Classifier("timm_vit")
+    t = trainer(tmp_path, *callbacks())
+    t.fit(whole, loader(batches=8), loader(1))
+    path = tmp_path / "a.ckpt"
+    t.save_checkpoint(path)
+    x = next(iter(loader()))[0]
+    loaded = load_from_checkpoint(Classifier, path).eval()
+    assert torch.equal(loaded(x), whole.eval()(x))
+    plain = export(whole, x)
+    assert not [m for m in plain.modules() if isinstance(m, nn.LayerNorm)]
+    torch.testing.assert_close(plain(x), whole(x), rtol=0, atol=1e-5)
+
+    # Stopped before the end of the transition and resumed: the same run.
+    halfway = trainer(tmp_path, *callbacks(), max_steps=8, limit_train_batches=8)
+
+    class Half(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(tmp_path / "half.ckpt")
+
+    from lightning_efficient.testing.case import ResumableLoader
+
+    halfway = trainer(tmp_path, *callbacks(), Half())
+    halfway.fit(Classifier("timm_vit"), ResumableLoader(loader(batches=8)), loader(1))
+    resumed = Classifier("timm_vit")
+    t = trainer(tmp_path, *callbacks())
+    t.fit(resumed, ResumableLoader(loader(batches=8)), loader(1), ckpt_path=tmp_path / "half.ckpt")
+    for (name, a), b in zip(resumed.state_dict().items(), whole.state_dict().values(), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, name
+
+
+def test_padding_stays_out_of_the_statistics(tmp_path: Any) -> None:
+    class Tokens(Classifier):
+        """Gives its net the mask by keyword, as Hugging Face models do; padded tokens hold garbage."""
+
+        def __init__(self, garbage: float) -> None:
+            super().__init__("cnn")
+            self.garbage = garbage
+            torch.manual_seed(0)
+            self.net = Masked()
+
+        def forward(self, x: Any) -> Any:
+            mask = torch.ones(len(x), 8, dtype=torch.long)
+            mask[:, 5:] = 0
+            tokens = x.squeeze(1).masked_fill(mask[:, :, None] == 0, self.garbage)
+            return self.net(tokens, attention_mask=mask)
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, CLASSES)
+
+        def forward(self, x: Any, attention_mask: Any) -> Any:
+            h = self.norm(x) * attention_mask[:, :, None]
+            return self.head(h.sum(1) / attention_mask.sum(1, keepdim=True))
+
+    results = []
+    for garbage in (0.0, 1e4):
+        module = Tokens(garbage)
+        trainer(tmp_path, PRepBN(transition=3, hold=1)).fit(module, loader(batches=8), loader(1))
+        results.append(module.state_dict())
+    a, b = results
+    assert all(torch.equal(a[k], b[k]) for k in a if isinstance(a[k], torch.Tensor))
+
+
+def test_spawned_processes_are_refused_because_it_does_not_fold(tmp_path: Any) -> None:
+    t = trainer(tmp_path, PRepBN(transition=3, hold=1), strategy="ddp_fork", devices=2)
+    with pytest.raises(Exception, match=r"norm_swap does not fold.*strategy='ddp'"):
+        t.fit(Classifier("timm_vit"), loader(batches=8), loader(2))
+
+
+def test_the_callback_can_be_used_again(tmp_path: Any) -> None:
+    callback = PRepBN(transition=3, hold=1)
+    module = Classifier("timm_vit")
+    trainer(tmp_path, callback).fit(module, loader(batches=8), loader(1))
+    expected = trainer(tmp_path, callback).test(module, loader(), verbose=False)
+    watch = Watch()
+    trainer(tmp_path, callback, watch, max_steps=5).fit(module, loader(batches=8), loader(1))
+    assert watch.train == [0.0] * 5, "a finished swap must not start again"
+    assert trainer(tmp_path, callback).test(module, loader(), verbose=False) != expected
+    other, watch = Classifier("timm_vit"), Watch()
+    trainer(tmp_path, callback, watch, max_steps=5).fit(other, loader(batches=8), loader(1))
+    assert watch.train[0] == 1.0, "another model starts at the beginning"
