@@ -19,11 +19,14 @@ from lightning_efficient.callbacks.attach import NAME
 from lightning_efficient.formats import save_exported, to_onnx, to_torch_export
 from lightning_efficient.inference import Call, ExportError, Inputs, as_call, difference, evaluating, first_line
 from lightning_efficient.plain import check_foreign, plain_copy
+from lightning_efficient.surgery.affine import Affine
+from lightning_efficient.surgery.fold import fold_affines
+from lightning_efficient.surgery.match import canonical_name
 
 __all__ = ["ExportError", "export", "save_exported", "to_onnx", "to_torch_export"]
 
 
-def export(model: nn.Module, example_inputs: Inputs | None = None, *, tolerance: float = 1e-5) -> nn.Module:
+def export(model: nn.Module, example_inputs: Inputs | None = None, *, tolerance: float = 1e-5, fold: bool = True) -> nn.Module:
     """A plain copy of ``model`` in evaluation mode, verified on ``example_inputs``; ``model`` stays as it is.
 
     A LightningModule stays one (it needs lightning, not us); ``export(pl_module.net, x)`` gives the bare
@@ -36,6 +39,8 @@ def export(model: nn.Module, example_inputs: Inputs | None = None, *, tolerance:
             ``None``: the module's ``example_input_array``, else a batch it saw in training (the whole batch,
             or its first element).
         tolerance: Largest accepted difference of the outputs, relative to the output's scale ``max |y|``.
+        fold: Fold layers that have become one multiply-add a channel (a finished norm swap) into the weights
+            around them; what cannot fold stays that multiply-add. The report is logged.
 
     Returns:
         The copy. It shares no tensor with ``model``.
@@ -56,6 +61,8 @@ def export(model: nn.Module, example_inputs: Inputs | None = None, *, tolerance:
         call, expected = _first_that_runs(model, candidates)
     plain = plain_copy(model).eval()
     check_foreign(plain)
+    if fold and (affines := _channel_affines(model)):
+        rank_zero_info(f"export: {fold_affines(plain, affines, lambda: call.run(plain))}")
     with evaluating(plain):
         try:
             found = call.run(plain)
@@ -65,6 +72,12 @@ def export(model: nn.Module, example_inputs: Inputs | None = None, *, tolerance:
     apart.check(tolerance, "the exported copy")
     rank_zero_info(f"export: {type(model).__name__} on [{call}]: {apart}")
     return plain
+
+
+def _channel_affines(model: nn.Module) -> dict[str, Affine]:
+    offers = {canonical_name(n): getattr(m, "channel_affine", None) for n, m in model.named_modules()}
+    found = {name: offer() for name, offer in offers.items() if callable(offer)}
+    return {name: affine for name, affine in found.items() if affine is not None}
 
 
 def _calls(model: nn.Module, example_inputs: Inputs | None) -> list[Call]:

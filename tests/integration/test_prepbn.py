@@ -186,3 +186,19 @@ def test_the_callback_can_be_used_again(tmp_path: Any) -> None:
     other, watch = Classifier("timm_vit"), Watch()
     trainer(tmp_path, callback, watch, max_steps=5).fit(other, loader(batches=8), loader(1))
     assert watch.train[0] == 1.0, "another model starts at the beginning"
+
+
+def test_export_makes_the_norms_vanish(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+    module = Classifier("timm_vit")
+    trainer(tmp_path, PRepBN(transition=3, hold=1)).fit(module, loader(batches=8), loader(1))
+    x = next(iter(loader()))[0]
+    before = {k: v.clone() for k, v in module.state_dict().items() if isinstance(v, torch.Tensor)}
+    with caplog.at_level("INFO"):
+        plain = export(module, x)
+    assert "5 of 5 norms folded" in caplog.text
+    assert all(torch.equal(v, module.state_dict()[k]) for k, v in before.items()), "the model itself must stay"
+    kinds = {type(m).__name__ for n, m in plain.named_modules() if n.endswith(("norm", "norm1", "norm2"))}
+    assert kinds == {"Identity"}
+    torch.testing.assert_close(plain(x), module.eval()(x), rtol=0, atol=1e-5)
+    unfolded = export(module, x, fold=False)
+    torch.testing.assert_close(unfolded(x), plain(x), rtol=0, atol=1e-5)

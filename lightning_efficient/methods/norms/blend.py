@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_efficient.methods.norms.base import Target
 from lightning_efficient.methods.norms.sources import Source
+from lightning_efficient.surgery.tags import Axis
 
 
 class BlendNorm(nn.Module):
@@ -101,6 +102,11 @@ class BlendNorm(nn.Module):
     def recopy(self) -> None:
         """Start the target from the source as it is now; for a transition that begins after a hold or a calibration."""
         self.target.copy_affine(self.spec.scale(self.source), self.spec.shift(self.source))
+
+    def channel_affine(self) -> tuple[Tensor, Tensor, Axis] | None:
+        """What the finished norm computes in evaluation, for folding: (scale, shift, channel axis), or None."""
+        affine = self.target.affine() if self.phase == "target" or float(self.lam) == 0.0 else None
+        return None if affine is None else (affine.scale, affine.shift, 1 if self.spec.axis == 1 else "last")
 
     def fuse(self) -> nn.Module:
         """The finished norm as a module of torch alone (timm's ``reparameterize_model`` calls this).
