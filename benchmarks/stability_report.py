@@ -174,8 +174,8 @@ def findings(rows: Sequence[Row], summary: Sequence[Row], tasks: Sequence[Row]) 
         f"The control, a frozen gain against a learned one: best validation loss "
         f"{compare(summary, control, 'best_val_loss', 'sigmaReparam')}; LR sensitivity "
         f"{compare(summary, control, 'sensitivity', 'sigmaReparam')}.",
-        _entropy(rows, tasks),
-        _rank(rows, arms),
+        _without_warmup(summary, arms),
+        f"{_entropy(rows, tasks)} {_rank(rows, arms)}",
     ]
 
 
@@ -201,6 +201,16 @@ def _failures(rows: Sequence[Row], tasks: Sequence[Row], arms: Sequence[str]) ->
         f"{lost} of {len(rows)} runs ended not finite or above their loss at step 0; failure here is learning nothing. "
         f"Input-blind without and with warm-up: {'; '.join(parts)}."
     )
+
+
+def _without_warmup(summary: Sequence[Row], arms: Sequence[str]) -> str:
+    parts = []
+    for arm in arms:
+        cells = {(s["task"], s["warmup"]): s["best_val_loss"] for s in summary if s["arm"] == arm}
+        tasks = dict.fromkeys(task for task, _ in cells)
+        pairs = [zip(cells[task, False], cells[task, True], strict=True) for task in tasks]
+        parts.append(f"{arm} {' and '.join(plus_minus(interval([a - b for a, b in pair]), True) for pair in pairs)}")
+    return f"Leaving warm-up out changes the best validation loss, by task, by: {'; '.join(parts)}."
 
 
 def _entropy(rows: Sequence[Row], tasks: Sequence[Row]) -> str:

@@ -206,6 +206,22 @@ def test_looking_changes_nothing():
     assert len(module._forward_hooks) == len(module._forward_pre_hooks) == 1
 
 
+class Owner:
+    """Something large that a hook belongs to."""
+
+    def __deepcopy__(self, memo: object) -> Owner:
+        raise AssertionError("copied")
+
+    def hook(self, *args: object) -> None:
+        raise AssertionError("fired")
+
+
+def test_what_hooks_belong_to_is_not_copied():
+    module = timm.layers.RmsNorm(N)
+    module.register_forward_hook(Owner().hook)
+    assert isinstance(recognise(module), Source)
+
+
 def test_norms_without_data_are_found():
     with torch.device("meta"):
         modules = (nn.LayerNorm(N), timm.layers.LayerNorm2d(N), LlamaRMSNorm(N))
