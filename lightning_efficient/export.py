@@ -26,7 +26,9 @@ from lightning_efficient.surgery.match import canonical_name
 __all__ = ["ExportError", "export", "save_exported", "to_onnx", "to_torch_export"]
 
 
-def export(model: nn.Module, example_inputs: Inputs | None = None, *, tolerance: float = 1e-5, fold: bool = True) -> nn.Module:
+def export(
+    model: nn.Module, example_inputs: Inputs | None = None, *, tolerance: float = 1e-5, fold: bool = True
+) -> nn.Module:
     """A plain copy of ``model`` in evaluation mode, verified on ``example_inputs``; ``model`` stays as it is.
 
     A LightningModule stays one (it needs lightning, not us); ``export(pl_module.net, x)`` gives the bare
