@@ -199,6 +199,18 @@ def test_too_few_valid_rows_use_running_statistics(valid):
     torch.testing.assert_close(y, rep.eval()(x))
 
 
+def test_unified_norm_of_padding_alone():
+    un = UnifiedNorm(C, 2, 4)
+    for seed in range(5):
+        un(3 * seeded(8, C, seed=seed))
+    before = un.running_var.clone()
+    x = seeded(5, C)
+    y = un(x, torch.zeros(5, dtype=torch.bool))
+    torch.testing.assert_close(un.running_var, before)
+    assert torch.isfinite(y).all()
+    assert torch.isfinite(un(x)).all()  # the window is not poisoned
+
+
 @pytest.mark.parametrize("target", ["repbn", "un"])
 def test_padding_does_not_reach_the_statistics(target):
     """Whatever stands in padded rows: same statistics, same output and gradient of the others (NaN: no gradient)."""
