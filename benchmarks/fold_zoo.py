@@ -80,29 +80,33 @@ def channel_axis(module: nn.Module) -> Any:
     return "last" if isinstance(module, (*LAST, nn.LayerNorm, nn.RMSNorm)) else None
 
 
+class Calibrated(nn.Module):
+    """An affine that takes the statistics of the first input it sees, perturbed."""
+
+    def __init__(self, axis: Any) -> None:
+        super().__init__()
+        self.axis, self.affine = axis, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.affine is None:
+            values = x.movedim(1 if self.axis == 1 else -1, 0).flatten(1)
+            mean, std = values.mean(1), values.std(1, correction=0)
+            std = std.clamp(min=0.1 * float(std.mean()) + 1e-6)  # nearly constant channels are not blown up
+            a = (torch.rand_like(mean) + 0.5) / std
+            self.affine = ChannelAffine(a, torch.randn_like(mean) / 2 - mean * a, self.axis)
+        return self.affine(x)
+
+
 def swap_norms(model: nn.Module, x: Tensor) -> dict[str, Affine]:
     """Put a perturbed affine of its input's statistics in the place of every norm that runs."""
-    seen: dict[str, Affine] = {}
-
-    def measure(name: str, axis: Any) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            values = args[0].movedim(1 if axis == 1 else -1, 0).flatten(1)
-            mean, std = values.mean(1), values.std(1, correction=0)
-            std = std.clamp(min=0.1 * std.mean()) + 1e-3  # nearly constant channels are not blown up
-            a = (torch.rand_like(mean) + 0.5) / std
-            seen.setdefault(name, (a, torch.randn_like(mean) / 2 - mean * a, axis))
-
-        return hook
-
     norms = {name: (m, axis) for name, m in model.named_modules() if (axis := channel_axis(m)) is not None}
-    handles = [module.register_forward_pre_hook(measure(name, axis)) for name, (module, axis) in norms.items()]
-    model(x)
-    for handle in handles:
-        handle.remove()
-    # What else the layer held (an activation) stays behind the affine.
-    new = {name: nn.Sequential(ChannelAffine(*affine), *norms[name][0].children()) for name, affine in seen.items()}
+    # What else a layer holds (an activation) stays behind the affine.
+    new = {name: nn.Sequential(Calibrated(axis), *norm.children()) for name, (norm, axis) in norms.items()}
     replace_modules(model, new)
-    return {f"{name}.0": affine for name, affine in seen.items()}
+    model(x)
+    ran = {f"{name}.0": layer[0].affine for name, layer in new.items() if layer[0].affine is not None}
+    replace_modules(model, ran)
+    return {name: (affine.a, affine.b, affine.axis) for name, affine in ran.items()}
 
 
 def build(name: str) -> tuple[nn.Module, Tensor]:

@@ -104,9 +104,11 @@ def log_hparams(trainer: Trainer, pl_module: LightningModule, callbacks: list[Ef
         active = [cb for cb in callbacks if cb.method == method and cb.enabled]
         ours[f"{HPARAM_PREFIX}{method}"] = bool(active)
         ours[f"{HPARAM_PREFIX}{method}_config"] = "; ".join(_summary(cb) for cb in active)
-    users: dict[str, Any] = dict(pl_module.hparams_initial or {})
-    if (datamodule := getattr(trainer, "datamodule", None)) is not None:
-        users |= dict(datamodule.hparams_initial or {})
+    users: dict[str, Any] = {}
+    for source in (pl_module, getattr(trainer, "datamodule", None)):
+        # `save_hyperparameters(logger=False)` keeps them out of the logs; Lightning has no public name for that.
+        if source is not None and getattr(source, "_log_hyperparams", True):
+            users |= dict(source.hparams_initial or {})
     for logger in trainer.loggers:
         logger.log_hyperparams({**users, **ours})
 

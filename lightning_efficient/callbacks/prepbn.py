@@ -138,8 +138,13 @@ class PRepBN(StructuralCallback):
             self._watch.__enter__()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """The first forward is over: nothing has been learned from the future yet."""
+        """Forwards from here are recomputations; after the very first, nothing was learned from the future yet."""
         self._end_watch()
+        self._collect(False)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forwards count again."""
+        self._collect(True)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -195,11 +200,15 @@ class PRepBN(StructuralCallback):
         for norm in self._norms:
             if self.options.init == "copy" and step == first > 0 and self._start == 1.0:
                 norm.recopy()
-            norm.target.calibrating = lam > 0
+            norm.target.calibrating = lam == 1.0 or (first == 0 and lam > 0.0)
             if lam > 0:
                 norm.resume(lam)
             elif norm.phase != "target":
                 norm.finish()
+
+    def _collect(self, collect: bool) -> None:
+        for norm in self._norms:
+            norm.target.collect = collect
 
     def _end_watch(self) -> None:
         if self._watch is not None and self._watch.active:
@@ -208,6 +217,7 @@ class PRepBN(StructuralCallback):
                 raise CausalAttentionError(self._watch.seen, self.options.target)
 
     def _release(self) -> None:
+        self._collect(True)
         for handle in self._handles:
             handle.remove()
         if self._watch is not None and self._watch.active:

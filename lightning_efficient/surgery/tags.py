@@ -156,7 +156,8 @@ class Space(Generic[K]):
         """Whose channels a tensor really holds."""
         if len(tag.keys) < 2:
             return tag.keys
-        return frozenset(key for key in tag.keys if bool((self.local(key, tag.ids) >= 0).any()))
+        counts = torch.bincount(tag.ids.flatten().long(), minlength=self._next)
+        return frozenset(key for key in tag.keys if bool(counts[self._range[key].start : self._range[key].stop].any()))
 
     def local(self, key: K, ids: Tensor) -> Tensor:
         """Channel of ``key`` for every number in ``ids``; -1 where it is not one of them."""

@@ -187,6 +187,19 @@ def test_hyper_parameters_are_one_record_with_the_users(tmp_path: Path) -> None:
     assert "qkv" not in Classifier("encoder").hparams
 
 
+def test_hyper_parameters_the_user_keeps_out_of_the_logs_stay_out(tmp_path: Path) -> None:
+    class Private(Classifier):
+        def __init__(self) -> None:
+            super().__init__("encoder")
+            self.save_hyperparameters({"net": "encoder", "token": "secret"}, logger=False)
+
+    trainer(tmp_path, SigmaReparam(), logger=TensorBoardLogger(tmp_path)).fit(Private(), loader())
+    session, file = hparams(tmp_path)
+    assert session.keys() == file.keys()
+    assert not session.keys() & {"net", "token"}
+    assert session["efficient/sigma_reparam"] == 1
+
+
 def test_hyper_parameters_in_other_loggers_and_without_the_users(tmp_path: Path) -> None:
     class Bare(Classifier):
         def __init__(self) -> None:

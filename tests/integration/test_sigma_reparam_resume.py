@@ -221,6 +221,17 @@ def test_frozen_since_is_refused_with_the_reason(files: Path) -> None:
         trainer(files, SigmaReparam(init="one"), max_steps=8).fit(Frozen(), loader(8), ckpt_path=files / "ours.ckpt")
 
 
+def test_going_back_to_a_checkpoint_in_the_same_process(tmp_path: Path) -> None:
+    """The same module and the same callback, both trained further since: the file's state counts."""
+    callback, module, ends = SigmaReparam(init="one"), Classifier("encoder"), []
+    keep = Do(on_train_batch_end=lambda t, m: t.global_step == 3 and t.save_checkpoint(tmp_path / "3.ckpt"))
+    for ckpt in (None, tmp_path / "3.ckpt"):
+        t = trainer(tmp_path, callback, *([] if ckpt else [keep]), max_steps=6)
+        t.fit(module, ResumableLoader(loader(8)), ckpt_path=ckpt)
+        ends.append(written(t, tmp_path / "end.ckpt"))
+    assert differing(*ends) == []
+
+
 # -- weights that were left alone at the start -----------------------------------------------------------------------
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -17,9 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_efficient.methods.norms.blend import BlendNorm, blend_norms
 from lightning_efficient.methods.norms.repbn import RepBN
-from lightning_efficient.methods.norms.sources import recognise
-from lightning_efficient.methods.norms.swap import TARGETS, NormSwapConfig, apply_norm_swap, make_target
-from lightning_efficient.methods.norms.targets import FixedAffine
+from lightning_efficient.methods.norms.swap import TARGETS, apply_norm_swap
 from lightning_efficient.methods.norms.unified import UnifiedNorm
 
 C = 6
@@ -373,130 +368,3 @@ def test_sync_batchnorm_conversion_reaches_it():
         assert torch.equal(converted.train(mode)(x), expected.train(mode)(x))
     converted.finish()
     assert torch.equal(converted.fuse()(x), expected.target.plain(-1)(x))
-
-
-# -- what it becomes
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(
-    "make",
-    [nn.LayerNorm, nn.RMSNorm, timm.layers.LayerNorm2d, timm.layers.RmsNorm2d],
-    ids=["layer", "rms", "layer2d", "rms2d"],
-)
-def test_fused_is_plain_torch(target, make):
-    blend = swapped(make(C), target, 0.5, init="slab").double()
-    shape = (3, C, 2, 4) if blend.spec.axis == 1 else (3, 5, C)
-    x = seeded(*shape, dtype=torch.float64)
-    for seed in range(3):
-        blend(seeded(*shape, seed=seed, dtype=torch.float64))
-    with torch.no_grad():
-        for p in blend.target.parameters():
-            p.add_(torch.linspace(0.1, 0.3, p.numel(), dtype=p.dtype))
-    blend.finish()
-    model = nn.Sequential(nn.Identity(), blend).eval()
-    expected = model(x)
-    plain = timm.utils.reparameterize_model(model)
-    assert all(type(m).__module__.startswith("torch.") for m in plain.modules())
-    torch.testing.assert_close(plain(x), expected, rtol=1e-13, atol=1e-13)
-    assert isinstance(blend, BlendNorm)  # the model given is left alone
-    torch.testing.assert_close(torch.export.export(plain, (x,)).module()(x), expected, rtol=1e-13, atol=1e-13)
-    torch.testing.assert_close(copy.deepcopy(plain)(x), expected, rtol=1e-13, atol=1e-13)
-    assert {p.dtype for p in plain.parameters()} == {torch.float64}
-    if target == "rms" and make is nn.RMSNorm:
-        assert type(plain[1]) is nn.RMSNorm
-
-
-def test_fused_loads_without_this_package(tmp_path):
-    norms = nn.Sequential(*(swapped(nn.LayerNorm(C), target, 0.0) for target in TARGETS)).eval()
-    x = seeded(4, C)
-    torch.save({"model": timm.utils.reparameterize_model(norms), "x": x, "y": norms(x)}, tmp_path / "plain.pt")
-    script = (
-        "import sys, torch; sys.modules['lightning_efficient'] = None\n"
-        f"d = torch.load({str(tmp_path / 'plain.pt')!r}, weights_only=False)\n"
-        "torch.testing.assert_close(d['model'](d['x']), d['y'])"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def test_fuse_before_the_end_is_refused():
-    with pytest.raises(ValueError, match=r"0\.5 of its source.*transition"):
-        swapped(nn.LayerNorm(C)).fuse()
-
-
-def test_affine_form():
-    x = seeded(50, C, dtype=torch.float64)
-    for target in (RepBN(C), UnifiedNorm(C, 2, 2), FixedAffine(C)):
-        target.double()
-        target(x * 2 + 1)
-        target.calibrate(x, 3 * x, None, None, None)
-        target.copy_affine(torch.linspace(1, 2, C), None)
-        target.eval()
-        scale, shift = target.affine()
-        assert not scale.requires_grad
-        torch.testing.assert_close(target(x), x * scale + shift, rtol=1e-14, atol=1e-14)
-    for name in ("dyt", "rms"):
-        assert make_target(NormSwapConfig(name), recognise(nn.LayerNorm(C))).affine() is None
-
-
-# -- nn.TransformerEncoder
-
-
-@pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("target", ["dyt", "repbn"])
-@pytest.mark.parametrize("which", ["both", "one"])
-@pytest.mark.parametrize("stage", ["applied", "by hand", "copied", "fused"])
-def test_encoder_fast_path_does_not_bypass_the_blend(norm_first, target, which, stage):
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=norm_first)
-    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first)
-    include = None if which == "both" else ["*.norm2"]
-    config = {"target": target, "frozen": True, "init": "slab", "include": include}
-    if stage == "by hand":
-        for block in encoder.layers:
-            spec = recognise(block.norm2)
-            block.norm2 = BlendNorm(block.norm2, make_target(NormSwapConfig(target, "slab", frozen=True), spec), spec)
-            block.norm2.lam.fill_(0.3)
-    else:
-        apply_norm_swap(encoder, config)
-    for blend in blend_norms(encoder).values():
-        blend.lam.fill_(0.3)
-        if stage == "fused":
-            blend.finish()
-    if stage == "copied":
-        encoder = copy.deepcopy(encoder)
-        buffer = io.BytesIO()
-        torch.save(encoder, buffer)
-        buffer.seek(0)
-        encoder = torch.load(buffer, weights_only=False)
-    expected_of = copy.deepcopy(encoder).train()
-    if stage == "fused":
-        encoder = timm.utils.reparameterize_model(encoder)
-        assert not blend_norms(encoder)
-    encoder.eval()
-    x = torch.randn(2, 5, 8)
-    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-    for mask in (None, padding):
-        if stage == "by hand" and mask is not None:
-            continue  # nested tensors are turned off by apply_norm_swap
-        expected = expected_of(x, src_key_padding_mask=mask)
-        with torch.no_grad():
-            got = encoder(x, src_key_padding_mask=mask)
-        keep = slice(None) if mask is None else ~mask
-        torch.testing.assert_close(got[keep], expected[keep])
-
-
-def test_the_fast_path_would_have_bypassed_it():
-    """The trap is real: with an ``eps`` that agrees, the blend is silently ignored in evaluation."""
-    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    original = copy.deepcopy(layer).eval()
-    apply_norm_swap(layer, {"target": "dyt"})
-    layer.activation_relu_or_gelu = 1
-    for blend in blend_norms(layer).values():
-        blend.lam.zero_()
-        blend.__class__ = type("Naive", (BlendNorm,), {"eps": 1e-5})
-    x = torch.randn(2, 5, 8)
-    with torch.no_grad():
-        bypassed = layer.eval()(x)
-        torch.testing.assert_close(bypassed, original(x))

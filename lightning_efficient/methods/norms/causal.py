@@ -21,9 +21,10 @@ class CausalAttentionError(ValueError):
 
     def __init__(self, seen: str, target: str) -> None:
         super().__init__(
-            f"the model is causal ({seen}), and the batch statistics of `target={target!r}` would let every "
-            "position see the future of its batch while training: the loss would be too good, and evaluation "
-            "another network. Use `target='affine'`, which has no batch statistics, or accept the leak with `allow_causal=True`."
+            f"the model is causal ({seen}), and the batch statistics of `target={target!r}` would let every position "
+            "see the future of its batch while training: the loss would be too good, and evaluation would see another "
+            "network. Use `target='affine'`, which has no batch statistics, or accept the leak with "
+            "`allow_causal=True`."
         )
 
 
