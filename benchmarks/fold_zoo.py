@@ -93,8 +93,8 @@ class Calibrated(nn.Module):
             mean, std = values.mean(1), values.std(1, correction=0)
             std = std.clamp(min=0.1 * float(std.mean()) + 1e-6)  # nearly constant channels are not blown up
             a = (torch.rand_like(mean) + 0.5) / std
-            self.affine = ChannelAffine(a, torch.randn_like(mean) / 2 - mean * a, self.axis)
-        return self.affine(x)
+            self.affine = (a, torch.randn_like(mean) / 2 - mean * a, self.axis)
+        return ChannelAffine(*self.affine)(x)
 
 
 def swap_norms(model: nn.Module, x: Tensor) -> dict[str, Affine]:
@@ -105,8 +105,8 @@ def swap_norms(model: nn.Module, x: Tensor) -> dict[str, Affine]:
     replace_modules(model, new)
     model(x)
     ran = {f"{name}.0": layer[0].affine for name, layer in new.items() if layer[0].affine is not None}
-    replace_modules(model, ran)
-    return {name: (affine.a, affine.b, affine.axis) for name, affine in ran.items()}
+    replace_modules(model, {name: ChannelAffine(*affine) for name, affine in ran.items()})
+    return ran
 
 
 def build(name: str) -> tuple[nn.Module, Tensor]:

@@ -14,6 +14,8 @@ from lightning_efficient.callbacks.attach import attachment
 from lightning_efficient.surgery.order import ORDER, check_methods
 
 HPARAM_PREFIX = "efficient/"
+# Every run logs a switch for each of these, on or off, so that runs compare column by column.
+SUITE = ("sigma_reparam", "norm_swap", "collapse_monitor")
 
 
 class EfficientCallback(Callback):
@@ -100,7 +102,7 @@ def log_hparams(trainer: Trainer, pl_module: LightningModule, callbacks: list[Ef
     TensorBoard keeps the first record of a run only. Every run gets the same keys: one switch and one text a method.
     """
     ours: dict[str, Any] = {}
-    for method in (*ORDER, *(cb.method for cb in callbacks if cb.method not in ORDER)):
+    for method in dict.fromkeys((*SUITE, *(cb.method for cb in callbacks))):
         active = [cb for cb in callbacks if cb.method == method and cb.enabled]
         ours[f"{HPARAM_PREFIX}{method}"] = bool(active)
         ours[f"{HPARAM_PREFIX}{method}_config"] = "; ".join(_summary(cb) for cb in active)

@@ -245,7 +245,8 @@ class CollapseMonitor(EfficientCallback):
             logger.experiment.add_image(tag, table.picture(self._step), self._step)
         heads = torch.cat(table.values["entropy"]) if table.sites else torch.empty(0)
         if len(heads := heads[heads.isfinite()]):
-            logger.experiment.add_histogram(tag, heads, self._step)
+            # A tag of its own: TensorBoard's default loader keeps one kind of data a tag, and drops the rest unseen.
+            logger.experiment.add_histogram(f"{tag}_heads", heads, self._step)
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:

@@ -138,6 +138,9 @@ class Edit:
     model: nn.Module
     before: dict[str, Tensor | None] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._modules = modules_by_name(self.model)
+
     def read(self, name: str) -> Tensor | None:
         """Value of a parameter, None if its place is empty."""
         owner, attribute = self._place(name)
@@ -178,7 +181,7 @@ class Edit:
         assert like is not None
         if weight.bias is not None and self.read(weight.bias) is None:
             self.write(weight.bias, like.new_zeros(weight.bias_size))
-        owner = modules_by_name(self.model)[weight.module]
+        owner = self._modules[weight.module]
         output = f"{weight.module}.out_proj.bias".lstrip(".")
         # The fast path of nn.MultiheadAttention wants both biases or none.
         if isinstance(owner, nn.MultiheadAttention) and self.read(output) is None:
@@ -192,7 +195,7 @@ class Edit:
 
     def _place(self, name: str) -> tuple[nn.Module, str]:
         module, _, attribute = name.rpartition(".")
-        return modules_by_name(self.model)[module], attribute
+        return self._modules[module], attribute
 
     def _set(self, name: str, value: Tensor | None) -> None:
         owner, attribute = self._place(name)

@@ -198,8 +198,9 @@ class _Trial:
 
     def overflow(self, edit: Edit) -> tuple[float, str] | None:
         """A reason not to go on if a new value does not fit into the model's own dtype."""
+        original = Edit(self.model)
         for name in edit.before:
-            value, dtype = edit.read(name), Edit(self.model).dtype(name)
+            value, dtype = edit.read(name), original.dtype(name)
             if value is not None and not bool(value.abs().max() <= torch.finfo(dtype).max):
                 return float("inf"), f"{name!r} would overflow {dtype}"
         return None

@@ -70,7 +70,8 @@ class Tracker(TorchFunctionMode):
 
     Args:
         model: Names are relative to it.
-        axes: Module name -> channel axis of its output; operations inside these modules are not looked at.
+        axes: Module name -> channel axis of its output; operations inside these modules are not looked at. Empty:
+            only ``prints`` is filled.
 
     Raises:
         ValueError: A name is not in the model (when entered).
@@ -104,10 +105,12 @@ class Tracker(TorchFunctionMode):
             for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
                 if all((s.owner, s.attribute) != (module, attribute) for s in self.slots[id(parameter)]):
                     self.slots[id(parameter)].append(Slot(name, module, attribute))
-        self.storages.update({id(p): p.untyped_storage().data_ptr() for p in self.model.parameters()}.values())
-        for module in dict.fromkeys(modules.values()):
+        plain = [p for p in self.model.parameters() if type(p) is nn.Parameter]
+        self.storages.update(p.untyped_storage().data_ptr() for p in plain)
+        first_names = {module: name for name, module in reversed(modules.items())}
+        for module, name in first_names.items() if self.axes else ():
             if not isinstance(module, torch.jit.ScriptModule):  # its forward does not run in Python
-                self._watch_module(module, next(n for n, m in modules.items() if m is module), targets.get(module))
+                self._watch_module(module, name, targets.get(module))
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes seconds
             self._exits.enter_context(torch.compiler.set_stance("force_eager"))
         super().__enter__()  # type: ignore[no-untyped-call]
@@ -137,6 +140,8 @@ class Tracker(TorchFunctionMode):
 
     def finish(self, result: Any) -> None:
         """Say what the forward returned; call it once, at the end."""
+        if not self.axes:
+            return
         self._returns(result, "returned by the model")
         for name, module in modules_by_name(self.model).items():
             for attribute, value in vars(module).items():
@@ -179,7 +184,11 @@ class Tracker(TorchFunctionMode):
         if value is None or self._paused > 1:
             return
         self._lose(self.channels.of(value), None, f"feeds the norm {name!r}")
-        self.feeds[name].append(self._feed(self.rows.of(value), self._axis(name)))
+        rows = self.rows.of(value)
+        feed = self._feed(rows, self._axis(name))
+        self.feeds[name].append(feed)
+        if feed is None:
+            self._lose(None, rows, "")
 
     def _feed(self, tag: Tag | None, axis: int) -> Feed | None:
         keys = self.rows.keys(tag) if tag is not None else frozenset()
@@ -206,6 +215,10 @@ class Tracker(TorchFunctionMode):
 
     def _see(self, function: Function, args: Any, kwargs: Mapping[str, Any], out: Any) -> None:
         found = contractions(function, args, kwargs)
+        if not self.axes:
+            for contraction in found:
+                self._print(contraction, out)
+            return
         self._note_uses(function, args, kwargs, out, found)
         if not found:
             kind = "the residual addition" if label(function) in _ADDITIONS else f"`{label(function)}`"
@@ -250,6 +263,12 @@ class Tracker(TorchFunctionMode):
             numbers.append(read)
         norms = frozenset(name for tag in tags if tag is not None for name in self.channels.keys(tag))
         self.calls[weight].append(Call(contraction, tuple(numbers), norms))
+        self._print(contraction, out)
+
+    def _print(self, contraction: Contraction, out: Any) -> None:
+        weight = id(contraction.weight)
+        if weight not in self.slots:
+            return
         self._visits[weight] += 1
         visit = f"{self.slots[weight][0].name}#{self._visits[weight]}"
         self.prints[visit] = _fingerprint(next(tensors_in(out)))

@@ -221,7 +221,10 @@ def test_scalars_heatmap_and_histogram_in_tensorboard(tmp_path):
     picture = Image.open(io.BytesIO(images[0].encoded_image_string))
     assert picture.size[0] > 300
     assert picture.size[1] > 150
-    histograms = found.Histograms(f"{PREFIX}/attention_entropy")
+    tags = found.Tags()
+    kinds = [set(tags[kind]) for kind in ("scalars", "images", "histograms")]
+    assert sum(map(len, kinds)) == len(set.union(*kinds)), "TensorBoard shows one kind of data a tag only"
+    histograms = found.Histograms(f"{PREFIX}/attention_entropy_heads")
     assert [h.step for h in histograms] == [0, 5, 10, 15, 20]
     assert histograms[0].histogram_value.num == 2 * 3
 

@@ -274,6 +274,17 @@ def test_reasons(use: Any, reason: str) -> None:
     assert reason in found.blocked
 
 
+def test_what_the_call_throws_away_was_returned_all_the_same() -> None:
+    net = Net(lambda m, x: (m.fc(h := m.norm(x)), h), fc=linear())
+    found = find_consumers(net, ["norm"], lambda: net(torch.randn(2, C))[0])
+    assert found["norm"].blocked == "returned by the model"
+
+
+def test_a_cast_that_does_nothing_is_no_use_of_a_weight() -> None:
+    found = find(lambda m, x: F.linear(m.norm(x), m.fc.weight.to(x.dtype), m.fc.bias), fc=linear())
+    assert channels(found) == ORDER
+
+
 def test_the_place_is_named() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -401,6 +412,20 @@ def test_a_producer_of_two_norms_is_none() -> None:
     net = Net(use, pre=linear(5, C), other=Affine(torch.ones(C), torch.zeros(C)))
     found = find_consumers(net, ["norm", "other"], lambda: net(torch.randn(2, 6, 5)))
     assert [consumers.producer for consumers in found.values()] == [None, None]
+
+
+def test_rows_that_another_norm_reads_among_others_are_not_its_own() -> None:
+    """As in DenseNet: later layers read the same rows again, joined with newer ones."""
+    use = lambda m, x: m.norm(h := m.pre(x)) * m.other(torch.cat([h, m.new(x)], 1))[:, :6]  # noqa: E731
+    net = Net(use, pre=linear(5, C), new=linear(5, C), other=Affine(torch.ones(C), torch.zeros(C)))
+    found = find_consumers(net, ["norm", "other"], lambda: net(torch.randn(2, 6, 5)))
+    assert [consumers.producer for consumers in found.values()] == [None, None]
+
+
+def test_one_padded_row_has_no_producer() -> None:
+    norm, pre = Affine(torch.ones(1), torch.zeros(1)), linear(5, 1)
+    found = find(lambda m, x: m.only(F.pad(m.pre(x), (0, 0, 0, 1))) * 2, 2, 6, 5, name="only", only=norm, pre=pre)
+    assert found.producer is None
 
 
 # -- the model is left as it was

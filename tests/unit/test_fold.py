@@ -297,6 +297,60 @@ def test_a_branch_on_the_batch_size_is_found() -> None:
     assert report.left == {"bad": "also feeds the residual addition in 'middle' (with first axis 3)"}
 
 
+class Other(nn.Module):
+    """Reads with other weights from a batch of three on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small, self.large = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.large if len(x) > 2 else self.small)(x)
+
+
+def test_other_readers_at_another_batch_size() -> None:
+    model, table = two(Other())
+    report, _ = fold(model, table, {"x": torch.randn(2, 4, dtype=torch.float64)})
+    assert report.left == {"bad": "it is read by other weights (with first axis 3)"}
+
+
+def test_a_producer_at_one_batch_size_only() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pre, self.large, self.norm = nn.Linear(4, 4), nn.Linear(4, 4), Affine(*torch.randn(2, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm((self.large if len(x) > 2 else self.pre)(x)) ** 2
+
+    net = Net().double()
+    report, error = fold(net, {"norm": (net.norm.a, net.norm.b, "last")}, {"x": torch.randn(2, 4, dtype=torch.float64)})
+    assert report.left == {"norm": "also feeds `pow` in the model"}
+    assert error == 0
+
+
+class Plain(nn.Module):
+    """A product with no place for a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+def test_a_shift_needs_a_bias() -> None:
+    model, table = two(Plain())
+    report, _ = fold(model, table, {"x": torch.randn(2, 4, dtype=torch.float64)})
+    assert report.left == {"bad": "'middle' has no bias to take the shift"}
+    model, table = two(Plain())
+    model.bad.b.data.zero_()
+    report, error = fold(model, table, {"x": torch.randn(2, 4, dtype=torch.float64)})
+    assert report.left == {}
+    assert error <= 1e-14
+
+
 def test_a_model_that_asks_the_norm_for_something_keeps_it() -> None:
     model, table = two(AsksWeight())
     model.middle.norms = [model.bad]  # a plain list: not a registered child
@@ -353,6 +407,7 @@ def test_nan_outputs_are_refused() -> None:
     model.last.bias.data[0] = math.nan
     x = torch.randn(2, 4, dtype=torch.float64)
     report = fold_affines(model, table, lambda: model(x))
+    assert set(report.left) == {"good", "bad"}
     assert all("not finite" in why for why in report.left.values())
 
 
