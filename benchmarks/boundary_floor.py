@@ -1,8 +1,9 @@
 """What the optimizer boundary itself takes, against the floor: its passes over the weights as plain memory traffic.
 
 A step of sigmaReparam reads the weights 5 times and writes them twice, and reads the gradients 3 times and writes them
-twice (one inner product, the rank-one correction and its scaling, two rescalings, two matrix-vector products): 12 passes.
-The floor here is 6 copies of the weights with ``torch.Tensor.copy_``, one read and one write each, matrix by matrix.
+twice (one inner product, the rank-one correction and its scaling, two rescalings, two matrix-vector products): 12
+passes. The floor here is 6 copies of the weights with ``torch.Tensor.copy_``, one read and one write each, matrix by
+matrix.
 
     OMP_NUM_THREADS=1 python benchmarks/boundary_floor.py
 """
