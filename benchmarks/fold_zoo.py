@@ -91,9 +91,10 @@ class Calibrated(nn.Module):
         if self.affine is None:
             values = x.movedim(1 if self.axis == 1 else -1, 0).flatten(1)
             mean, std = values.mean(1), values.std(1, correction=0)
-            std = std.clamp(min=0.1 * float(std.mean()) + 1e-6)  # nearly constant channels are not blown up
-            a = (torch.rand_like(mean) + 0.5) / std
-            self.affine = (a, torch.randn_like(mean) / 2 - mean * a, self.axis)
+            # A floor, so that channels that are nearly constant in these images do not explode at others.
+            std = std.clamp(min=0.5 * float(values.std(correction=0)) + 1e-6)
+            a = (0.6 * torch.rand_like(mean) + 0.7) / std
+            self.affine = (a, 0.3 * torch.randn_like(mean) - mean * a, self.axis)
         return ChannelAffine(*self.affine)(x)
 
 
@@ -103,7 +104,7 @@ def swap_norms(model: nn.Module, x: Tensor) -> dict[str, Affine]:
     # What else a layer holds (an activation) stays behind the affine.
     new = {name: nn.Sequential(Calibrated(axis), *norm.children()) for name, (norm, axis) in norms.items()}
     replace_modules(model, new)
-    model(x)
+    model(torch.randn(8, *x.shape[1:], dtype=x.dtype))
     ran = {f"{name}.0": layer[0].affine for name, layer in new.items() if layer[0].affine is not None}
     replace_modules(model, {name: ChannelAffine(*affine) for name, affine in ran.items()})
     return ran
@@ -215,7 +216,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="*", help="families")
     parser.add_argument("--redo", action="store_true", help="also those that are done")
-    parser.add_argument("--limit", type=float, default=150.0, help="seconds a model may take")
+    parser.add_argument("--limit", type=float, default=100.0, help="seconds a model may take")
     args = parser.parse_args()
     torch.set_num_threads(1)
     path = RESULTS / "fold_zoo.json"

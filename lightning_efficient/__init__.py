@@ -6,9 +6,10 @@ Importing the package imports nothing else: Lightning loads it at every ``Traine
 
 from __future__ import annotations
 
+import os
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_efficient.callbacks.collapse_monitor import CollapseMonitor
@@ -30,6 +31,15 @@ _HOMES = {
     "export": "lightning_efficient.export",
     "load_from_checkpoint": "lightning_efficient.checkpoint",
 }
+
+
+def _callbacks_from_environment() -> list[Any]:
+    """What Lightning calls at every ``Trainer()``: here, so that a run without the switch reads one file of ours."""
+    if not os.environ.get("LIGHTNING_EFFICIENT"):
+        return []
+    from lightning_efficient._switch import callbacks_from_environment
+
+    return callbacks_from_environment()
 
 
 def __getattr__(name: str) -> object:

@@ -200,7 +200,8 @@ class PRepBN(StructuralCallback):
         for norm in self._norms:
             if self.options.init == "copy" and step == first > 0 and self._start == 1.0:
                 norm.recopy()
-            norm.target.calibrating = lam == 1.0 or (first == 0 and lam > 0.0)
+            if norm.target.calibrates:
+                norm.target.calibrating = lam == 1.0 or (first == 0 and lam > 0.0)
             if lam > 0:
                 norm.resume(lam)
             elif norm.phase != "target":

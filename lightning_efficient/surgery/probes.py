@@ -117,17 +117,24 @@ def others(probe: Probe) -> Iterator[tuple[str, Probe]]:
         yield changed(f"second axis {length - 1}", partial(_shorter, length=length))
 
 
-def difference(before: Mapping[str, Tensor], after: Mapping[str, Tensor], skip: Callable[[str], bool]) -> float:
+def is_output(name: str) -> bool:
+    """Whether a name of ``Probe.run`` is one of the model's outputs, not something inside it."""
+    return "#" not in name
+
+
+def difference(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], which: Callable[[str], bool] = lambda _: True
+) -> float:
     """Largest difference relative to the largest value of its tensor; infinite where something is missing.
 
     Args:
         before: What ``Probe.run`` returned for the reference.
         after: The same for the model to judge.
-        skip: Names that are not compared.
+        which: Names that are compared.
     """
     worst = 0.0
     for name, one in before.items():
-        if skip(name):
+        if not which(name):
             continue
         two = after.get(name)
         if two is None or two.shape != one.shape:

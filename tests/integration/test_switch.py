@@ -68,7 +68,7 @@ def test_a_script_that_does_not_know_us(tmp_path: Path) -> None:
     off, on = (json.loads(file.read_text(encoding="utf-8")) for file in files)
     _, said_off, said_on = done.stderr.split("=== run\n")
     assert off["callbacks"] == []
-    assert off["ours"] == ["lightning_efficient", "lightning_efficient._switch"]
+    assert off["ours"] == ["lightning_efficient"]
     assert "lightning_efficient" not in said_off
     assert on["callbacks"] == ["SigmaReparam"]
     assert on["weights"] != off["weights"]

@@ -284,7 +284,7 @@ def test_what_the_trace_cannot_see_is_rolled_back_alone() -> None:
     weight = model.middle.linear.weight.detach().clone()
     report, error = fold(model, table, {"x": torch.randn(2, 4, dtype=torch.float64)})
     assert report.folded == ["good"]
-    assert "changes the outputs by" in report.left["bad"]
+    assert "changes what the model computes by" in report.left["bad"]
     assert isinstance(model.bad, Affine)
     assert torch.equal(model.middle.linear.weight, weight)
     assert error <= 1e-14
@@ -487,7 +487,7 @@ def test_report_reads_well() -> None:
     text = str(report)
     assert "1 of 2 norms folded" in text
     assert "good: folded forwards into first" in text
-    assert "bad: left as a fused multiply-add: folding it changes the outputs" in text
+    assert "bad: left as a fused multiply-add: folding it changes what the model computes" in text
 
 
 def test_nothing_to_fold() -> None:

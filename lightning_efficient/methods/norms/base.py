@@ -54,6 +54,9 @@ class Target(nn.Module):
     batch_statistics: ClassVar[bool] = False
     """Whether training normalizes with the statistics of the batch, so that evaluation needs running ones."""
 
+    calibrates: ClassVar[bool] = False
+    """Whether ``calibrate`` learns anything."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.channels = channels

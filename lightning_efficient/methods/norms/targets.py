@@ -24,6 +24,7 @@ class FixedAffine(Scaled):
         decay: Share of the old value in the moving averages; both start at 0, which cancels in their ratio.
     """
 
+    calibrates = True
     c: Tensor
     product: Tensor
     power: Tensor
