@@ -14,7 +14,7 @@ def test_every_conflict_names_two_known_methods_and_says_what_to_do():
         assert any(verb in message for verb in ("drop", "instead", "first", "use "))
 
 
-@pytest.mark.parametrize("pair", list(CONFLICTS), ids=" + ".join)
+@pytest.mark.parametrize("pair", list(CONFLICTS), ids=lambda pair: " + ".join(sorted(pair)))
 def test_conflicts_are_refused_in_either_order_with_the_message(pair):
     for names in permutations(pair):
         with pytest.raises(ValueError, match="cannot be used together") as caught:
