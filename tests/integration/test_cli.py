@@ -236,3 +236,9 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("False\n")
     assert [c for c in ("fit", "targets", "export", "compare", "demo") if f"\n    {c} " not in done.stdout] == []
+
+
+@pytest.fixture(autouse=True)
+def _a_seed_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LightningCLI warns when it has to choose one, unless an earlier test in the process left one behind."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
