@@ -399,7 +399,26 @@ def test_random_outputs_are_refused() -> None:
     model.last = nn.Sequential(model.last, Noise())
     report, _ = fold(model.double(), table, {"x": torch.randn(2, 4, dtype=torch.float64)})
     assert report.folded == []
-    assert all("output is random, or not finite" in why for why in report.left.values())
+    assert all("random or not finite" in why for why in report.left.values())
+
+
+def test_a_model_that_magnifies_rounding_errors_is_refused_at_once() -> None:
+    class Chaos(nn.Module):
+        """The logistic map doubles every error at every step."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.sigmoid(x)
+            for _ in range(30):
+                x = 4 * x * (1 - x)
+            return x
+
+    model, table = two(nn.Sequential(nn.Linear(4, 4), Chaos()))
+    x = torch.randn(2, 4, dtype=torch.float64)
+    report = fold_affines(model, table, lambda: model(x))
+    assert set(report.left) == {"good", "bad"}
+    assert all("rounding errors alone change the outputs by" in why for why in report.left.values())
+    report = fold_affines(model, table, lambda: model(x), tolerance=1e-3)
+    assert report.left == {}
 
 
 def test_nan_outputs_are_refused() -> None:
