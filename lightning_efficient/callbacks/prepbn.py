@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_efficient.callbacks.attach import Request
+from lightning_efficient.callbacks.finished import FinishedForm
+from lightning_efficient.callbacks.padding import capture_padding
+from lightning_efficient.callbacks.statistics import average_over_processes, recalibrate_in
 from lightning_efficient.callbacks.structural import StructuralCallback
+from lightning_efficient.callbacks.transition import GuardedTransition
 from lightning_efficient.callbacks.weightspace import Plan
 from lightning_efficient.methods.norms.blend import BlendNorm, blend_norms
 from lightning_efficient.methods.norms.causal import CausalAttentionError, CausalWatch
 from lightning_efficient.methods.norms.swap import METHOD, NormSwapConfig, apply_norm_swap, find_norms
-from lightning_efficient.schedule import transition, transition_steps
 from lightning_efficient.surgery.change import Change
 
 
@@ -27,8 +30,10 @@ class PRepBN(StructuralCallback):
 
     Every matched norm computes ``lam · old(x) + (1 - lam) · new(x)``; ``lam`` is a pure function of
     ``trainer.global_step``: 1 during ``hold``, down to 0 over ``transition``, 0 from there on. Validation during the
-    transition evaluates this blend, the network being trained. Logs ``efficient/norm_swap/lam``. The files of such a
-    run load with :func:`lightning_efficient.load_from_checkpoint`.
+    transition evaluates this blend, the network being trained; what it would say of the finished form is logged beside
+    it, as ``efficient/norm_swap/finished/<name of your metric>``. Logs ``efficient/norm_swap/lam``. At the end of the
+    run the running statistics are averaged anew. The files of such a run load with
+    :func:`lightning_efficient.load_from_checkpoint`.
 
     Args:
         enabled: ``False`` leaves the run bit-identical to one without the callback.
@@ -43,6 +48,14 @@ class PRepBN(StructuralCallback):
         momentum: Weight of a batch in RepBN's running statistics.
         frozen: Normalize with running statistics in training too (batches too small to have statistics).
         allow_causal: Swap to batch statistics in a causal model all the same: in training they leak the future.
+        recalibrate: At the end, average the running statistics over this many training batches ("precise BatchNorm"),
+            before the last validation and the files written there; 0: keep the moving averages.
+        finished_metrics: Validate each batch a second time with the finished norms, during the transition.
+        guard: What to do when gradient norm or loss leave the range of the last 100 steps: ``"pause"`` the transition,
+            ``"rollback"``: go back first, ``"off"``. With a warning; ``efficient/norm_swap/jumps`` counts.
+        guard_factor: How far out of range: times the median for the gradient norm, times the span between the 10th and
+            the 90th percentile above the median for the loss.
+        guard_length: How long a pause is and how far back a rollback goes: a share of the transition, or steps.
 
     Raises:
         ValueError: The transition does not end within the run, or the run's length is unknown and it is a fraction.
@@ -63,13 +76,20 @@ class PRepBN(StructuralCallback):
         momentum: float = 0.1,
         frozen: bool = False,
         allow_causal: bool = False,
+        recalibrate: int = 100,
+        finished_metrics: bool = True,
+        guard: Literal["pause", "rollback", "off"] = "pause",
+        guard_factor: float = 5.0,
+        guard_length: int | float = 0.05,
     ) -> None:
         super().__init__(enabled, include, exclude)
+        if type(recalibrate) is not int or recalibrate < 0:
+            raise ValueError(f"`recalibrate` must be a number of batches from 0; got {recalibrate!r}.")
         self.options = NormSwapConfig(target=target, init=init, momentum=momentum, frozen=frozen)
-        self.transition, self.shape, self.hold = transition, shape, hold
-        self.allow_causal = allow_causal
-        self._total: int | None = None
-        self._start = 1.0
+        self.transition = GuardedTransition(transition, shape, hold, guard, guard_factor, guard_length)
+        self.allow_causal, self.recalibrate, self.finished_metrics = allow_causal, recalibrate, finished_metrics
+        self._finished = FinishedForm(f"efficient/{METHOD}/finished/")
+        self._recalibrated_at = -1
         self._resumed = False
         self._norms: list[BlendNorm] = []
         self._handles: list[RemovableHandle] = []
@@ -77,16 +97,20 @@ class PRepBN(StructuralCallback):
 
     def config(self) -> dict[str, Any]:
         """The arguments of this callback as plain data."""
-        names = ("transition", "shape", "hold", "allow_causal")
-        return super().config() | vars(self.options) | {name: getattr(self, name) for name in names}
+        own = {name: getattr(self, name) for name in ("allow_causal", "recalibrate", "finished_metrics")}
+        return super().config() | vars(self.options) | self.transition.config() | own
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the transition of this run began: 1, unless an earlier ``fit`` had got further."""
-        return super().state_dict() | ({"start": self._start} if self.enabled else {})
+        """Where the transition of this run began and how far it is, and what the guard has seen."""
+        if not self.enabled:
+            return super().state_dict()
+        self._settle()
+        return super().state_dict() | self.transition.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the transition of the run that is resumed."""
-        self._start, self._resumed = float(state_dict["start"]), True
+        self.transition.load_state_dict(state_dict)
+        self._resumed = True
 
     def request(self) -> Request:
         """What to do to a model: plain data and a function, so that copies of the model can carry it."""
@@ -113,24 +137,32 @@ class PRepBN(StructuralCallback):
         estimate = trainer.estimated_stepping_batches
         if estimate == 0:
             return
-        self._total = int(estimate) if estimate != float("inf") else None
-        first, length = transition_steps(self._total, hold=self.hold, length=self.transition)
+        way = self.transition
+        way.plan(int(estimate) if estimate != float("inf") else None)
         self._norms = list(blend_norms(pl_module).values())
+        self._recalibrated_at = -1
         if not self._resumed:  # a further fit goes on from where the last one ended
-            self._start = max(float(norm.lam) for norm in self._norms)
-        self._resumed = False
+            way.restart(max(float(norm.lam) for norm in self._norms))
         self._write(trainer.global_step)
-        self._handles = _capture_padding(pl_module)
+        self._handles = capture_padding(pl_module)
         rank_zero_info(
-            f"{type(self).__name__}: {len(self._norms)} norms become {self.options.target} over steps {first} to "
-            f"{first + length} of {self._total if self._total is not None else 'an open run'}."
+            f"{type(self).__name__}: {len(self._norms)} norms become {self.options.target} over steps {way.first} to "
+            f"{way.first + way.length} of {way.total if way.total is not None else 'an open run'}."
         )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Statistics for norms that evaluate or train with running ones from the first step on."""
+        unwarmed = self.options.frozen or self.transition.first == 0
+        if self._norms and self.recalibrate and not self._resumed and self.transition.start == 1.0 and unwarmed:
+            recalibrate_in(trainer, pl_module, self.recalibrate, type(self).__name__)
+        self._resumed = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the blend for this step; watch the first forward for causal attention."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if not self.enabled:
             return
+        self._settle()
         self._write(trainer.global_step)
         uses_batch = any(norm.target.batch_statistics for norm in self._norms)
         if self._watch is None and uses_batch and not self.allow_causal and not self.options.frozen:
@@ -146,40 +178,86 @@ class PRepBN(StructuralCallback):
         """Forwards count again."""
         self._collect(True)
 
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Gradients as the step will see them, before clipping."""
+        if self._norms:
+            self.transition.before_step(trainer, optimizer)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the blend."""
         self._end_watch()
-        if self.enabled and not trainer.barebones:
-            pl_module.log(f"efficient/{self.method}/lam", self._lam(trainer.global_step), on_step=True, on_epoch=False)
+        if not self.enabled:
+            return
+        self.transition.after_batch(trainer, outputs)
+        if not trainer.barebones:
+            scalars = {"lam": self.transition.at(trainer.global_step)}
+            if self.transition.guard != "off":
+                scalars["jumps"] = float(self.transition.jumps)
+            for name, value in scalars.items():
+                pl_module.log(f"efficient/{self.method}/{name}", value, on_step=True, on_epoch=False)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Agree on running statistics over processes, and on the blend, which an averaged copy would average."""
-        if self.enabled and trainer.state.fn == "fit":
+        if self._norms and trainer.state.fn == "fit":
             self._write(trainer.global_step)
-            if trainer.world_size > 1:
-                for norm in self._norms:
-                    for buffer in norm.target.buffers():
-                        if buffer.is_floating_point():
-                            buffer.copy_(trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
+            average_over_processes(trainer, pl_module)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Once more, after an averaged model has been swapped in."""
-        if self.enabled and batch_idx == 0 and trainer.state.fn == "fit":
+        """Once more, after an averaged model has been swapped in: this is the network that is validated."""
+        if not self._norms or batch_idx or dataloader_idx or trainer.state.fn != "fit":
+            return
+        self._write(trainer.global_step)
+        if self.transition.over(trainer.global_step):
+            self._recalibrate(trainer, pl_module)
+        if self.finished_metrics and 0 < self.transition.at(trainer.global_step) < 1 and not trainer.sanity_checking:
+            self._finished.start(pl_module)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """The same batch through the finished form."""
+        self._finished.batch(trainer, pl_module, self._norms, batch, batch_idx, dataloader_idx)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what the finished form's epoch comes to."""
+        self._finished.end(trainer, pl_module, self._norms)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before a file of the last epoch is written, where there is no validation."""
+        if self._norms and self.transition.over(trainer.global_step):
             self._write(trainer.global_step)
+            self._recalibrate(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The blend that the last step leads to."""
         if self._norms:
             self._write(trainer.global_step)
-            if (lam := self._lam(trainer.global_step)) > 0:
+            if (lam := self.transition.at(trainer.global_step)) > 0:
+                jumps = self.transition.jumps
                 rank_zero_warn(
                     f"{type(self).__name__}: training ended at step {trainer.global_step} with lam = {lam:.3f}, in the "
-                    "middle of the transition: the old norms are still needed. Shorten `transition` to finish."
+                    "middle of the transition: the old norms are still needed. "
+                    + (f"The guard held it up {jumps} times (`guard`). " if jumps else "")
+                    + "Shorten `transition` to finish."
                 )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Statistics of the weights that are left in the module, which may be an average by now."""
+        if self._norms:
+            self._write(trainer.global_step)
+            if any(isinstance(cb, WeightAveraging) for cb in trainer.callbacks):  # type: ignore[attr-defined]
+                self._recalibrated_at = -1
+            self._recalibrate(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook and no mode behind."""
@@ -190,22 +268,26 @@ class PRepBN(StructuralCallback):
         super().teardown(trainer, pl_module, stage)
         self._release()
 
-    def _lam(self, step: int) -> float:
-        lam = transition(step, self._total, hold=self.hold, length=self.transition, shape=self.shape)
-        return self._start * lam
-
     def _write(self, step: int) -> None:
-        lam = self._lam(step)
-        first, _ = transition_steps(self._total, hold=self.hold, length=self.transition)
+        lam = self.transition.at(step)
         for norm in self._norms:
-            if self.options.init == "copy" and step == first > 0 and self._start == 1.0:
+            if self.options.init == "copy" and self.transition.begins(step):
                 norm.recopy()
             if norm.target.calibrates:
-                norm.target.calibrating = lam == 1.0 or (first == 0 and lam > 0.0)
+                norm.target.calibrating = lam == 1.0 or (self.transition.first == 0 and lam > 0.0)
             if lam > 0:
                 norm.resume(lam)
             elif norm.phase != "target":
                 norm.finish()
+
+    def _settle(self) -> None:
+        if what := self.transition.settle():
+            rank_zero_warn(f"{type(self).__name__}: {what}")
+
+    def _recalibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.recalibrate and self._recalibrated_at != trainer.global_step:
+            self._recalibrated_at = trainer.global_step
+            recalibrate_in(trainer, pl_module, self.recalibrate, type(self).__name__)
 
     def _collect(self, collect: bool) -> None:
         for norm in self._norms:
@@ -223,36 +305,5 @@ class PRepBN(StructuralCallback):
             handle.remove()
         if self._watch is not None and self._watch.active:
             self._watch.__exit__(None, None, None)
+        self._finished.stop()
         self._handles, self._norms, self._watch = [], [], None
-
-
-def _capture_padding(model: nn.Module) -> list[RemovableHandle]:
-    """Hooks that hand padding masks, given to any module by keyword, to the swapped norms inside it."""
-
-    def before(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        if (mask := _valid_rows(kwargs)) is not None:
-            for norm in blend_norms(module).values():
-                norm.mask = mask
-
-    def after(module: nn.Module, args: Any, kwargs: Mapping[str, Any], out: Any) -> None:
-        if _valid_rows(kwargs) is not None:
-            for norm in blend_norms(module).values():
-                norm.mask = None
-
-    handles = []
-    for module in model.modules():
-        if not isinstance(module, BlendNorm) and blend_norms(module):
-            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
-    return handles
-
-
-def _valid_rows(kwargs: Mapping[str, Any]) -> Tensor | None:
-    """True where a token counts: Hugging Face masks keep what is 1, ``nn.Transformer`` masks drop what is True."""
-    keep = kwargs.get("attention_mask")
-    if isinstance(keep, Tensor) and keep.dim() == 2 and not keep.is_floating_point():
-        return keep != 0
-    drop = kwargs.get("src_key_padding_mask")
-    if isinstance(drop, Tensor) and drop.dim() == 2 and drop.dtype == torch.bool:
-        return ~drop
-    return None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -156,6 +157,23 @@ class _ZeroGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         return grads[0], *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.likes)
+
+
+@contextmanager
+def finished(norms: Iterable[BlendNorm]) -> Iterator[None]:
+    """Evaluate as after the transition: every blend is its target alone, inside this context.
+
+    Args:
+        norms: The norms; they compute what they did before afterwards, without being compiled again.
+    """
+    before = [(norm, norm.lam.clone()) for norm in norms]
+    try:
+        for norm, _ in before:
+            norm.lam.zero_()
+        yield
+    finally:
+        for norm, lam in before:
+            norm.lam.copy_(lam)
 
 
 def blend_norms(model: nn.Module) -> dict[str, BlendNorm]:
