@@ -8,17 +8,27 @@ that ``timm.utils.reparameterize_model`` knows.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_efficient.callbacks.attach import NAME
 from lightning_efficient.formats import save_exported, to_onnx, to_torch_export
-from lightning_efficient.inference import Call, ExportError, Inputs, as_call, difference, evaluating, first_line
-from lightning_efficient.plain import check_foreign, plain_copy
+from lightning_efficient.inference import (
+    Call,
+    ExportError,
+    Inputs,
+    as_call,
+    device_of,
+    difference,
+    evaluating,
+    first_line,
+)
+from lightning_efficient.methods.norms.recalibrate import recalibrate as recalibrate_norms
+from lightning_efficient.plain import check_foreign, detached_copy, plain_copy
 from lightning_efficient.surgery.affine import Affine
 from lightning_efficient.surgery.fold import fold_affines
 from lightning_efficient.surgery.match import canonical_name
@@ -27,7 +37,12 @@ __all__ = ["ExportError", "export", "save_exported", "to_onnx", "to_torch_export
 
 
 def export(
-    model: nn.Module, example_inputs: Inputs | None = None, *, tolerance: float = 1e-5, fold: bool = True
+    model: nn.Module,
+    example_inputs: Inputs | None = None,
+    *,
+    tolerance: float = 1e-5,
+    fold: bool = True,
+    recalibrate: Iterable[Any] | None = None,
 ) -> nn.Module:
     """A plain copy of ``model`` in evaluation mode, verified on ``example_inputs``; ``model`` stays as it is.
 
@@ -43,6 +58,8 @@ def export(
         tolerance: Largest accepted difference of the outputs, relative to the output's scale ``max |y|``.
         fold: Fold layers that have become one multiply-add a channel (a finished norm swap) into the weights
             around them; what cannot fold stays that multiply-add. The report is logged.
+        recalibrate: Training batches, a data loader for instance, over which running statistics of swapped norms are
+            averaged first; for weights that have none of their own, such as averaged ones. All batches are read.
 
     Returns:
         The copy. It shares no tensor with ``model``.
@@ -50,8 +67,9 @@ def export(
     Raises:
         ValueError: No example inputs, or ``tolerance`` is not a number ≥ 0.
         TypeError: ``example_inputs`` is of another type.
-        ExportError: The model has no ``forward``, fails on the inputs, cannot be copied, is sharded (FSDP),
-            holds layers without a plain form, or the copy's outputs differ by more than ``tolerance``.
+        ExportError: The model has no ``forward``, fails on the inputs or on a batch of ``recalibrate``, cannot be
+            copied, is sharded (FSDP), holds layers without a plain form, or the copy's outputs differ by more than
+            ``tolerance``.
     """
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"`tolerance` is {tolerance!r}; expected a number >= 0, relative to the output's scale.")
@@ -59,6 +77,8 @@ def export(
         model = wrapped
     _refuse_sharded(model)
     candidates = _calls(model, example_inputs)
+    if recalibrate is not None:
+        model = _recalibrated(model, recalibrate)
     with evaluating(model):
         call, expected = _first_that_runs(model, candidates)
     plain = plain_copy(model).eval()
@@ -74,6 +94,23 @@ def export(
     apart.check(tolerance, "the exported copy")
     rank_zero_info(f"export: {type(model).__name__} on [{call}]: {apart}")
     return plain
+
+
+def _recalibrated(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
+    """A copy with fresh statistics, or the model itself if it has no norms that use any."""
+    copy = detached_copy(model)
+    try:
+        done = recalibrate_norms(copy, batches, device=device_of(model))
+    except Exception as error:
+        raise ExportError(
+            f"{type(model).__name__} fails on a batch of `recalibrate` ({first_line(error)}): it is called with the "
+            "batch, the first part of a tuple, or the items of a mapping as keywords. Give batches of that form."
+        ) from error
+    if not done.norms:
+        rank_zero_warn("export: `recalibrate` was given, but no norm of the model uses batch statistics.")
+        return model
+    rank_zero_info(f"export: statistics of {done.norms} norms averaged over {done.batches} batches.")
+    return copy
 
 
 def _channel_affines(model: nn.Module) -> dict[str, Affine]:

@@ -1,11 +1,29 @@
 """The methods as pure functions: ``import lightning_efficient.functional as F``."""
 
+from lightning_efficient.methods.norms.recalibrate import recalibrate
+from lightning_efficient.methods.norms.swap import apply_norm_swap
+from lightning_efficient.methods.sigma_reparam import apply_sigma_reparam
 from lightning_efficient.metrics.functional import (
     attention_entropy,
     entropy_lower_bound,
+    pq_bound,
+    pq_index,
     rankme,
     row_logit_norm,
+    sparsity,
     spectral_norms,
 )
 
-__all__ = ["attention_entropy", "entropy_lower_bound", "rankme", "row_logit_norm", "spectral_norms"]
+__all__ = [
+    "apply_norm_swap",
+    "apply_sigma_reparam",
+    "attention_entropy",
+    "entropy_lower_bound",
+    "pq_bound",
+    "pq_index",
+    "rankme",
+    "recalibrate",
+    "row_logit_norm",
+    "sparsity",
+    "spectral_norms",
+]

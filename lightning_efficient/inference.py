@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeAlias
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+
+from lightning_efficient.eager import uncompiled
 
 # One tensor, a tuple of positional arguments, or a dict of keyword arguments (as Lightning's
 # example_input_array).
@@ -45,7 +46,7 @@ class Call:
     def run(self, model: nn.Module) -> Any:
         """The model's output; the random state (CPU and the model's CUDA devices) is as before."""
         args, kwargs = self.on(model)
-        with torch.random.fork_rng(devices=_cuda_devices(model)), _uncompiled():
+        with torch.random.fork_rng(devices=_cuda_devices(model)), uncompiled():
             return model(*args, **kwargs)
 
     def resized(self, batch: int) -> Call:
@@ -104,13 +105,6 @@ def device_of(model: nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
-
-
-def _uncompiled() -> AbstractContextManager[Any]:
-    """Run compiled parts eagerly: compiled code rounds differently, and evaluation would compile anew."""
-    if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and importing it takes a second
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
 
 
 def _cuda_devices(model: nn.Module) -> list[int]:

@@ -40,15 +40,31 @@ def plain_copy(model: nn.Module) -> nn.Module:
             memo[id(module)] = _copy(wrapped, memo)
         elif _offers_fuse(module):
             memo[id(module)] = _fused(_copy(module, memo))
-    plain = _copy(model, memo)
-    for module in plain.modules():
+    plain = _without_hooks(_copy(model, memo))
+    # A layer inside one that was fused just now has been copied with it, as it was.
+    nested = any("_orig_mod" in module._modules or _offers_fuse(module) for module in plain.modules())
+    return plain_copy(plain) if nested else plain
+
+
+def detached_copy(model: nn.Module) -> nn.Module:
+    """Deep copy with our layers as they are, but away from our callbacks.
+
+    Args:
+        model: The model; it is not touched.
+
+    Raises:
+        ExportError: Something in it cannot be copied.
+    """
+    return _without_hooks(_copy(model, _memo_without_us(model)))
+
+
+def _without_hooks(copied: nn.Module) -> nn.Module:
+    for module in copied.modules():
         if isinstance(module, LightningModule):
             detach(module)
         for hooks, key, _ in list(_our_hooks(module)):
             del hooks[key]
-    # A layer inside one that was fused just now has been copied with it, as it was.
-    nested = any("_orig_mod" in module._modules or _offers_fuse(module) for module in plain.modules())
-    return plain_copy(plain) if nested else plain
+    return copied
 
 
 def _memo_without_us(model: nn.Module) -> dict[int, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -20,6 +19,7 @@ from lightning_efficient.attention.multihead import rows_of_multihead
 from lightning_efficient.attention.owners import Owners
 from lightning_efficient.attention.sdpa import rows_of_sdpa
 from lightning_efficient.attention.softmax import SOFTMAX, Follower, rows_of_softmax
+from lightning_efficient.eager import uncompiled
 from lightning_efficient.metrics.functional import AttentionRows
 
 Kind = Literal["scaled_dot_product_attention", "multi_head_attention_forward", "softmax"]
@@ -94,8 +94,7 @@ class AttentionProbe(TorchFunctionMode):
         self._exits = ExitStack()
 
     def __enter__(self) -> AttentionProbe:
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes seconds
-            self._exits.enter_context(torch.compiler.set_stance("force_eager"))
+        self._exits.enter_context(uncompiled())
         self._exits.enter_context(self._owners)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self

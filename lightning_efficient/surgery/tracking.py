@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from lightning_efficient.eager import uncompiled
 from lightning_efficient.surgery.match import canonical_name, modules_by_name
 from lightning_efficient.surgery.readers import Contraction, contractions
 from lightning_efficient.surgery.tags import (
@@ -111,8 +111,7 @@ class Tracker(TorchFunctionMode):
         for module, name in first_names.items() if self.axes else ():
             if not isinstance(module, torch.jit.ScriptModule):  # its forward does not run in Python
                 self._watch_module(module, name, targets.get(module))
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes seconds
-            self._exits.enter_context(torch.compiler.set_stance("force_eager"))
+        self._exits.enter_context(uncompiled())
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 

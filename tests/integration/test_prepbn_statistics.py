@@ -18,9 +18,9 @@ from zoo import Classifier, Manual, loader
 
 from lightning_efficient import export, load_from_checkpoint
 from lightning_efficient.callbacks.prepbn import PRepBN
+from lightning_efficient.export import ExportError
 from lightning_efficient.methods.norms.blend import blend_norms
 from lightning_efficient.testing.case import ResumableLoader
-
 
 pytestmark = [
     # said of ModelCheckpoint, and of our hooks on the instance
@@ -415,3 +415,32 @@ def test_editing_the_last_token_changes_no_earlier_output(tmp_path: Any, options
     net(edited)
     assert torch.equal(hidden[0][:, :-1], hidden[1][:, :-1])
     assert not torch.equal(hidden[0][:, -1], hidden[1][:, -1])
+
+
+# -- on export ---------------------------------------------------------------------------------------------------------
+
+
+def test_export_averages_statistics_over_a_loader(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+    data = loader(batches=8)
+    moving, whole = Classifier(), Classifier()
+    trainer(tmp_path, PRepBN(transition=3, hold=1, recalibrate=0)).fit(moving, data, loader(1))
+    trainer(tmp_path, PRepBN(transition=3, hold=1)).fit(whole, data, loader(1))
+    x, before = next(iter(data))[0], statistics(moving)
+    with caplog.at_level("INFO"):
+        plain = export(moving, x, recalibrate=data)
+    assert "5 norms averaged over 8 batches" in caplog.text
+    torch.testing.assert_close(plain(x), export(whole, x)(x), rtol=0, atol=1e-5)
+    assert not torch.allclose(plain(x), export(moving, x)(x), atol=1e-4)
+    assert all(torch.equal(a, before[k]) for k, a in statistics(moving).items()), "the model itself must stay"
+
+
+def test_export_says_what_is_wrong_with_the_batches(tmp_path: Any) -> None:
+    module = Classifier()
+    trainer(tmp_path, PRepBN(transition=3, hold=1)).fit(module, loader(batches=8), loader(1))
+    x = next(iter(loader()))[0]
+    with pytest.raises(ExportError, match="fails on a batch of `recalibrate`"):
+        export(module, x, recalibrate=[torch.ones(2, 3)])
+    with pytest.raises(ExportError, match="got no batches"):
+        export(module, x, recalibrate=[])
+    with pytest.warns(UserWarning, match="no norm of the model uses batch statistics"):
+        export(Classifier(), x, recalibrate=loader())

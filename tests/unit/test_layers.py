@@ -17,7 +17,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Lowest first; a file may import its own layer and those below. The first segment below the package decides; what is
 # not listed (export, compare, cli, demo, testing, ...) is above all of these, and only the public names are above that.
 LAYERS = (
-    {"metrics", "attention", "surgery", "weightspace", "schedule", "guard"},
+    {"metrics", "attention", "surgery", "weightspace", "schedule", "guard", "eager"},
     {"methods", "pruning"},
     {"callbacks", "recipe", "checkpoint"},
 )

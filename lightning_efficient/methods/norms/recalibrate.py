@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_efficient.eager import uncompiled
 from lightning_efficient.methods.norms.blend import BlendNorm, blend_norms
 
 
@@ -65,7 +64,7 @@ def recalibrate(
     for norm in norms.values():
         norm.target.begin_recalibration()
     try:
-        with torch.random.fork_rng(devices=cuda), _eager():
+        with torch.random.fork_rng(devices=cuda), uncompiled():
             for batch in batches:
                 batch = batch if device is None else _to(batch, device)
                 (forward or _forward)(model, batch)
@@ -78,12 +77,6 @@ def recalibrate(
     if not done:
         raise ValueError("recalibrate got no batches; expected an iterable with at least one.")
     return Recalibration(count, len(norms) - len(untouched), untouched)
-
-
-def _eager() -> AbstractContextManager[object]:
-    """Compiled modules run as they are written: graphs for a few batches in a mode of its own would not pay."""
-    # If it is not loaded nothing is compiled, and loading it takes seconds.
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _end(norms: Mapping[str, BlendNorm], keep: bool) -> list[str]:
