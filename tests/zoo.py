@@ -101,6 +101,26 @@ class Bert(nn.Module):
         return self.head(self.bert(input_ids=tokens).last_hidden_state.mean(1))
 
 
+class Llama(nn.Module):
+    """Random weights, Hugging Face: RMS norms, rotary positions, grouped queries, causal, tied head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(
+            vocab_size=12, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+            intermediate_size=32, max_position_embeddings=16, tie_word_embeddings=True, use_cache=False,
+        )  # fmt: skip
+        self.llama = LlamaForCausalLM(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = (x.flatten(1)[:, :10] * 3).round().long().abs() % 12
+        return self.llama(input_ids=tokens).logits[:, -1, :CLASSES]
+
+
+# Where only some methods apply.
+SPECIAL: dict[str, Callable[[], nn.Module]] = {"llama": Llama}
 NETS: dict[str, Callable[[], nn.Module]] = {
     "timm_vit": vit,
     "encoder": EncoderClassifier,
@@ -122,7 +142,7 @@ class Classifier(pl.LightningModule):
     def _make(self) -> nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return NETS[self.hparams["net"]]()
+            return (NETS | SPECIAL)[self.hparams["net"]]()
 
     def setup(self, stage: str) -> None:
         if self.hparams["build"] == "setup" and not hasattr(self, "net"):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Sampler
 from lightning_efficient.callbacks.base import EfficientCallback
 
 Loader = DataLoader[Any]
+Callbacks: TypeAlias = EfficientCallback | Sequence[EfficientCallback]
 
 
 class ResumableLoader:
@@ -48,7 +49,7 @@ class Case:
     """One cell of the table.
 
     Args:
-        callback: Makes the callback.
+        callback: Makes the callback, or a tuple of them that are used together.
         modules: Variant → makes a fresh module with the same initial weights each time. ``"plain"`` is required; the
             scenarios ``configure_model``, ``setup``, ``checkpointing``, ``manual`` and ``prebuilt_optimizer`` use the
             variant of their name.
@@ -59,7 +60,7 @@ class Case:
         more_graphs: How many graphs more than without the callback ``torch.compile`` may build in a run.
     """
 
-    callback: Callable[[], EfficientCallback]
+    callback: Callable[[], Callbacks]
     modules: Mapping[str, Callable[[], LightningModule]]
     loader: Callable[[int, int, torch.dtype], Loader]
     root: Path
@@ -67,11 +68,16 @@ class Case:
     steps: int = 6
     more_graphs: int = 0
 
+    def ours(self) -> tuple[EfficientCallback, ...]:
+        """Fresh callbacks."""
+        made = self.callback()
+        return (made,) if isinstance(made, EfficientCallback) else tuple(made)
+
     def trainer(self, *extra: Callback, with_callback: bool = True, **kwargs: Any) -> Trainer:
         """A quiet CPU Trainer with the callback first, unless ``extra`` contains one already."""
         callbacks = list(extra)
         if with_callback and not any(isinstance(cb, EfficientCallback) for cb in callbacks):
-            callbacks.insert(0, self.callback())
+            callbacks = [*self.ours(), *callbacks]
         defaults: dict[str, Any] = {
             "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False,
             "enable_model_summary": False, "enable_checkpointing": False, "default_root_dir": self.root,

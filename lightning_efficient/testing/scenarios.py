@@ -62,10 +62,11 @@ def plain(case: Case) -> None:
 
 def disabled(case: Case) -> None:
     """``enabled=False``: bit-identical to a run without the callback, random state included."""
-    off = case.callback()
-    off.enabled = False
+    off = case.ours()
+    for callback in off:
+        callback.enabled = False
     torch.manual_seed(1)
-    _, a = case.fit("plain", off)
+    _, a = case.fit("plain", *off)
     after_a = torch.get_rng_state()
     torch.manual_seed(1)
     _, b = case.fit("plain", with_callback=False)
@@ -91,7 +92,7 @@ def accumulation(case: Case) -> None:
     for size, accumulate in ((2, 4), (8, 1)):
         module = case.modules["plain"]().double()
         trainer = case.trainer(
-            case.callback(),
+            *case.ours(),
             FixedStatistics(),
             accumulate_grad_batches=accumulate,
             precision="64-true",
@@ -113,7 +114,7 @@ def clipping(case: Case) -> None:
             if grads:
                 seen.append(float(torch.linalg.vector_norm(torch.stack([g.norm() for g in grads]))))
 
-    _, module = case.fit("plain", case.callback(), Probe(), gradient_clip_val=0.01)
+    _, module = case.fit("plain", *case.ours(), Probe(), gradient_clip_val=0.01)
     assert seen, "the probe saw no gradients"
     assert max(seen) <= 0.01 * (1 + 1e-4), f"gradient norm {max(seen)} after clipping to 0.01"
     assert_finite(module)
@@ -166,7 +167,7 @@ def checkpointing(case: Case) -> None:
     results = []
     for variant in ("plain", "checkpointing"):
         module = case.modules[variant]().double()
-        trainer = case.trainer(case.callback(), FixedStatistics(), precision="64-true")
+        trainer = case.trainer(*case.ours(), FixedStatistics(), precision="64-true")
         case.train(trainer, module, case.data(dtype=torch.float64))
         results.append(module.state_dict())
     assert_close(results[0], results[1], 1e-9)
@@ -183,9 +184,9 @@ def ema_after(case: Case) -> None:
 
 
 def _ema(case: Case, first: bool) -> None:
-    def callbacks() -> tuple[Callback, Callback]:
-        ema, ours = WeightAveraging(avg_fn=get_ema_avg_fn(0.8)), case.callback()  # type: ignore[no-untyped-call]
-        return (ema, ours) if first else (ours, ema)
+    def callbacks() -> tuple[Callback, ...]:
+        ema = WeightAveraging(avg_fn=get_ema_avg_fn(0.8))  # type: ignore[no-untyped-call]
+        return (ema, *case.ours()) if first else (*case.ours(), ema)
 
     assert_resume_exact(case, callbacks=callbacks)
     trainer, module = case.fit("plain", *callbacks())
@@ -198,9 +199,8 @@ def _ema(case: Case, first: bool) -> None:
 
 def swa(case: Case) -> None:
     """``StochasticWeightAveraging`` ends with finite weights under the user's keys."""
-    ours = case.callback()
     averaging = StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=1, annealing_epochs=1)
-    trainer = case.trainer(ours, averaging, max_steps=-1, max_epochs=4)
+    trainer = case.trainer(*case.ours(), averaging, max_steps=-1, max_epochs=4)
     module = case.modules["plain"]()
     case.train(trainer, module, case.data())
     assert_finite(module)
@@ -257,7 +257,7 @@ def _distributed(case: Case, strategy: str) -> None:
     two: dict[str, Any] = {"strategy": strategy, "devices": 2, "use_distributed_sampler": False}
     for processes, more in ((1, {}), (2, two)):
         module = case.modules["plain"]().double()
-        trainer = case.trainer(case.callback(), FixedStatistics(), precision="64-true", **more)
+        trainer = case.trainer(*case.ours(), FixedStatistics(), precision="64-true", **more)
         # Each process gets its half of every batch of eight.
         dealt = DataLoader(whole.dataset, 8 // processes, sampler=Dealt(8 * case.steps, processes))
         trainer.fit(module, dealt, dealt)
@@ -272,12 +272,12 @@ def resume(case: Case) -> None:
 
 def fit_twice_then_test(case: Case) -> None:
     """``fit``, ``fit`` again, ``test``: applied once, the function kept between the runs."""
-    trainer, module = case.fit()
+    ours = case.ours()
+    trainer, module = case.fit("plain", *ours)
     before = trainer.test(module, case.data(), verbose=False)
-    callback = trainer.callbacks[0]  # type: ignore[attr-defined]
-    case.train(case.trainer(callback, max_steps=0), module, case.data())
+    case.train(case.trainer(*ours, max_steps=0), module, case.data())
     assert trainer.test(module, case.data(), verbose=False) == before, "starting a second fit changed the function"
-    again = case.trainer(callback)
+    again = case.trainer(*ours)
     case.train(again, module, case.data())
     check_optimizer(again, module)
     again.test(module, case.data(), verbose=False)
