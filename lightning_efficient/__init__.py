@@ -13,21 +13,40 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_efficient.callbacks.collapse_monitor import CollapseMonitor
+    from lightning_efficient.callbacks.linear_attention import SimplifiedLinearAttention
+    from lightning_efficient.callbacks.magnitude_pruning import MagnitudePruning
     from lightning_efficient.callbacks.prepbn import PRepBN
+    from lightning_efficient.callbacks.sap_pruning import SAPPruning
     from lightning_efficient.callbacks.sigma_reparam import SigmaReparam
+    from lightning_efficient.callbacks.temp_scale import TempScale
     from lightning_efficient.checkpoint import load_from_checkpoint
     from lightning_efficient.cli.efficient_cli import EfficientCLI
     from lightning_efficient.export import export
 
     __version__: str
 
-__all__ = ["CollapseMonitor", "EfficientCLI", "PRepBN", "SigmaReparam", "export", "load_from_checkpoint"]
+__all__ = [
+    "CollapseMonitor",
+    "EfficientCLI",
+    "MagnitudePruning",
+    "PRepBN",
+    "SAPPruning",
+    "SigmaReparam",
+    "SimplifiedLinearAttention",
+    "TempScale",
+    "export",
+    "load_from_checkpoint",
+]
 
 _HOMES = {
     "CollapseMonitor": "lightning_efficient.callbacks.collapse_monitor",
     "EfficientCLI": "lightning_efficient.cli.efficient_cli",
+    "MagnitudePruning": "lightning_efficient.callbacks.magnitude_pruning",
     "PRepBN": "lightning_efficient.callbacks.prepbn",
+    "SAPPruning": "lightning_efficient.callbacks.sap_pruning",
     "SigmaReparam": "lightning_efficient.callbacks.sigma_reparam",
+    "SimplifiedLinearAttention": "lightning_efficient.callbacks.linear_attention",
+    "TempScale": "lightning_efficient.callbacks.temp_scale",
     "export": "lightning_efficient.export",
     "load_from_checkpoint": "lightning_efficient.checkpoint",
 }

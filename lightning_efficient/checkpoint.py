@@ -24,6 +24,7 @@ from lightning_efficient.surgery.match import canonical_name
 STRUCTURAL: dict[str, str] = {
     "remove_norms": "lightning_efficient.methods.remove_norms:apply_remove_norms",
     "norm_swap": "lightning_efficient.methods.norms.swap:apply_norm_swap",
+    "linear_attention": "lightning_efficient.methods.linear_attention:apply_linear_attention",
 }
 
 # `current_model_state` is where Lightning's WeightAveraging keeps the weights being trained.

@@ -25,6 +25,10 @@ from lightning.pytorch.utilities import rank_zero_info
 METHODS: dict[str, str] = {
     "sigma_reparam": "SigmaReparam",
     "norm_swap": "PRepBN",
+    "linear_attention": "SimplifiedLinearAttention",
+    "temp_scale": "TempScale",
+    "magnitude_pruning": "MagnitudePruning",
+    "sap_pruning": "SAPPruning",
     "collapse_monitor": "CollapseMonitor",
 }
 

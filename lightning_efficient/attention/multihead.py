@@ -28,20 +28,31 @@ def rows_of_multihead(limits: Limits, *args: Any, **kwargs: Any) -> AttentionRow
         args: Positional arguments of the call.
         kwargs: Keyword arguments of the call.
     """
-    bound = _SIGNATURE.bind(*args, **kwargs)
-    bound.apply_defaults()
-    call = SimpleNamespace(**bound.arguments)
+    call = arguments_of_multihead(*args, **kwargs)
     unbatched = call.query.dim() == 2
     query, key = (x.unsqueeze(1) if unbatched else x for x in (call.query, call.key))
     n = limits.samples(query.shape[1])
     with torch.autocast(query.device.type, enabled=False):
-        q, k = _project(call, query[:, :n], key[:, :n])
-    mask = _mask(call, batch=query.shape[1], keep=n, extra=k.shape[2] - key.shape[0], unbatched=unbatched)
+        q, k = project(call, query[:, :n], key[:, :n])
+    mask = mask_of_multihead(call, batch=query.shape[1], keep=n, extra=k.shape[2] - key.shape[0])
     return attention_rows(q, k, mask=mask, max_queries=limits.max_queries)
 
 
-def _project(call: SimpleNamespace, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys ``(batch, heads, length, head dim)``, with the extra keys that the call asks for."""
+def arguments_of_multihead(*args: Any, **kwargs: Any) -> SimpleNamespace:
+    """The arguments of a call by name, defaults included."""
+    bound = _SIGNATURE.bind(*args, **kwargs)
+    bound.apply_defaults()
+    return SimpleNamespace(**bound.arguments)
+
+
+def project(call: SimpleNamespace, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys ``(batch, heads, length, head dim)``, with the extra keys that the call asks for.
+
+    Args:
+        call: The arguments of the call.
+        query: Its query, ``(length, batch, width)``.
+        key: Its key, likewise.
+    """
     if call.use_separate_proj_weight:
         weights = call.q_proj_weight, call.k_proj_weight
     else:
@@ -68,8 +79,16 @@ def _project(call: SimpleNamespace, query: Tensor, key: Tensor) -> tuple[Tensor,
     return q, k
 
 
-def _mask(call: SimpleNamespace, batch: int, keep: int, extra: int, unbatched: bool) -> Tensor | None:
-    """The call's two masks as one additive term, which is what torch makes of them as well."""
+def mask_of_multihead(call: SimpleNamespace, batch: int, keep: int, extra: int) -> Tensor | None:
+    """The call's two masks as one additive term, which is what torch makes of them as well.
+
+    Args:
+        call: The arguments of the call.
+        batch: Size of the batch.
+        keep: How many of its samples are wanted.
+        extra: Keys beyond those of ``call.key``, seen by every query.
+    """
+    unbatched = call.query.dim() == 2
     masks: list[Tensor] = []
     if (padding := call.key_padding_mask) is not None:
         padding = padding.unsqueeze(0) if unbatched else padding[:keep]

@@ -22,10 +22,12 @@ class Owners(AbstractContextManager["Owners"]):
 
     Args:
         model: Names are relative to it; ``""`` while none of its modules is running.
+        transparent: What modules of these types do belongs to the module that called them.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, transparent: tuple[type[nn.Module], ...] = ()) -> None:
         self.model = model
+        self.transparent = transparent
         self.ran: set[str] = set()
         self.modules: dict[str, nn.Module] = {}
         self._stack: list[str] = []
@@ -39,7 +41,7 @@ class Owners(AbstractContextManager["Owners"]):
     def __enter__(self) -> Owners:
         for name, module in self.model.named_modules():
             name = canonical_name(name)  # a wrapper and what it wraps share one
-            if isinstance(module, torch.jit.ScriptModule):
+            if isinstance(module, (torch.jit.ScriptModule, *self.transparent)):
                 continue  # its forward does not run in Python: what happens inside belongs to its caller
             self.modules[name] = module
             self._handles.append(module.register_forward_pre_hook(self._entering(name)))

@@ -8,7 +8,7 @@ anew by ``deepcopy``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -17,6 +17,8 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from lightning_efficient import checkpoint as codec
+from lightning_efficient import recipe
+from lightning_efficient.recipe import Entry
 from lightning_efficient.surgery.change import Change
 from lightning_efficient.surgery.match import NoMatchError
 from lightning_efficient.surgery.optimizer import plain_view
@@ -46,9 +48,18 @@ class Request:
 
 @dataclass
 class Attachment:
-    """What this package keeps on a LightningModule instance."""
+    """What this package keeps on a LightningModule instance.
+
+    Args:
+        requests: Structural methods.
+        previous: What the instance had in place of our hooks.
+        example_batch: Two samples of the first training batch.
+        held: Methods whose effect the weights hold since they were trained, so that it must not be given twice: method
+            -> entry of the recipe. Written to every file, read from it.
+    """
 
     requests: list[Request] = field(default_factory=list)
+    held: dict[str, Entry] = field(default_factory=dict)
     previous: dict[str, Any] = field(default_factory=dict)
     example_batch: Any = None
 
@@ -74,12 +85,22 @@ def install(pl_module: LightningModule, request: Request) -> None:
     mine.requests = [r for r in mine.requests if r.key != request.key or r.method != request.method]
     mine.requests.append(request)
     _carry_over(pl_module, request)
-    for name, function in _HOOKS.items():
-        current = pl_module.__dict__.get(name)
+    _hook(pl_module, _HOOKS)
+    _apply(pl_module, request, required=False)
+
+
+def carry(pl_module: LightningModule) -> None:
+    """Have the module's files say what its weights hold, those without callback states among them."""
+    _hook(pl_module, ("on_save_checkpoint", "on_load_checkpoint"))
+
+
+def _hook(pl_module: LightningModule, names: Iterable[str]) -> None:
+    mine = attachment(pl_module)
+    for name in names:
+        function, current = _HOOKS[name], pl_module.__dict__.get(name)
         if getattr(current, "__func__", None) is not function:
             mine.previous[name] = current
             pl_module.__dict__[name] = MethodType(function, pl_module)
-    _apply(pl_module, request, required=False)
 
 
 def detach(pl_module: LightningModule) -> None:
@@ -148,6 +169,9 @@ def configure_optimizers(self: LightningModule) -> Any:
 def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
     """Make the file plain, then the user's hook: it sees the keys it knows."""
     codec.fold(self, attachment(self).requests, checkpoint)
+    written = {entry.method for entry in recipe.read(checkpoint)}
+    for entry in (entry for method, entry in attachment(self).held.items() if method not in written):
+        recipe.write(checkpoint, entry)
     _previous(self, "on_save_checkpoint", checkpoint)
 
 
@@ -155,7 +179,12 @@ def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
     """The user's hook, which sees the keys it knows, then the tensors of the changed modules."""
     _previous(self, "on_load_checkpoint", checkpoint)
     codec.unfold(self, attachment(self).requests, checkpoint)
+    saved = {entry.method: entry for entry in recipe.read(checkpoint) if entry.method in HELD}
+    attachment(self).held = {m: Entry(m, entry.key, entry.config) for m, entry in saved.items()}
 
+
+# Methods that multiply weights by something that is not read off them again.
+HELD = ("temp_scale",)
 
 _HOOKS: dict[str, Callable[..., Any]] = {
     "configure_model": configure_model,

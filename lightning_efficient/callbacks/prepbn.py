@@ -129,19 +129,21 @@ class PRepBN(StructuralCallback):
 
     # -- life cycle ----------------------------------------------------------------------------------------------
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fix the schedule, before anything trains."""
-        super().on_fit_start(trainer, pl_module)
-        if not self.enabled:
-            return
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fix the schedule, before anything trains.
+
+        Not earlier: asking for the length of the run makes the train loader, whose restored position Lightning would
+        then forget.
+        """
         estimate = trainer.estimated_stepping_batches
-        if estimate == 0:
+        if not self.enabled or estimate == 0:
             return
         way = self.transition
         way.plan(int(estimate) if estimate != float("inf") else None)
         self._norms = list(blend_norms(pl_module).values())
         self._recalibrated_at = -1
-        if not self._resumed:  # a further fit goes on from where the last one ended
+        fresh, self._resumed = not self._resumed, False
+        if fresh:  # a further fit goes on from where the last one ended
             way.restart(max(float(norm.lam) for norm in self._norms))
         self._write(trainer.global_step)
         self._handles = capture_padding(pl_module)
@@ -149,13 +151,9 @@ class PRepBN(StructuralCallback):
             f"{type(self).__name__}: {len(self._norms)} norms become {self.options.target} over steps {way.first} to "
             f"{way.first + way.length} of {way.total if way.total is not None else 'an open run'}."
         )
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Statistics for norms that evaluate or train with running ones from the first step on."""
-        unwarmed = self.options.frozen or self.transition.first == 0
-        if self._norms and self.recalibrate and not self._resumed and self.transition.start == 1.0 and unwarmed:
+        if self.recalibrate and fresh and way.start == 1.0 and (self.options.frozen or way.first == 0):
+            # They evaluate, or train, with running statistics from the first step on.
             recalibrate_in(trainer, pl_module, self.recalibrate, type(self).__name__)
-        self._resumed = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the blend for this step; watch the first forward for causal attention."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from lightning_efficient.callbacks.example import run_step, undisturbed
 from lightning_efficient.callbacks.shadow import shadow
 from lightning_efficient.methods.norms.blend import BlendNorm
 from lightning_efficient.methods.norms.recalibrate import recalibrate
@@ -42,13 +40,10 @@ def recalibrate_in(trainer: Trainer, pl_module: LightningModule, batches: int, w
     def forward(model: nn.Module, batch: Any) -> object:
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
         with trainer.precision_plugin.forward_context():
-            if not pl_module.automatic_optimization:
-                return twin(batch[0] if isinstance(batch, (tuple, list)) else batch)
-            takes = inspect.signature(twin.training_step).parameters
-            return twin.training_step(batch, next(steps)) if len(takes) > 1 else twin.training_step(batch)
+            return run_step(pl_module, twin, "fit", batch, next(steps))
 
     try:
-        with _undisturbed(loader) as whole:
+        with undisturbed(loader) as whole:
             done = recalibrate(pl_module, islice(whole, int(count)), forward=forward)
     except Exception as error:
         rank_zero_warn(
@@ -71,21 +66,3 @@ def average_over_processes(trainer: Trainer, pl_module: LightningModule) -> None
             for buffer in norm.target.buffers():
                 if buffer.is_floating_point():
                     buffer.copy_(trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
-
-
-@contextmanager
-def _undisturbed(loader: Any) -> Iterator[Any]:
-    """The loader's batches, read without moving what decides its next ones."""
-    several = isinstance(loader, (list, tuple, dict))
-    parts = [loader] if not several else list(loader.values() if isinstance(loader, dict) else loader)
-    saved: list[tuple[Any, Any]] = []
-    for part in parts:
-        if hasattr(part, "state_dict") and hasattr(part, "load_state_dict"):
-            saved.append((part.load_state_dict, part.state_dict()))
-        generators = {id(g): g for g in (getattr(o, "generator", None) for o in (part, getattr(part, "sampler", None)))}
-        saved += [(g.set_state, g.get_state()) for g in generators.values() if g is not None]
-    try:
-        yield (batch for batch, *_ in CombinedLoader(loader, "max_size_cycle")) if several else loader
-    finally:
-        for restore, state in saved:
-            restore(state)

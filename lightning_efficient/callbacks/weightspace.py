@@ -63,6 +63,10 @@ class WeightSpaceCallback(EfficientCallback):
         """Scalars worth logging, called on logging steps only."""
         return {}
 
+    def record(self) -> dict[str, Any]:
+        """What the recipe keeps beside tensors: the arguments, and what else a resumed run must not look for again."""
+        return self.config()
+
     # -- life cycle ----------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -160,7 +164,7 @@ class WeightSpaceCallback(EfficientCallback):
             tensors = self._live_tensors()
         # Without tensors: fit has not quite started, and a tuner saves what it will restore.
         if tensors or trainer.state.fn == "fit":
-            recipe.write(checkpoint, Entry(self.method, self.state_key, self.config(), tensors))
+            recipe.write(checkpoint, Entry(self.method, self.state_key, self.record(), tensors))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Find this callback's entry when training resumes; evaluation needs nothing."""

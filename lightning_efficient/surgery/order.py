@@ -12,7 +12,8 @@ from types import MappingProxyType
 # - temp_scale after sigma_reparam: W / sigma(W) divides any factor inside it out again, so a temperature inside would
 #   do nothing and a learned one would get a zero gradient;
 # - structured_pruning after both: shrinking rows inside sigma_reparam would blow up the rows that stay;
-# - masks last: what they zero stays zero.
+# - masks last: what they zero stays zero. They act on the raw weight, so that a spectral norm is that of what is left.
+MASKS = ("magnitude_pruning", "sap_pruning")
 ORDER: tuple[str, ...] = (
     "remove_norms",
     "norm_swap",
@@ -20,7 +21,7 @@ ORDER: tuple[str, ...] = (
     "sigma_reparam",
     "temp_scale",
     "structured_pruning",
-    "masks",
+    *MASKS,
 )
 
 CONFLICTS: Mapping[frozenset[str], str] = MappingProxyType(
@@ -29,10 +30,13 @@ CONFLICTS: Mapping[frozenset[str], str] = MappingProxyType(
             "linear attention has no softmax, so there is no temperature to scale: drop temp_scale, or keep"
             " softmax attention"
         ),
-        frozenset({"structured_pruning", "masks"}): (
-            "structured pruning removes the rows whose single entries masks would score: run structured pruning"
-            " first, export the smaller model, and mask that one in a second run"
-        ),
+        **{
+            frozenset({"structured_pruning", masks}): (
+                "structured pruning removes the rows whose single entries masks would score: run structured pruning"
+                " first, export the smaller model, and mask that one in a second run"
+            )
+            for masks in MASKS
+        },
     }
 )
 

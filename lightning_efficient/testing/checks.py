@@ -23,16 +23,26 @@ def assert_resume_exact(
     steps: int | None = None,
     **kwargs: Any,
 ) -> None:
-    """Stopped in the middle of an epoch and resumed equals uninterrupted, on every tensor of the checkpoint."""
+    """Stopped in the middle of an epoch and resumed equals uninterrupted, on every tensor of the checkpoint.
+
+    Args:
+        case: The cell.
+        variant: Of the module.
+        callbacks: Makes those of a run; None: the case's own.
+        steps: Optimizer steps of the whole run; None: the case's.
+        kwargs: Further arguments of the Trainer. With ``max_epochs`` its length is that, and ``steps`` only says where
+            the middle is.
+    """
     make = callbacks or case.ours
     total = steps or case.steps
+    length: dict[str, Any] = {"max_steps": -1 if "max_epochs" in kwargs else total}
 
-    def run(max_steps: int, ckpt_path: Path | None = None) -> dict[str, Any]:
-        trainer = case.trainer(*make(), max_steps=max_steps, **kwargs)
+    def run(name: str, *more: Callback, ckpt_path: Path | None = None) -> dict[str, Any]:
+        trainer = case.trainer(*make(), *more, **length, **kwargs)
         torch.manual_seed(0)
         case.train(trainer, case.modules[variant](), ResumableLoader(case.data()), ckpt_path=ckpt_path)
-        trainer.save_checkpoint(case.root / f"resume_{max_steps}.ckpt")
-        return flat(torch.load(case.root / f"resume_{max_steps}.ckpt", weights_only=True))
+        trainer.save_checkpoint(case.root / name)
+        return flat(torch.load(case.root / name, weights_only=True))
 
     class Halfway(Callback):
         """Saves in the middle of the epoch, as a run that is killed there has done."""
@@ -41,12 +51,8 @@ def assert_resume_exact(
             if trainer.global_step == total // 2:
                 trainer.save_checkpoint(case.root / "half.ckpt")
 
-    trainer = case.trainer(*make(), Halfway(), max_steps=total, **kwargs)
-    torch.manual_seed(0)
-    case.train(trainer, case.modules[variant](), ResumableLoader(case.data()))
-    trainer.save_checkpoint(case.root / "whole.ckpt")
-    whole = flat(torch.load(case.root / "whole.ckpt", weights_only=True))
-    resumed = run(total, case.root / "half.ckpt")
+    whole = run("whole.ckpt", Halfway())
+    resumed = run("resumed.ckpt", ckpt_path=case.root / "half.ckpt")
     shared = {k for k in whole if isinstance(whole[k], Tensor)}
     assert shared == {k for k in resumed if isinstance(resumed[k], Tensor)}
     assert_equal({k: whole[k] for k in shared}, {k: resumed[k] for k in shared})

@@ -266,8 +266,9 @@ def _distributed(case: Case, strategy: str) -> None:
 
 
 def resume(case: Case) -> None:
-    """Stopped and resumed equals uninterrupted, ``torch.equal`` on every tensor of the checkpoint."""
+    """Stopped and resumed equals uninterrupted, ``torch.equal`` on every tensor; a run of steps, and one of epochs."""
     assert_resume_exact(case)
+    assert_resume_exact(case, max_epochs=1)
 
 
 def fit_twice_then_test(case: Case) -> None:

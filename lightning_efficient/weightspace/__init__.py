@@ -6,8 +6,18 @@ activation checkpointing, ``torch.compile``, DDP, EMA copies and checkpoints all
 """
 
 from lightning_efficient.weightspace.boundary import Boundary
+from lightning_efficient.weightspace.scale import ScaleTransform, Temperature
 from lightning_efficient.weightspace.site import Site
 from lightning_efficient.weightspace.spectral import SpectralTransform, leading_singular_triplet
 from lightning_efficient.weightspace.transform import Block, Transform
 
-__all__ = ["Block", "Boundary", "Site", "SpectralTransform", "Transform", "leading_singular_triplet"]
+__all__ = [
+    "Block",
+    "Boundary",
+    "ScaleTransform",
+    "Site",
+    "SpectralTransform",
+    "Temperature",
+    "Transform",
+    "leading_singular_triplet",
+]

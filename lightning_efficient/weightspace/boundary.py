@@ -116,10 +116,15 @@ class Boundary:
     def thetas(self, optimizer: Optimizer) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """Pairs of a transform's parameter and the weight whose learning rate it follows, for one optimizer.
 
-        In the order of the weights in the optimizer, which saved optimizer states rely on.
+        In the order of the weights in the optimizer, which saved optimizer states rely on; one that several weights
+        share is there once, with the first of them.
         """
-        pairs = [(t.theta, site.param) for site in self._held(optimizer) for t in site.chain]
-        return [(theta, param) for theta, param in pairs if theta is not None]
+        pairs: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+        for site in self._held(optimizer):
+            for theta in (t.theta for t in site.chain):
+                if theta is not None:
+                    pairs.setdefault(id(theta), (theta, site.param))
+        return list(pairs.values())
 
     def _held(self, optimizer: Optimizer) -> list[Site]:
         sites = {id(site.param): site for site in self.sites.values()}
@@ -151,12 +156,13 @@ class Boundary:
 
     def _with_gradient(self, optimizer: Optimizer) -> list[Site]:
         """Without a gradient the optimizer leaves the parameter alone, and so do we."""
-        for site in self._members[optimizer]:
-            if site.param.grad is None:
-                for theta in (t.theta for t in site.chain):
-                    if theta is not None:
-                        theta.grad = None
-        return [site for site in self._members[optimizer] if site.param.grad is not None]
+        members = self._members[optimizer]
+        found = [site for site in members if site.param.grad is not None]
+        moved = {id(t.theta) for site in found for t in site.chain}
+        for theta in (t.theta for site in members for t in site.chain):
+            if theta is not None and id(theta) not in moved:
+                theta.grad = None
+        return found
 
     def _open(self, optimizer: Optimizer) -> None:
         done = optimizer in self._grads_done

@@ -31,7 +31,7 @@ def test_a_slice_writes_its_table(benchmark: Any, tmp_path: Path, monkeypatch: p
         assert row["softmax_ms"] > 0
         assert row["linear_ms"] > 0
     text = (tmp_path / "linear_attention_cpu.md").read_text()
-    assert "float32, batch 1; medians of 3 interleaved rounds" in text
+    assert "float32, batch 1; CPU time, medians of 3 interleaved rounds" in text
     assert "| 8 channels, 2 heads | forward + backward | 9 |" in text
     assert "Not run on a GPU yet" in text
 

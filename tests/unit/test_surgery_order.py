@@ -35,10 +35,10 @@ def test_unknown_names_are_refused_with_a_near_miss():
 
 
 def test_sorting_does_not_depend_on_the_order_given():
-    names = ["masks", "sigma_reparam", "temp_scale", "norm_swap"]
-    expected = ["norm_swap", "sigma_reparam", "temp_scale", "masks"]
+    names = ["magnitude_pruning", "sigma_reparam", "temp_scale", "norm_swap"]
+    expected = ["norm_swap", "sigma_reparam", "temp_scale", "magnitude_pruning"]
     assert all(sort_methods(list(given)) == expected for given in permutations(names))
-    assert sort_methods(["masks", "sigma_reparam", "masks"]) == ["sigma_reparam", "masks", "masks"]
+    assert sort_methods(["magnitude_pruning", "sigma_reparam", "magnitude_pruning"]) == ["sigma_reparam", "magnitude_pruning", "magnitude_pruning"]
 
 
 def test_sorting_checks():

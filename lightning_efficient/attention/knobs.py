@@ -1,0 +1,278 @@
+"""Which weights scale an attention's logits: found from how the logits depend on them, not from the names of classes.
+
+A set ``S`` of weights is right if the logits are homogeneous of degree one in it, ``ℓ(c·S) = c·ℓ(S)``; then dividing
+``S`` by ``τ`` divides the logits by ``τ``, biases and all. Euler's theorem turns that into one number a weight:
+``Σ_S ⟨∂ℓ/∂s, s⟩ = ℓ``, for any projection of ``ℓ``. A query projection satisfies it with its bias, a query norm with
+its own affine (and the projection before it then contributes nothing), a table of position biases joins them, and
+where nothing does (a clamped logarithm of a scale, ``1 + weight``, a soft cap) no set satisfies it. It is necessary,
+not sufficient: who uses a knob checks the scaled model. Where no set holds the queries' weights, keys will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+
+import torch
+from torch import Tensor, nn
+
+from lightning_efficient.attention.trace import Seen
+from lightning_efficient.weightspace import Block
+
+# A key with less weight than this (e^-57) counts as masked: the constant -100 of windowed attention is a mask.
+_MASK_GAP = 57.0
+_PROJECTIONS = 4
+_LARGEST_SET = 5
+_TOLERANCE = 1e-8
+
+
+@dataclass(frozen=True)
+class Knob:
+    """Blocks of one parameter, which scale logits together with the site's other knobs.
+
+    Args:
+        parameter: Its name in the model.
+        blocks: The blocks, without overlap.
+        heads: The head that each block belongs to, if the blocks are cut by heads; else None.
+    """
+
+    parameter: str
+    blocks: tuple[Block, ...]
+    heads: tuple[int, ...] | None = None
+
+
+class NoKnobError(ValueError):
+    """No set of weights scales all logits; the message says why."""
+
+
+@dataclass
+class Graph:
+    """The gradients of one traced pass.
+
+    Args:
+        parameters: Name -> parameter, of the model that was traced.
+        aliases: Leaves of the graph and what they stand for.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    aliases: Sequence[tuple[Tensor, Tensor]] = ()
+    names: list[str] = field(init=False)
+    _inputs: list[Tensor] = field(init=False)
+    _random: torch.Generator = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.names = list(self.parameters)
+        self._inputs = [*self.parameters.values(), *(leaf for leaf, _ in self.aliases)]
+        self._random = torch.Generator().manual_seed(0)
+
+    def cotangents(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Random projections of tensors, from an own generator."""
+        return [torch.randn(t.shape, generator=self._random, dtype=torch.float64).to(t) for t in tensors]
+
+    def local(
+        self, tensors: Sequence[Tensor], cotangents: Sequence[Tensor]
+    ) -> tuple[dict[str, Tensor], list[Tensor | None]]:
+        """Non-zero gradients with respect to parameters, by name, and to the leaves, by position."""
+        pairs = [(t, c) for t, c in zip(tensors, cotangents, strict=True) if t.requires_grad]
+        if not pairs:
+            return {}, [None] * len(self.aliases)
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(
+            [t for t, _ in pairs], self._inputs, [c for _, c in pairs], retain_graph=True, allow_unused=True
+        )
+        found = [g if g is not None and bool((g != 0).any()) else None for g in gradients]
+        split = len(self.names)
+        own = {name: g for name, g in zip(self.names, found[:split], strict=True) if g is not None}
+        return own, found[split:]
+
+    def through(self, tensors: Sequence[Tensor], cotangents: Sequence[Tensor], stop: set[int]) -> dict[str, Tensor]:
+        """Gradients by parameter, also through leaves into what they stand for, except those numbered in ``stop``."""
+        total, leaves = self.local(tensors, cotangents)
+        for i, gradient in enumerate(leaves):
+            if gradient is not None and i not in stop:
+                for name, more in self.through([self.aliases[i][1]], [gradient], stop).items():
+                    total[name] = total[name] + more if name in total else more
+        return total
+
+
+def reaches_queries(calls: Sequence[Seen], graph: Graph) -> bool:
+    """Whether any parameter lies between the last cut and the queries."""
+    queries = [call.q for call in calls if call.q is not None]
+    return bool(graph.local(queries, graph.cotangents(queries))[0])
+
+
+def over_channels(calls: Sequence[Seen], graph: Graph, projections: Mapping[str, int]) -> bool:
+    """Whether a query is one channel at all tokens (cross-covariance), not all channels at one token.
+
+    Args:
+        calls: The calls of one site.
+        graph: Of the pass.
+        projections: Parameters that multiply activations -> their axis of outputs.
+    """
+    q = calls[0].q
+    if q is None or q.shape[-2] < 2:
+        return False
+    one, head = torch.zeros(q.shape).to(q), torch.zeros(q.shape).to(q)
+    one.view(-1, *q.shape[-2:])[0, 0], head.view(-1, *q.shape[-2:])[0] = 1.0, 1.0
+    touched = []
+    for mask in (one, head):
+        gradients = graph.local([q], [mask * graph.cotangents([q])[0]])[0]
+        touched.append({n: len(_indices(g, projections[n])) for n, g in gradients.items() if n in projections})
+    return any(rows == 1 < touched[1][name] for name, rows in touched[0].items())
+
+
+def find_knobs(
+    calls: Sequence[Seen], graph: Graph, heads: int | None = None, keys: bool = False
+) -> tuple[Knob, ...]:
+    """The smallest set of weights in which the logits of each call are homogeneous of degree one, for all calls.
+
+    Args:
+        calls: The calls of one site, in float64, none of whose parameters is zero.
+        graph: Of the pass.
+        heads: Cut the blocks by so many heads, axis 1 of 4-D logits. None: do not.
+        keys: Do not try the weights of the queries.
+
+    Raises:
+        NoKnobError: There is none.
+    """
+    found: dict[str, Knob] = {}
+    for call in calls:
+        try:
+            own = _find(call, graph, heads, *("kq" if keys else "qk"))
+        except NoKnobError as why:
+            if keys:
+                raise
+            try:  # queries that are made elsewhere (GCViT)
+                own = _find(call, graph, heads, "k", "q")
+            except NoKnobError:
+                raise why from None
+        for knob in own:
+            if found.setdefault(knob.parameter, knob) != knob:
+                raise NoKnobError(f"its calls share {knob.parameter!r}, each another part of it")
+    return tuple(found.values())
+
+
+def _find(call: Seen, graph: Graph, heads: int | None, scaled: str, fixed: str) -> tuple[Knob, ...]:
+    """Knobs of one call, among what makes its queries (or keys), and what is added to its logits."""
+    mine, theirs, values = ([] if (t := getattr(call, n)) is None else [t] for n in (scaled, fixed, "v"))
+    of_mine, my_leaves = graph.local(mine, graph.cotangents(mine))
+    of_theirs, their_leaves = graph.local(theirs, graph.cotangents(theirs))
+    of_v, _ = graph.local(values, graph.cotangents(values))
+    # What feeds queries or keys is the sequence; what feeds only logits is a bias, whose parameters may be elsewhere.
+    stop = {i for i, pair in enumerate(zip(my_leaves, their_leaves, strict=True)) if pair != (None, None)}
+    counts = _counts(call.logits)
+    logits = torch.where(counts, call.logits, 0.0)
+    projections = []
+    for _ in range(_PROJECTIONS):
+        cotangent = graph.cotangents([logits])[0] * counts
+        target = float((cotangent * logits.detach()).sum())
+        projections.append((target, graph.through([logits], [cotangent], stop)))
+    blocks = _candidates(graph, projections[0][1], of_mine, of_theirs, of_v)
+    if not blocks:
+        shared = of_mine.keys() & of_theirs.keys()
+        raise NoKnobError(
+            f"its queries and keys share their weights: {sorted(shared)}" if shared else "no weight reaches its logits"
+        )
+    shares = {name: _shares(name, cut, graph, projections) for name, cut in blocks.items()}
+    chosen = _smallest_set(shares, torch.tensor([target for target, _ in projections], dtype=torch.float64))
+    if heads is None:
+        return tuple(Knob(name, blocks[name]) for name in chosen)
+    return tuple(_by_head(name, blocks[name], logits, graph, stop, heads) for name in chosen)
+
+
+def _counts(logits: Tensor) -> Tensor:
+    """Which logits matter."""
+    return logits.detach() > logits.detach().amax(-1, keepdim=True) - _MASK_GAP
+
+
+def _candidates(
+    graph: Graph,
+    of_logits: Mapping[str, Tensor],
+    of_mine: Mapping[str, Tensor],
+    of_theirs: Mapping[str, Tensor],
+    of_v: Mapping[str, Tensor],
+) -> dict[str, tuple[Block, ...]]:
+    """Parameters, or blocks of them, that reach the logits, and not through the other factor; the nearest first."""
+    found: dict[str, tuple[Block, ...]] = {}
+    for name in [n for n in graph.names if n in of_mine] + [n for n in graph.names if n not in of_mine]:
+        if name not in of_logits or (name in of_theirs and name not in of_mine):
+            continue
+        parameter = graph.parameters[name]
+        others = [g[name] for g in (of_theirs, of_v) if name in g]
+        if not others:
+            found[name] = (Block(0, parameter.shape[0]),) if parameter.dim() else ()
+        elif cut := _own_blocks(of_mine[name], others):
+            found[name] = cut
+    return {name: cut for name, cut in found.items() if cut}
+
+
+def _own_blocks(mine: Tensor, others: Sequence[Tensor]) -> tuple[Block, ...]:
+    """The slices that matter here, along the first axis on which they share none with the others."""
+    for dim in range(mine.dim()):
+        own = _indices(mine, dim)
+        if own.isdisjoint(set().union(*(_indices(g, dim) for g in others))):
+            return _runs(sorted(own), dim)
+    return ()
+
+
+def _indices(gradient: Tensor, dim: int) -> set[int]:
+    flat = gradient.movedim(dim, 0).reshape(gradient.shape[dim], -1)
+    return set(flat.ne(0).any(1).nonzero().flatten().tolist())
+
+
+def _runs(indices: Sequence[int], dim: int) -> tuple[Block, ...]:
+    """Consecutive numbers as blocks."""
+    blocks: list[Block] = []
+    for i in indices:
+        if blocks and blocks[-1].start + blocks[-1].length == i:
+            blocks[-1] = Block(blocks[-1].start, blocks[-1].length + 1, dim)
+        else:
+            blocks.append(Block(i, 1, dim))
+    return tuple(blocks)
+
+
+def _shares(
+    name: str, cut: Sequence[Block], graph: Graph, projections: Sequence[tuple[float, Mapping[str, Tensor]]]
+) -> Tensor:
+    """``⟨∂ℓ/∂s, s⟩`` for every projection."""
+    value = graph.parameters[name].detach()
+    out = []
+    for _, gradients in projections:
+        g = gradients.get(name)
+        out.append(0.0 if g is None else sum(float((b.of(g) * b.of(value)).sum()) for b in cut))
+    return torch.tensor(out, dtype=torch.float64)
+
+
+def _smallest_set(shares: Mapping[str, Tensor], target: Tensor) -> tuple[str, ...]:
+    """The first of the smallest sets of names whose shares add up to the target."""
+    # A share of zero for every projection: the logits do not change with it (a projection before a norm).
+    names = [n for n, s in shares.items() if float((s / target).abs().max()) > _TOLERANCE]
+    for size in range(1, min(_LARGEST_SET, len(names)) + 1):
+        for chosen in combinations(names, size):
+            total = torch.stack([shares[name] for name in chosen]).sum(0)
+            if bool(((total - target).abs() <= _TOLERANCE * target.abs()).all()):
+                return chosen
+    raise NoKnobError(f"its logits are not proportional to any set of these weights: {list(shares)}")
+
+
+def _by_head(
+    name: str, blocks: Sequence[Block], logits: Tensor, graph: Graph, stop: set[int], heads: int
+) -> Knob:
+    """The same knob, cut by heads."""
+    if logits.dim() != 4 or logits.shape[1] != heads:
+        raise NoKnobError(f"logits of shape {tuple(logits.shape)} do not say which axis holds {heads} heads")
+    touched = []
+    for head in range(heads):
+        mask = torch.zeros_like(logits)
+        mask[:, head] = 1.0
+        touched.append(graph.through([logits], [mask * graph.cotangents([logits])[0]], stop).get(name))
+    shape = graph.parameters[name].shape
+    within = {i for block in blocks for i in range(block.start, block.start + block.length)}
+    whole = len(within) == shape[blocks[0].dim]
+    for dim in range(len(shape)) if whole else (blocks[0].dim,):
+        allowed = set(range(shape[dim])) if whole else within
+        sets = [set() if g is None else _indices(g, dim) & allowed for g in touched]
+        if all(sets) and sum(map(len, sets)) == len(set().union(*sets)):
+            cut = [(block, head) for head, own in enumerate(sets) for block in _runs(sorted(own), dim)]
+            return Knob(name, tuple(b for b, _ in cut), tuple(h for _, h in cut))
+    raise NoKnobError(f"{name!r} is shared by the heads")

@@ -1,0 +1,277 @@
+"""Every attention of a model, whatever library wrote it, and how its logits can be scaled."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_efficient.attention.knobs import (
+    Graph,
+    Knob,
+    NoKnobError,
+    find_knobs,
+    over_channels,
+    reaches_queries,
+)
+from lightning_efficient.attention.trace import ROOT, Seen, Trace
+from lightning_efficient.surgery.match import canonical_name
+from lightning_efficient.surgery.probes import Float64, Probe, capture, float64_copy
+from lightning_efficient.surgery.tags import mapped
+
+_HEADS = ("num_heads", "n_heads", "num_attention_heads", "n_head", "nhead", "heads")
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """A module that attends.
+
+    Args:
+        name: Its name; ``"(model)"`` for the model itself.
+        kind: The torch function it calls: ``"scaled_dot_product_attention"``, ``"multi_head_attention_forward"`` or
+            ``"softmax"``.
+        calls: Attention calls in one forward.
+        heads: Number of heads, where the shape of its logits says so.
+        causal: Whether no query sees a later key.
+        cross: Whether queries and keys come from different tensors, where that can be told.
+        knobs: The weights that together scale its logits; empty: a forward adapter has to.
+        why: Why there are no knobs.
+        refused: Why its temperature cannot be changed at all; empty: it can.
+    """
+
+    name: str
+    kind: str
+    calls: int = 1
+    heads: int | None = None
+    causal: bool | None = None
+    cross: bool | None = None
+    knobs: tuple[Knob, ...] = ()
+    why: str = ""
+    refused: str = ""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What :func:`find_attention` found.
+
+    Args:
+        sites: Name -> attention, in the order of the forward.
+        skipped: Name -> what looked a little like attention and is not.
+    """
+
+    sites: dict[str, AttentionSite]
+    skipped: dict[str, str]
+
+
+def as_probe(model: nn.Module, example: Any) -> Probe:
+    """The arguments that the model is called with.
+
+    Args:
+        model: The model.
+        example: A tensor; a tuple or list of arguments, a mapping of named ones; or a function that calls the model.
+
+    Raises:
+        ValueError: The function did not call the model, or not with tensors.
+    """
+    if isinstance(example, Probe):
+        return example
+    if isinstance(example, Tensor):
+        return Probe("the example", (example,), {})
+    if isinstance(example, Mapping):
+        return Probe("the example", (), dict(example))
+    if isinstance(example, list | tuple):
+        return Probe("the example", tuple(example), {})
+    if not callable(example):
+        raise ValueError(
+            f"`example` is a {type(example).__name__}; expected a tensor, a tuple of arguments, a dict of named "
+            "arguments, or a function that calls the model."
+        )
+    return capture(model, example)
+
+
+def run_float64(model: nn.Module, probe: Probe) -> Any:
+    """Forward of a float64 copy in evaluation mode.
+
+    Args:
+        model: The copy.
+        probe: Its arguments.
+
+    Raises:
+        ValueError: It fails.
+    """
+
+    def double(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.detach().double() if value.is_floating_point() else value.detach().clone()
+
+    forget(model)
+    try:
+        with Float64():
+            return model(*mapped(probe.args, double), **mapped(probe.kwargs, double))
+    except Exception as why:
+        raise ValueError(
+            "the model does not run in float64 on the example, so nothing about it can be checked: "
+            f"{type(why).__name__}: {why}"
+        ) from why
+
+
+def forget(model: nn.Module) -> None:
+    """Let modules drop what they keep from their weights in evaluation mode (timm's LeViT: position biases).
+
+    Args:
+        model: Comes out with every module in the mode it was in.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    for module, mode in modes:
+        if not mode:
+            module.train(False)
+    for module, mode in modes:  # a parent's `train` takes its children along
+        module.training = mode
+
+
+def find_attention(
+    model: nn.Module, example: Any, *, by_head: Sequence[str] = (), by_keys: Sequence[str] = ()
+) -> Attention:
+    """Find every attention that runs on an example, and the weights that scale its logits.
+
+    Nothing is known about libraries here: queries, keys and logits are watched on a float64 copy of the model, with
+    random numbers added to its weights so that none is zero, and the weights are found from the gradients.
+
+    Args:
+        model: Not touched.
+        example: See :func:`as_probe`; a small batch of at least two tokens.
+        by_head: Sites whose knobs are cut by heads.
+        by_keys: Sites whose knobs are to be looked for in the keys only (MViT adds its queries to its output).
+
+    Raises:
+        ValueError: The model does not run in float64.
+    """
+    probe = as_probe(model, example)
+    twin = perturbed(float64_copy(model))
+    return _Search(twin, probe, by_head, by_keys).result()
+
+
+def perturbed(model: nn.Module) -> nn.Module:
+    """Add small random numbers, from an own generator, to every parameter, in place: a zero hides what it is for.
+
+    Args:
+        model: Statistics of batch norms are moved as well, upwards.
+    """
+    generator = torch.Generator().manual_seed(0)
+    statistics = [
+        s
+        for m in model.modules()
+        if isinstance(m, _BatchNorm)
+        for s in (m.running_mean, m.running_var)
+        if s is not None
+    ]
+    with torch.no_grad():
+        for tensor in [*(p for p in model.parameters() if p.is_floating_point()), *statistics]:
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            tensor.add_((noise if tensor.requires_grad else noise.abs()).to(tensor), alpha=0.02)
+    return model
+
+
+class _Search:
+    """Traces of one perturbed copy, cut at the modules that attend, or further out where those project nothing."""
+
+    def __init__(self, twin: nn.Module, probe: Probe, by_head: Sequence[str], by_keys: Sequence[str]) -> None:
+        self.twin, self.probe, self.by_head, self.by_keys = twin, probe, set(by_head), set(by_keys)
+        for parameter in twin.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        self.parameters = {canonical_name(n): p for n, p in twin.named_parameters()}
+        self.projections = _projections(twin)
+        self.found: dict[str, AttentionSite] = {}
+        self.uncut = self._trace(())
+        self.others = self.uncut.others
+        self._look()
+
+    def _trace(self, cut: Sequence[str]) -> Trace:
+        with torch.enable_grad(), Trace(self.twin, cut=cut, products=True) as trace:
+            run_float64(self.twin, self.probe)
+        return trace
+
+    def _look(self) -> None:
+        """Try every site with the cut at its own module, then at its parent's, until something projects queries."""
+        cuts = {site: site for site in self.uncut.sites}
+        while cuts:
+            trace = self._trace([cut for cut in cuts.values() if cut not in (ROOT, "")])
+            graph = Graph(self.parameters, trace.aliases)
+            again = {}
+            for site, cut in cuts.items():
+                calls = trace.of(site)
+                if cut not in (ROOT, "") and not reaches_queries(calls, graph):
+                    again[site] = cut.rpartition(".")[0]
+                else:
+                    self.found[site] = self._judge(site, calls, graph)
+            cuts = again
+        self.found = {site: self.found[site] for site in self.uncut.sites}
+
+    def _judge(self, site: str, calls: list[Seen], graph: Graph) -> AttentionSite:
+        first = calls[0]
+        heads = first.logits.shape[1] if first.logits.dim() == 4 else None
+        facts: dict[str, Any] = {
+            "kind": first.kind, "calls": len(calls), "heads": heads,
+            "causal": _is_causal(calls), "cross": _is_cross(first, graph),
+        }  # fmt: skip
+        if over_channels(calls, graph, self.projections):
+            return AttentionSite(site, **facts, refused="attends over channels, not tokens (cross-covariance)")
+        if site in self.others:
+            shapes = sorted(self.others[site])
+            return AttentionSite(site, **facts, refused=f"another softmax, of shape {shapes}, runs beside attention's")
+        try:
+            knobs = find_knobs(calls, graph, heads if site in self.by_head else None, site in self.by_keys)
+        except NoKnobError as why:
+            return AttentionSite(site, **facts, why=str(why))
+        return AttentionSite(site, **facts, knobs=knobs)
+
+    def result(self) -> Attention:
+        """The sites, those that attend in a way that cannot be read among them, and what is none."""
+        modules = {canonical_name(name): module for name, module in self.twin.named_modules()}
+        sites, skipped = dict(self.found), {}
+        for name in [name for name in self.others if name not in sites]:
+            reason = "its softmax is not of a product of queries and keys"
+            if any(isinstance(getattr(modules.get(name), a, None), int) for a in _HEADS):
+                sites[name] = AttentionSite(name, "softmax", refused=reason)
+            else:
+                skipped[name] = reason
+        # The whole model knows its number of heads, too.
+        for name in [name for name in self.uncut.silent if name and name not in sites and name not in skipped]:
+            sites[name] = AttentionSite(name, "unknown", refused="has heads, but no softmax attention was seen in it")
+        sites |= {name: AttentionSite(name, "unknown", refused=why) for name, why in self.uncut.unread.items()}
+        return Attention(sites, skipped)
+
+
+def _projections(model: nn.Module) -> dict[str, int]:
+    """Parameters that multiply activations -> the axis of their outputs."""
+    table: dict[type[nn.Module], int] = {nn.Linear: 0, nn.Conv1d: 0, nn.Conv2d: 0, nn.Conv3d: 0}
+    if (library := sys.modules.get("transformers.pytorch_utils")) is not None:
+        table[library.Conv1D] = 1
+    return {
+        canonical_name(f"{name}.weight"): axis
+        for name, module in model.named_modules()
+        for kind, axis in table.items()
+        if isinstance(module, kind)
+    }
+
+
+def _is_causal(calls: Sequence[Seen]) -> bool:
+    """No query sees a key after its own, and some key is hidden that way."""
+    seen = [call.logits > -torch.inf for call in calls if call.logits.shape[-1] == call.logits.shape[-2] > 1]
+    return bool(seen) and not any(bool(mask.triu(1).any()) for mask in seen)
+
+
+def _is_cross(call: Seen, graph: Graph) -> bool | None:
+    """Whether queries and keys reach no leaf in common."""
+    if call.q is None or call.k is None:
+        return None
+    leaves = [graph.local([t], graph.cotangents([t]))[1] for t in (call.q, call.k)]
+    used = [{i for i, gradient in enumerate(found) if gradient is not None} for found in leaves]
+    return used[0].isdisjoint(used[1]) if all(used) else None

@@ -1,0 +1,197 @@
+"""The same attention with sharper or flatter logits: what every way of writing attention has to be given instead.
+
+``softmax(logits / τ)`` divides the whole of the logits, additive biases included (Zhou et al., arXiv 2410.24200, and
+their code); boolean masks, ``-inf`` and ``finfo.min`` mean the same before and after.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from lightning_efficient.attention.multihead import arguments_of_multihead, mask_of_multihead
+from lightning_efficient.attention.softmax import SOFTMAX
+
+Mode = Literal["constant", "log_n", "ssmax"]
+_MULTIHEAD = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
+
+
+@dataclass(frozen=True)
+class Law:
+    """The factor on the logits of one module's attention.
+
+    Args:
+        tau: Temperature; the logits are divided by it.
+        mode: ``"constant"``; or by the number ``n`` of keys that a query may see, which is the sequence's own length
+            without padding, and the position under a causal mask: ``"log_n"`` multiplies by ``log n / log length``
+            (Su, entropy-invariant softmax), ``"ssmax"`` by ``log n`` (Scalable-Softmax, arXiv 2501.19399, with
+            ``s = 1 / τ``).
+        length: The number of keys at which ``"log_n"`` changes nothing.
+    """
+
+    tau: float = 1.0
+    mode: Mode = "constant"
+    length: float = 512.0
+
+    @property
+    def factor(self) -> float:
+        """What is not a function of the length."""
+        return 1.0 / self.tau / (math.log(self.length) if self.mode == "log_n" else 1.0)
+
+    def of(self, keys: Tensor) -> Tensor | float:
+        """The factor for queries that see so many keys, same shape."""
+        if self.mode == "constant":
+            return self.factor
+        return self.factor * keys.clamp(min=1).double().log()
+
+
+class Temper(TorchFunctionMode):
+    """Context manager: every attention inside has its logits multiplied, forward and backward.
+
+    Args:
+        law: By how much.
+    """
+
+    def __init__(self, law: Law) -> None:
+        super().__init__()
+        self.law = law
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """The call, with other arguments if it is attention."""
+        return tempered(self.law, func, args, dict(kwargs or {}))
+
+
+def tempered(law: Law, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Make a torch call with its logits multiplied, if it is one that has logits.
+
+    Args:
+        law: By how much.
+        func: The torch function.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+    """
+    if func is F.scaled_dot_product_attention:
+        return func(**_sdpa(law, *args, **kwargs))
+    if func is F.multi_head_attention_forward:
+        call = dict(zip(_MULTIHEAD, args, strict=False)) | kwargs
+        return _multihead(law, call) if law.mode == "constant" else _multihead_by_length(law, call)
+    if func in SOFTMAX and (logits := logits_of_softmax(args, kwargs)) is not None:
+        if (dtype := kwargs.get("dtype")) is not None:
+            logits = logits.to(dtype)
+        factor = law.of(visible(logits).sum(-1, keepdim=True))
+        return func(_times(logits, factor), *args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
+    return func(*args, **kwargs)
+
+
+def logits_of_softmax(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The input of a softmax over the last of three or more axes, which attention's is; else None."""
+    logits = args[0] if args else kwargs["input"]
+    axis = args[1] if len(args) > 1 else kwargs.get("dim")
+    if not isinstance(logits, Tensor) or logits.dim() < 3 or axis not in (-1, logits.dim() - 1):
+        return None
+    return logits if logits.is_floating_point() and logits.numel() else None
+
+
+def visible(logits: Tensor) -> Tensor:
+    """Which keys an additive mask, or logits with one in them, leaves."""
+    return logits > torch.finfo(logits.dtype).min / 4
+
+
+def _times(logits: Tensor, factor: Tensor | float) -> Tensor:
+    """What masks stays as it is: ``finfo.min`` would overflow, and times ``log 1`` it would mask no more."""
+    factor = factor.to(logits.dtype) if isinstance(factor, Tensor) else factor
+    return torch.where(visible(logits), logits * factor, logits)
+
+
+def _sdpa(
+    law: Law,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **others: Any,
+) -> dict[str, Any]:
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if law.mode == "constant":
+        factor: Tensor | float = law.factor
+        scale = scale * law.factor
+    else:
+        factor = law.of(_keys_seen(query, key, attn_mask, is_causal))
+        query = query * factor.to(query.dtype) if isinstance(factor, Tensor) else query * factor
+    if attn_mask is not None and attn_mask.is_floating_point():
+        attn_mask = _times(attn_mask, factor)
+    call = {"query": query, "key": key, "value": value, "attn_mask": attn_mask, "dropout_p": dropout_p}
+    return call | {"is_causal": is_causal, "scale": scale} | others
+
+
+def _keys_seen(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Number of keys that each query sees, broadcastable to ``(..., queries, 1)``."""
+    queries, keys = query.shape[-2], key.shape[-2]
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
+    if is_causal:
+        seen = seen.tril()
+    if mask is not None:
+        seen = seen & (mask if mask.dtype == torch.bool else visible(mask))
+    return seen.sum(-1, keepdim=True)
+
+
+def _multihead(law: Law, call: dict[str, Any]) -> Any:
+    """Torch runs its body with function modes off, but it is linear in the rows of ``q``."""
+    width = call["query"].shape[-1]
+    changed = dict(call)
+    if call.get("use_separate_proj_weight"):
+        changed["q_proj_weight"] = call["q_proj_weight"] * law.factor
+    else:
+        changed["in_proj_weight"] = _rows_times(call["in_proj_weight"], width, law.factor)
+    if call["in_proj_bias"] is not None:
+        changed["in_proj_bias"] = _rows_times(call["in_proj_bias"], width, law.factor)
+    for name in ("attn_mask", "key_padding_mask"):
+        if (mask := call.get(name)) is not None and mask.is_floating_point():
+            changed[name] = _times(mask, law.factor)
+    return F.multi_head_attention_forward(**changed)
+
+
+def _rows_times(weight: Tensor, rows: int, factor: float) -> Tensor:
+    return torch.cat([weight[:rows] * factor, weight[rows:]])
+
+
+def _multihead_by_length(law: Law, call: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """The body of ``F.multi_head_attention_forward``, written out: there no argument scales single queries."""
+    c = arguments_of_multihead(**call)
+    if c.static_k is not None or c.static_v is not None:
+        raise ValueError("`static_k`/`static_v` of multi_head_attention_forward cannot be scaled by length.")
+    unbatched = c.query.dim() == 2
+    query, key, value = (x.unsqueeze(1) if unbatched else x for x in (c.query, c.key, c.value))
+    separate = (c.q_proj_weight, c.k_proj_weight, c.v_proj_weight)
+    weights = separate if c.use_separate_proj_weight else c.in_proj_weight.chunk(3)
+    biases = (None,) * 3 if c.in_proj_bias is None else c.in_proj_bias.chunk(3)
+    q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+    if c.bias_k is not None:
+        k = torch.cat([k, c.bias_k.expand(1, k.shape[1], -1)])
+        v = torch.cat([v, c.bias_v.expand(1, v.shape[1], -1)])
+    q, k, v = (x.reshape(*x.shape[:2], c.num_heads, -1).permute(1, 2, 0, 3) for x in (q, k, v))
+    if c.add_zero_attn:
+        k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+    mask = mask_of_multihead(c, batch=query.shape[1], keep=query.shape[1], extra=k.shape[2] - key.shape[0])
+    logits = q @ k.mT * q.shape[-1] ** -0.5
+    logits = logits if mask is None else logits + mask.to(logits.dtype)
+    factor = law.of(visible(logits).sum(-1, keepdim=True))
+    attention = F.dropout(torch.softmax(_times(logits, factor), -1), c.dropout_p, c.training)
+    out = F.linear((attention @ v).permute(2, 0, 1, 3).flatten(2), c.out_proj_weight, c.out_proj_bias)
+    attention = attention.mean(1) if c.average_attn_weights else attention
+    if unbatched:
+        out, attention = out.squeeze(1), attention.squeeze(0)
+    return out, attention if c.need_weights else None

@@ -1,0 +1,216 @@
+"""One forward pass, with everything that its attention calls were given: queries, keys, logits, results.
+
+Unlike ``AttentionProbe``, which measures real runs cheaply, this keeps whole tensors, with their graph: it is for one
+small example on a copy of the model.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_efficient.attention.multihead import arguments_of_multihead, mask_of_multihead, project
+from lightning_efficient.attention.owners import Owners
+from lightning_efficient.attention.softmax import SOFTMAX
+from lightning_efficient.attention.temper import Law, logits_of_softmax, tempered, visible
+from lightning_efficient.surgery.tags import mapped
+
+ROOT = "(model)"
+_PRODUCTS = frozenset(
+    {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.einsum, torch.baddbmm, Tensor.baddbmm}
+)
+
+
+@dataclass(eq=False)
+class Seen:
+    """One attention call.
+
+    Args:
+        site: Module that made it; ``"(model)"`` for the model itself.
+        kind: Name of the torch function.
+        logits: What goes into the softmax, ``-inf`` where masked; multiplied by the site's law if it has one.
+        out: What the call returned first: mixed values, or for ``"softmax"`` the weights.
+        q: Queries ``(..., queries, dim)``; None for a softmax whose logits are no product of two activations.
+        k: Keys ``(..., keys, dim)``, likewise.
+        v: Values, where the call has them.
+    """
+
+    site: str
+    kind: str
+    logits: Tensor
+    out: Tensor
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+
+
+class Trace(TorchFunctionMode):
+    """Context manager around one forward.
+
+    Args:
+        model: Sites are named relative to it.
+        laws: Site -> how to multiply its logits; the pass then computes with them.
+        cut: Names of modules whose tensor arguments are replaced by fresh leaves of the graph, kept in ``aliases``:
+            what depends on a module's own parameters can then be told from what depends on those before it.
+        products: Look for the queries and keys behind softmax calls (needs a graph), and end the graph at the result of
+            each call, so that the next one's logits do not depend on this one's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        laws: Mapping[str, Law] | None = None,
+        cut: Sequence[str] = (),
+        products: bool = False,
+    ) -> None:
+        super().__init__()
+        self.calls: list[Seen] = []
+        self.unread: dict[str, str] = {}
+        self.others: dict[str, set[tuple[int, ...]]] = {}  # softmax calls that are not attention, by site
+        self.aliases: list[tuple[Tensor, Tensor]] = []  # (leaf, what it stands for)
+        self._laws, self._cut, self._products = dict(laws or {}), frozenset(cut), products
+        self._made: list[tuple[str, Tensor, Tensor, Tensor]] = []
+        self._owners = Owners(model, transparent=(nn.Softmax,))
+        self._exits = ExitStack()
+
+    def __enter__(self) -> Trace:
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes seconds
+            self._exits.enter_context(torch.compiler.set_stance("force_eager"))
+        self._exits.enter_context(self._owners)
+        for name, module in self._owners.modules.items():
+            if name in self._cut:
+                handle = module.register_forward_pre_hook(self._replace, with_kwargs=True)
+                self._exits.callback(handle.remove)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        self._made.clear()
+        self._exits.close()
+
+    def of(self, site: str) -> list[Seen]:
+        """The calls of one site, in order."""
+        return [call for call in self.calls if call.site == site]
+
+    @property
+    def sites(self) -> list[str]:
+        """Every module that attended, in order of its first call."""
+        return list(dict.fromkeys(call.site for call in self.calls))
+
+    @property
+    def silent(self) -> list[str]:
+        """Modules that have heads, ran, and made no call that could be read."""
+        return self._owners.silent([*self.sites, *self.unread, *self.others])
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Make the call, under the site's law, and keep it."""
+        kwargs = dict(kwargs or {})
+        site = self._owners.current or ROOT
+        law = self._laws.get(site, Law())
+        out = tempered(law, func, args, kwargs) if site in self._laws else func(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            self._keep(_sdpa(site, out, *args, **kwargs), law)
+        elif func is F.multi_head_attention_forward:
+            self._keep(_multihead(site, out[0], *args, **kwargs), law)
+        elif func in SOFTMAX and (logits := logits_of_softmax(args, kwargs)) is not None:
+            self._keep(self._softmax(site, out, logits), law)
+        elif func in _PRODUCTS and self._products:
+            self._made += [(site, out, *pair) for pair in _factors((*args, *kwargs.values())) if out.requires_grad]
+            return out
+        else:
+            return out
+        return mapped(out, lambda t: t.detach() if isinstance(t, Tensor) else t) if self._products else out
+
+    def _keep(self, call: Seen | str, law: Law) -> None:
+        if isinstance(call, str):
+            self.unread[self._owners.current or ROOT] = call
+        elif call.q is None and self._products:
+            self.others.setdefault(call.site, set()).add(tuple(call.logits.shape))
+        else:
+            seen = visible(call.logits)
+            call.logits = torch.where(seen, call.logits * law.of(seen.sum(-1, keepdim=True)), -torch.inf)
+            self.calls.append(call)
+
+    def _softmax(self, site: str, out: Tensor, logits: Tensor) -> Seen:
+        call = Seen(site, "softmax", logits, out)
+        made = [entry[1:] for entry in self._made if entry[0] == site]
+        if made and logits.requires_grad:
+            grads = torch.autograd.grad(
+                logits, [m[0] for m in made], torch.ones_like(logits), retain_graph=True, allow_unused=True
+            )
+            behind = [m for m, g in zip(made, grads, strict=True) if g is not None]
+            if behind:
+                _, call.q, call.k = behind[0]
+        return call
+
+    def _replace(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        def fresh(value: Any) -> Any:
+            if not isinstance(value, Tensor) or not value.is_floating_point() or not value.requires_grad:
+                return value
+            leaf = value.detach().requires_grad_()
+            self.aliases.append((leaf, value))
+            return leaf
+
+        return mapped(args, fresh), mapped(dict(kwargs), fresh)
+
+
+def _factors(args: tuple[Any, ...]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The two factors of a product of two activations."""
+    flat = [t for arg in args for t in (arg if isinstance(arg, list | tuple) else [arg]) if isinstance(t, Tensor)]
+    if len(flat) >= 2:
+        left, right = flat[-2:]
+        if (
+            left.dim() >= 3 <= right.dim()
+            and not isinstance(left, nn.Parameter)
+            and not isinstance(right, nn.Parameter)
+        ):
+            yield left, right
+
+
+def _sdpa(
+    site: str,
+    out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Seen | str:
+    if query.is_nested or key.is_nested:
+        return "scaled_dot_product_attention on nested tensors"
+    k = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3) if enable_gqa else key
+    v = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3) if enable_gqa else value
+    logits = query @ k.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), -torch.inf)
+    if attn_mask is not None:
+        masked = attn_mask.dtype == torch.bool
+        logits = logits.masked_fill(~attn_mask, -torch.inf) if masked else logits + attn_mask
+    return Seen(site, F.scaled_dot_product_attention.__name__, logits, out, query, key, v)
+
+
+def _multihead(site: str, out: Tensor, *args: Any, **kwargs: Any) -> Seen:
+    call = arguments_of_multihead(*args, **kwargs)
+    query, key = (x.unsqueeze(1) if call.query.dim() == 2 else x for x in (call.query, call.key))
+    q, k = project(call, query, key)
+    logits = q @ k.mT * q.shape[-1] ** -0.5
+    mask = mask_of_multihead(call, batch=query.shape[1], keep=query.shape[1], extra=k.shape[2] - key.shape[0])
+    logits = logits if mask is None else logits + mask.to(logits.dtype)
+    return Seen(site, F.multi_head_attention_forward.__name__, logits, out, q, k)

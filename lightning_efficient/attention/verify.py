@@ -1,0 +1,157 @@
+"""The proof that scaled weights and adapters do what dividing the logits does, on float64 copies of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_efficient.attention.adapter import install
+from lightning_efficient.attention.sites import perturbed, run_float64
+from lightning_efficient.attention.temper import Law
+from lightning_efficient.attention.trace import ROOT, Seen, Trace
+from lightning_efficient.surgery.match import canonical_name, modules_by_name
+from lightning_efficient.surgery.probes import Probe, float64_copy
+from lightning_efficient.surgery.tags import tensors_behind
+from lightning_efficient.weightspace import Block
+
+# Relative; two float64 forwards that differ in the order of a multiplication are a thousand times closer.
+_TOLERANCE = 1e-9
+_MASK_GAP = 57.0
+
+Factors = Mapping[str, Mapping[Block, float]]
+
+
+@dataclass
+class Verdict:
+    """What a comparison found.
+
+    Args:
+        wrong: Site (or ``"output"``) -> what differs.
+        error: Largest relative difference.
+        entropy: Site -> mean entropy of its attention in nats, at temperature 1 and at its own, on the same inputs.
+    """
+
+    wrong: dict[str, str] = field(default_factory=dict)
+    error: float = 0.0
+    entropy: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def verify(
+    model: nn.Module, probe: Probe, laws: Mapping[str, Law], factors: Factors, adapters: Sequence[str]
+) -> Verdict:
+    """Compare the model whose logits are multiplied, call by call, with the one whose weights and forwards are changed.
+
+    At the model's weights and at randomly perturbed ones, since a zero bias would hide that it was forgotten.
+
+    Args:
+        model: Not touched.
+        probe: Its arguments.
+        laws: Site -> how its logits are to be multiplied.
+        factors: Parameter -> block -> what it is multiplied by.
+        adapters: Sites that get a forward adapter, with their law.
+    """
+    verdict = Verdict()
+    for twin in (perturbed(float64_copy(model)), float64_copy(model)):
+        expected = _run(twin, probe, laws)
+        scale_blocks({canonical_name(n): p for n, p in twin.named_parameters()}, factors)
+        modules = modules_by_name(twin)
+        for site in adapters:
+            install(twin, modules["" if site == ROOT else site], laws[site])
+        _compare(verdict, expected, _run(twin, probe, {}))
+    _entropies(verdict, laws, expected[0])
+    return verdict
+
+
+@torch.no_grad()
+def scale_blocks(parameters: Mapping[str, Tensor], factors: Factors) -> None:
+    """Multiply blocks of parameters in place.
+
+    Args:
+        parameters: Name -> parameter.
+        factors: Name -> block -> factor.
+    """
+    for name, blocks in factors.items():
+        for block, factor in blocks.items():
+            block.of(parameters[name].data).mul_(factor)
+
+
+def module_at(model: nn.Module, site: str) -> nn.Module:
+    """The module of a site."""
+    return modules_by_name(model)["" if site == ROOT else site]
+
+
+@torch.no_grad()
+def _run(twin: nn.Module, probe: Probe, laws: Mapping[str, Law]) -> tuple[list[Seen], list[Tensor]]:
+    with Trace(twin, laws) as trace:
+        result = run_float64(twin, probe)
+    return trace.calls, [t.detach().clone() for t in tensors_behind(result)]
+
+
+def _compare(verdict: Verdict, expected: Any, found: Any) -> None:
+    (calls, outputs), (other_calls, other_outputs) = expected, found
+    pairs = [(one.site, one, two) for one, two in zip(calls, other_calls, strict=False)]
+    if [c.site for c in calls] != [c.site for c in other_calls]:
+        verdict.wrong["output"] = "other modules attended"
+        return
+    for site, one, two in pairs:
+        _judge(verdict, site, "logits", *_visible(one, two))
+        if one.kind == two.kind:  # an adapter may write the same attention in another way
+            _judge(verdict, site, "result", one.out, two.out)
+    if len(outputs) != len(other_outputs):
+        verdict.wrong["output"] = "another number of outputs"
+    for a, b in zip(outputs, other_outputs, strict=False):
+        _judge(verdict, "output", "output", a, b)
+
+
+def _visible(one: Seen, two: Seen) -> tuple[Tensor, Tensor]:
+    """Logits that matter in the first; where masks differ by more than nothing, the results will say so."""
+    if one.logits.shape != two.logits.shape:
+        return one.logits, two.logits
+    counts = one.logits > one.logits.amax(-1, keepdim=True) - _MASK_GAP
+    return torch.where(counts, one.logits, 0.0), torch.where(counts, two.logits, 0.0)
+
+
+def _judge(verdict: Verdict, site: str, what: str, a: Tensor, b: Tensor) -> None:
+    gap = _gap(a, b)
+    if not gap <= _TOLERANCE:
+        verdict.wrong.setdefault(site, f"its {what} differs by {gap:.1e} (relative) from what logits / tau gives")
+    verdict.error = max(verdict.error, gap)
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    if a.shape != b.shape:
+        return float("inf")
+    if not a.numel() or not a.is_floating_point():
+        return 0.0 if torch.equal(a, b) else float("inf")
+    a, b = a.double(), b.double()
+    # What is NaN or infinite in the same places says nothing either way (a row in which everything is masked).
+    same = (a == b) | (a.isnan() & b.isnan())
+    difference = torch.where(same, 0.0, (a - b).abs()).nan_to_num(nan=torch.inf)
+    finite = a.abs()[a.isfinite()]
+    scale = float(finite.max()) if finite.numel() else 0.0
+    return float(difference.max()) / (scale or 1.0)
+
+
+def _entropies(verdict: Verdict, laws: Mapping[str, Law], calls: Sequence[Seen]) -> None:
+    """Entropy at both temperatures, of the logits that came out at the second."""
+    for site, law in laws.items():
+        before, after = [], []
+        for call in (c for c in calls if c.site == site):
+            factor = law.of((call.logits > -torch.inf).sum(-1, keepdim=True))
+            factor = factor.clamp(min=1e-9) if isinstance(factor, Tensor) else factor
+            after.append(_entropy(call.logits))
+            before.append(_entropy(call.logits / factor))
+        verdict.entropy[site] = (_mean(before), _mean(after))
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    weights: Tensor = torch.softmax(logits.double(), -1)
+    return -torch.xlogy(weights, weights).sum(-1).flatten()
+
+
+def _mean(parts: Sequence[Tensor]) -> float:
+    return float(torch.cat(list(parts)).nanmean()) if parts else float("nan")

@@ -1,0 +1,321 @@
+"""``MagnitudePruning``: masks by a schedule, from outside the LightningModule."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_efficient.callbacks.pruning import PruningCallback, restore_snapshot
+from lightning_efficient.pruning import criteria
+from lightning_efficient.pruning.schedules import Schedule
+from lightning_efficient.pruning.selection import check_amount, check_scope, count_of, make_masks
+from lightning_efficient.pruning.units import Granularity
+from lightning_efficient.recipe import RecipeError
+from lightning_efficient.schedule import transition_steps
+from lightning_efficient.surgery.match import covers
+
+
+class MagnitudePruning(PruningCallback):
+    """Prune weights by a schedule; what is pruned stays zero, through resume, averaging and export.
+
+    The model's parameters hold the pruned weights, so checkpoints and evaluation need nothing of this package. Masks
+    are a function of ``trainer.global_step``. Logs ``efficient/pruning/sparsity``, the share of the targets' weights
+    that are zero. Targets are the weights of linear layers, convolutions and attention projections, the output layer
+    among them (``exclude`` it if it should stay); biases, norms and tied weights never are.
+
+    Args:
+        enabled: ``False`` leaves the run bit-identical to one without the callback.
+        include: Globs over module names; a glob also matches every module below a matching one. ``None``: all.
+        exclude: Globs over module names, applied after ``include``.
+        amount: Share of the weights to prune in the end, in [0, 1).
+        schedule: ``"cubic"`` (Zhu & Gupta): fast, then ever slower. ``"one_shot"``: all at ``start``. ``"constant"``:
+            all before the first step. ``"iterative"``: ``rounds`` times the same share of what is left, see ``rewind``.
+        criterion: ``"magnitude"``, ``"taylor"`` (``|w · gradient|``), ``"wanda"`` (``|w|`` times the norm of its input)
+            or ``"random"``, the control.
+        scope: Which weights compete: ``"global"``, ``"layer"`` (each tensor), or ``"neuron"`` (each output).
+        granularity: What is pruned as one: ``"element"``, ``"row"`` (a neuron or filter), ``"channel"`` (an input),
+            ``"head"`` (the inputs of an attention's output projection that belong to a head), ``"2:4"`` (2 kept of 4
+            inputs in a row) or ``"4x1"`` (blocks, rows x columns).
+        start: When ``cubic`` and ``one_shot`` begin: steps (int) or fraction of the run (float). ``None``: 0.1 and 0.5.
+        length: How long ``cubic`` takes, likewise. ``None``: 0.6.
+        every: Between two changes of ``cubic``, likewise.
+        rounds: How often ``iterative`` prunes; the run is divided into ``rounds + 1`` equal parts.
+        rewind: After each round of ``iterative``: ``"weights"`` (lottery ticket: weights, buffers, optimizers and
+            schedulers go back), ``"learning_rate"`` (learning rates and schedulers go back), ``"none"`` (fine-tuning).
+        rewind_to: The step to go back to, in steps (int) or as a fraction of the run (float); 0 is initialization.
+        amounts: Glob over module names → its own amount instead of ``amount``; the first that covers a module counts,
+            and its weights compete among themselves.
+        embeddings: Include ``nn.Embedding`` tables.
+        seed: Of the random criterion.
+
+    Raises:
+        ValueError: An argument is out of range, or the schedule does not fit into the run.
+    """
+
+    method = "magnitude_pruning"
+
+    def __init__(
+        self,
+        enabled: bool = True,
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        amount: float = 0.5,
+        schedule: Literal["cubic", "one_shot", "constant", "iterative"] = "cubic",
+        criterion: Literal["magnitude", "taylor", "wanda", "random"] = "magnitude",
+        scope: Literal["global", "layer", "neuron"] = "global",
+        granularity: str = "element",
+        start: int | float | None = None,
+        length: int | float | None = None,
+        every: int | float = 0.01,
+        rounds: int = 5,
+        rewind: Literal["weights", "learning_rate", "none"] = "weights",
+        rewind_to: int | float = 0,
+        amounts: dict[str, float] | None = None,
+        embeddings: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(enabled, include, exclude, embeddings)
+        self.amount, self.amounts, self.scope, self.granularity = amount, amounts, scope, granularity
+        self.criterion, self.seed = criterion, seed
+        self.rewind, self.rewind_to = rewind, rewind_to
+        self.schedule = Schedule(schedule, start, length, every, rounds)
+        self._check_arguments()
+        self._total: int | None = None
+        self._steps: tuple[int, ...] = ()
+        self._saved_steps: tuple[int, ...] | None = None
+        self._step = 0
+        self._applied: dict[str, float] = {}
+        self._back = False
+        self._inputs: dict[str, Tensor] = {}
+        self._scores: dict[str, Tensor] = {}
+        self._collect = True
+        self._handles: list[RemovableHandle] = []
+
+    def _check_arguments(self) -> None:
+        cut = Granularity.parse(self.granularity)
+        check_scope(self.scope, cut)
+        for name, value, allowed in (
+            ("criterion", self.criterion, criteria.CRITERIA),
+            ("rewind", self.rewind, ("weights", "learning_rate", "none")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"`{name}` must be one of {allowed}; got {value!r}.")
+        for name, amount in {
+            "amount": self.amount,
+            **{f"amounts[{g!r}]": a for g, a in (self.amounts or {}).items()},
+        }.items():
+            check_amount(amount, name)
+            if cut.kind == "n:m" and count_of(amount, cut.second) != cut.second - cut.first:
+                raise ValueError(
+                    f"granularity={self.granularity!r} prunes {1 - cut.first / cut.second:g} of a weight; got {name}="
+                    f"{amount!r}. Give that amount."
+                )
+
+    def config(self) -> dict[str, Any]:
+        """The arguments of this callback as plain data."""
+        names = ("amount", "criterion", "scope", "granularity", "rewind", "rewind_to", "amounts", "seed")
+        schedule = {"schedule" if name == "kind" else name: value for name, value in vars(self.schedule).items()}
+        return super().config() | {name: getattr(self, name) for name in names} | schedule
+
+    # -- life cycle ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The steps at which things happen, and what to go back to."""
+        if not self.enabled:
+            return super().state_dict()
+        snapshot = None if self._snapshot is None else self._snapshot.as_plain()
+        return super().state_dict() | {"steps": list(self._steps), "snapshot": snapshot, "back": self._back}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the schedule of the run that is resumed."""
+        if self.enabled:
+            self._saved_steps = tuple(state_dict["steps"])
+            self._snapshot, self._back = restore_snapshot(state_dict["snapshot"]), bool(state_dict["back"])
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the state of an earlier run."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._saved_steps, self._applied, self._back, self._step = None, {}, False, -1
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fix the schedule, then put the masks on, before anything trains."""
+        if self.enabled:
+            estimate = trainer.estimated_stepping_batches
+            self._total = int(estimate) if estimate != float("inf") else None
+            self._steps = self._resolve(self._total)
+            if self._saved_steps is not None and self._saved_steps != self._steps and self._total != 0:
+                raise RecipeError(
+                    f"{type(self).__name__}: the schedule of the resumed run had the steps {self._saved_steps}, "
+                    f"now they are {self._steps} (first, span, every, rewind_to): the length of the run was changed, "
+                    "and the schedule is given as a fraction of it. Resume with the same length, or give steps, as int."
+                )
+        super().on_fit_start(trainer, pl_module)
+
+    def _resolve(self, total: int | None) -> tuple[int, ...]:
+        first, span, every = self.schedule.steps(total)
+        if self.schedule.kind != "iterative" or total == 0 or self.rewind == "none":
+            return first, span, every, 0
+        back, _ = transition_steps(total, hold=self.rewind_to, length=0)
+        if back >= first:
+            raise ValueError(
+                f"`rewind_to`={self.rewind_to!r} is step {back}, but the first pruning is at step {first} already. "
+                "Go back to an earlier step."
+            )
+        return first, span, every, back
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Prune where the weights alone decide; else prepare to look at this batch."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self._boundary is None:
+            return
+        self._step = step = trainer.global_step
+        returns = self.schedule.kind == "iterative" and self.rewind != "none"
+        if returns and self._snapshot is None and step >= self._steps[3]:
+            self._snapshot = self._take(trainer, pl_module)
+        if not self._back and self._due(step):
+            if self.criterion in ("magnitude", "random"):
+                self._prune(trainer, pl_module, {name: self._score(name) for name in self._transforms}, advance=True)
+            elif self.criterion == "wanda" and not self._handles:
+                self._watch_inputs(pl_module)
+        if self._back:
+            self._go_back(trainer, pl_module)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Forwards from here are recomputations of activation checkpointing."""
+        self._collect = False
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gradients of the network's weights, before anything is done to them; those of the last micro-batch stay."""
+        self._collect = True
+        if self._boundary is not None and self.criterion == "taylor" and self._due(trainer.global_step):
+            grads = {name: self._targets[name].param.grad for name in self._transforms}
+            self._scores = {
+                name: criteria.taylor(self._targets[name].param, grad)
+                for name, grad in grads.items()
+                if grad is not None
+            }
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Prune where the batch decides, then on with the step."""
+        if self._handles:
+            self._scores = self._input_scores(trainer)
+        scores, self._scores = self._scores, {}
+        finite = all(bool(torch.isfinite(score).all()) for score in scores.values())
+        # A missing or infinite score (an unused layer, a step that the gradient scaler will skip): try the next step.
+        if scores and finite and scores.keys() == self._transforms.keys():
+            self._prune(trainer, pl_module, scores, advance=False)
+            self._unwatch()
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what was pruned, and if the schedule was not finished."""
+        if self._boundary is not None and (late := self._due(self._step)):
+            rank_zero_warn(
+                f"{type(self).__name__} could not prune as scheduled ({late}): criterion={self.criterion!r} had no "
+                "finite score for every target in one step. Are layers unused, compiled, or never called themselves?"
+            )
+        super().on_train_end(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hook behind."""
+        self._unwatch()
+        super().on_exception(trainer, pl_module, exception)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave no hook behind."""
+        self._unwatch()
+        super().teardown(trainer, pl_module, stage)
+
+    # -- pruning ---------------------------------------------------------------------------------------------------
+
+    def _groups(self) -> dict[str, tuple[float, list[str]]]:
+        """Pattern → its amount and weights; the rest stands under the empty pattern."""
+        groups: dict[str, tuple[float, list[str]]] = {}
+        for name in self._transforms:
+            layer = self._targets[name].layer
+            glob = next((glob for glob in self.amounts or {} if covers(glob, layer)), "")
+            amount = self.amount if not glob else (self.amounts or {})[glob]
+            groups.setdefault(glob, (amount, []))[1].append(name)
+        return groups
+
+    def _due(self, step: int) -> dict[str, float]:
+        """Pattern → share to be pruned now, where it has grown."""
+        if self._total == 0 or step < 0:
+            return {}
+        shares = {
+            glob: self.schedule.amount_at(step, self._total, amount) for glob, (amount, _) in self._groups().items()
+        }
+        return {glob: share for glob, share in shares.items() if share > self._applied.get(glob, 0.0)}
+
+    def _score(self, name: str) -> Tensor:
+        param = self._targets[name].param
+        if self.criterion == "random":
+            return criteria.random(param, self.seed + zlib.crc32(name.encode()))
+        return criteria.magnitude(param)
+
+    def _prune(self, trainer: Trainer, pl_module: LightningModule, scores: Mapping[str, Tensor], advance: bool) -> None:
+        due, groups, kept = self._due(trainer.global_step), self._groups(), self.masks
+        masks: dict[str, Tensor] = {}
+        for glob, share in due.items():
+            targets = {name: self._targets[name] for name in groups[glob][1]}
+            chosen = make_masks(
+                {name: target.canonical(scores[name]) for name, target in targets.items()},
+                share,
+                granularity=self.granularity,
+                scope=self.scope,
+                kept={name: target.canonical(kept[name]) for name, target in targets.items()},
+                heads={name: target.heads for name, target in targets.items() if target.heads},
+            )
+            masks |= {name: target.canonical(chosen[name]) for name, target in targets.items()}
+        changed = self._set_masks(trainer, pl_module, masks, advance)
+        self._applied |= due
+        self._back = changed and self.schedule.kind == "iterative" and self.rewind != "none"
+
+    def _go_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._snapshot is not None
+        self._rewind(trainer, pl_module, self._snapshot, weights=self.rewind == "weights")
+        self._back = False
+
+    # -- the inputs of layers, for wanda ---------------------------------------------------------------------------
+
+    def _watch_inputs(self, pl_module: LightningModule) -> None:
+        self._inputs = {}
+        for name in self._transforms:
+            hook = partial(self._see, name, pl_module)
+            self._handles.append(self._targets[name].module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _see(
+        self, name: str, pl_module: LightningModule, module: nn.Module, args: Any, kwargs: Mapping[str, Any]
+    ) -> None:
+        if self._collect and pl_module.training:
+            squared = criteria.squared_input_norm(module, args[0] if args else next(iter(kwargs.values())))
+            self._inputs[name] = self._inputs.get(name, 0) + squared
+
+    def _input_scores(self, trainer: Trainer) -> dict[str, Tensor]:
+        scores = {}
+        for name, squared in self._inputs.items():
+            target = self._targets[name]
+            total = squared if trainer.world_size == 1 else trainer.strategy.reduce(squared, reduce_op="sum")
+            assert isinstance(total, Tensor)
+            groups = getattr(target.module, "groups", 1)
+            scores[name] = target.canonical(criteria.wanda(target.canonical(target.param), total.sqrt(), groups))
+        return scores
+
+    def _unwatch(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._inputs, self._scores, self._collect = [], {}, {}, True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without hooks and what they saw."""
+        return super().__getstate__() | {"_handles": [], "_inputs": {}, "_scores": {}}

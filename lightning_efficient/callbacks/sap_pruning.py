@@ -1,0 +1,331 @@
+"""``SAPPruning``: the PQ index decides how much to prune, iteration by iteration, from outside the LightningModule."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lightning_efficient.callbacks.pruning import PREFIX, PruningCallback, restore_snapshot
+from lightning_efficient.callbacks.sap_curve import log_curve
+from lightning_efficient.pruning.masks import pack_mask, set_mask, unpack_mask
+from lightning_efficient.pruning.rewind import Snapshot, rewind, take
+from lightning_efficient.pruning.sap import SapConfig, SapStep, phase, sap_step
+from lightning_efficient.recipe import RecipeError
+from lightning_efficient.weightspace import Boundary
+
+
+class SAPPruning(PruningCallback):
+    """Sparsity-informed adaptive pruning (Diao et al., ICLR 2023, arXiv 2302.05601), inside one ``fit``.
+
+    The run is divided into iterations. At the end of each the PQ index of the trained weights that are left tells how
+    many of them to prune; weights, buffers, optimizers and schedulers then go back to initialization, and the
+    survivors are trained again. Logs ``efficient/pruning/sparsity``, and per iteration ``left``, ``pqi``, ``pqi_scope``
+    and, with a monitor, ``score``; :attr:`history` holds the same and the phase. Make the learning-rate schedule of
+    your module as long as an iteration, since it starts again in each.
+
+    Args:
+        enabled: ``False`` leaves the run bit-identical to one without the callback.
+        include: Globs over module names; a glob also matches every module below a matching one. ``None``: all.
+        exclude: Globs over module names, applied after ``include``.
+        p: The smaller norm of the PQ index.
+        q: The larger norm; the paper has (0.5, 1) and (1, 2), which prunes faster.
+        eta: Tolerated share of ``Σ|w|^p`` in what is pruned; larger prunes more.
+        gamma: Factor on the share to prune; larger prunes more.
+        beta: Largest share of what is left that one iteration may prune.
+        scope: The weights that share an index and a count: ``"global"``, ``"layer"`` (each tensor's) or ``"neuron"``
+            (each output's; needs some hundred inputs, see ``stalled`` in the card).
+        iterations: How often to prune: the run is divided into ``iterations + 1`` equal parts. 0: one part a ``fit``,
+            and the next ``fit`` goes on, see :func:`lightning_efficient.callbacks.sap_fits.sap_fits`.
+        epochs_per_iteration: Divide the run by epochs instead; ``iterations`` then has no effect.
+        monitor: A validation metric the module logs, for ``select`` and ``stop_at``. Never a test metric.
+        mode: Whether ``"min"`` or ``"max"`` of it is better.
+        select: Prune by the weights at the end of the iteration (``"last"``) or at its best validation (``"best"``).
+        stop_at: ``"end"`` of the run, or ``"collapse"``: stop when the monitor is worse than that of the dense model by
+            more than ``tolerance``, and keep the weights and masks of the iteration before.
+        tolerance: As a share of the dense model's score.
+        embeddings: Include ``nn.Embedding`` tables.
+
+    Raises:
+        ValueError: An argument is out of range, the run is too short for an iteration, or there is no such metric.
+    """
+
+    method = "sap_pruning"
+
+    def __init__(
+        self,
+        enabled: bool = True,
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        p: float = 0.5,
+        q: float = 1.0,
+        eta: float = 0.0,
+        gamma: float = 1.0,
+        beta: float = 0.9,
+        scope: Literal["global", "layer", "neuron"] = "global",
+        iterations: int = 5,
+        epochs_per_iteration: int | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        select: Literal["last", "best"] = "last",
+        stop_at: Literal["end", "collapse"] = "end",
+        tolerance: float = 0.1,
+        embeddings: bool = False,
+    ) -> None:
+        super().__init__(enabled, include, exclude, embeddings)
+        self.options = SapConfig(p, q, eta, gamma, beta, scope)
+        self.iterations, self.epochs_per_iteration = iterations, epochs_per_iteration
+        self.monitor, self.mode, self.select = monitor, mode, select
+        self.stop_at, self.tolerance = stop_at, tolerance
+        self._check_arguments()
+        self.history: list[dict[str, Any]] = []
+        self.stopped: str | None = None
+        self._total: int | None = None
+        self._saved_total: int | None = None
+        self._closed_step = 0
+        self._next: dict[str, Tensor] | None = None
+        self._score: float | None = None
+        self._best: Snapshot | None = None
+        self._keep: tuple[Snapshot, dict[str, Tensor]] | None = None
+
+    def _check_arguments(self) -> None:
+        for name, least in (("iterations", 0), ("epochs_per_iteration", 1)):
+            value = getattr(self, name)
+            if value is None and name == "epochs_per_iteration":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"`{name}` must be a whole number from {least}; got {value!r}.")
+        for name, allowed in (("mode", ("min", "max")), ("select", ("last", "best")), ("stop_at", ("end", "collapse"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {allowed}; got {getattr(self, name)!r}.")
+        if not self.tolerance >= 0:
+            raise ValueError(f"`tolerance` must not be negative; got {self.tolerance}.")
+        if self.monitor is None and (self.select == "best" or self.stop_at == "collapse"):
+            raise ValueError(
+                f"select={self.select!r} and stop_at={self.stop_at!r} judge by a validation metric: name it, for "
+                "example monitor='val_acc', mode='max'."
+            )
+
+    def config(self) -> dict[str, Any]:
+        """The arguments of this callback as plain data."""
+        names = (
+            "iterations", "epochs_per_iteration", "monitor", "mode", "select", "stop_at", "tolerance",
+        )  # fmt: skip
+        return super().config() | vars(self.options) | {name: getattr(self, name) for name in names}
+
+    # -- life cycle ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far it has got, what to go back to, and what comes next."""
+        if not self.enabled:
+            return super().state_dict()
+        keep = self._keep and {"snapshot": self._keep[0].as_plain(), "masks": self._keep[1]}
+        return super().state_dict() | {
+            "history": [dict(row) for row in self.history], "stopped": self.stopped, "total": self._total,
+            "closed_step": self._closed_step, "next": self._next, "score": self._score, "keep": keep,
+            "snapshot": self._snapshot and self._snapshot.as_plain(), "best": self._best and self._best.as_plain(),
+        }  # fmt: skip
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the run that is resumed was."""
+        if not self.enabled:
+            return
+        self.history, self.stopped = list(state_dict["history"]), state_dict["stopped"]
+        self._saved_total, self._closed_step = state_dict["total"], state_dict["closed_step"]
+        self._next, self._score = state_dict["next"], state_dict["score"]
+        self._snapshot, self._best = restore_snapshot(state_dict["snapshot"]), restore_snapshot(state_dict["best"])
+        keep = state_dict["keep"]
+        self._keep = keep and (Snapshot(**keep["snapshot"]), keep["masks"])
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier run, unless this ``fit`` is its next iteration."""
+        goes_on = self.iterations == 0 and self._trained() is pl_module
+        initial = self._snapshot
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and goes_on:
+            self._snapshot, self._closed_step, self._score, self._best = initial, 0, None, None
+        elif stage == "fit":
+            self.history, self.stopped, self._saved_total, self._closed_step = [], None, None, 0
+            self._next, self._score, self._best, self._keep = None, None, None, None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that the run has iterations, then put the masks on."""
+        if self.enabled:
+            estimate = trainer.estimated_stepping_batches
+            self._total = int(estimate) if estimate != float("inf") else None
+            self._check_run(trainer)
+        super().on_fit_start(trainer, pl_module)
+
+    def _check_run(self, trainer: Trainer) -> None:
+        epochs, each = trainer.max_epochs, self.epochs_per_iteration
+        if each is not None:
+            if epochs is not None and 0 <= epochs <= each:
+                raise ValueError(
+                    f"`epochs_per_iteration`={each} leaves no second iteration in a run of {epochs} epochs, so nothing "
+                    "would be pruned. Lower it, or raise `max_epochs`."
+                )
+        elif self.iterations and self._total is None:
+            raise ValueError("`iterations` divide the run: set `max_steps` or `max_epochs`, or `epochs_per_iteration`.")
+        elif self.iterations and self._total and self._total <= self.iterations:
+            raise ValueError(
+                f"{self.iterations} `iterations` need more than {self.iterations} steps, but the run has {self._total}."
+            )
+        if each is None and self.iterations and self._saved_total not in (None, self._total) and self._total:
+            raise RecipeError(
+                f"{type(self).__name__}: the run that is resumed had {self._saved_total} steps, now there are "
+                f"{self._total}, which would divide it into other iterations. Resume with the same length, or use "
+                "`epochs_per_iteration`."
+            )
+
+    def _begin(self, pl_module: LightningModule, boundary: Boundary) -> None:
+        super()._begin(pl_module, boundary)
+        if self.stopped is not None:
+            rank_zero_info(f"{type(self).__name__} has stopped already ({self.stopped}); masks stay as they are.")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Remember the start; begin the next iteration when it is time."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self._boundary is None or self.stopped is not None:
+            return
+        if self._snapshot is None:
+            self._snapshot = self._take(trainer, pl_module)
+        if self._over(trainer, trainer.current_epoch):  # resumed from a file of the validation, before the epoch's end
+            self._close(trainer, pl_module)
+        if self._next is not None:
+            self._go_on(trainer, pl_module)
+
+    def _go_on(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._next is not None
+        assert self._snapshot is not None
+        params = {name: target.param for name, target in self._targets.items()}
+        masks = {n: unpack_mask(packed.to(params[n].device), params[n].shape) for n, packed in self._next.items()}
+        self._set_masks(trainer, pl_module, masks, advance=True)
+        if self.iterations == 0 and self.epochs_per_iteration is None:  # this fit's optimizers are new already
+            rewind(Snapshot(self._snapshot.model, self._snapshot.transforms), pl_module, self._sites())
+            self._measure()
+        else:
+            self._rewind(trainer, pl_module, self._snapshot)
+        self._next, self._best, self._score = None, None, None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """End an iteration in the middle of an epoch."""
+        if not trainer.is_last_batch and self._over(trainer, trainer.current_epoch):
+            self._close(trainer, pl_module)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the metric, and the weights if they are the best of this iteration."""
+        if self._boundary is None or self.monitor is None or trainer.sanity_checking or self.stopped is not None:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            raise ValueError(
+                f"`monitor`={self.monitor!r} is not among the logged metrics {sorted(trainer.callback_metrics)}: log "
+                "it in `validation_step`."
+            )
+        score = float(trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor])))
+        if self.select == "last":
+            self._score = score
+        elif self._score is None or (score < self._score if self.mode == "min" else score > self._score):
+            self._score, self._best = score, take(pl_module, self._sites())
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End an iteration with an epoch, after its validation."""
+        if self._over(trainer, trainer.current_epoch + 1):
+            self._close(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End the last iteration, and show the curve."""
+        if self._boundary is not None:
+            if self.stopped is None and trainer.global_step > self._closed_step:
+                self._close(trainer, pl_module)
+            log_curve(trainer.loggers, self.history, trainer.global_step)
+        super().on_train_end(trainer, pl_module)
+
+    # -- iterations ------------------------------------------------------------------------------------------------
+
+    def _over(self, trainer: Trainer, epochs: int) -> bool:
+        """Whether the iteration that runs ends here."""
+        if self._boundary is None or self.stopped is not None or self._next is not None:
+            return False
+        if self.epochs_per_iteration is not None:
+            return epochs // self.epochs_per_iteration > len(self.history)
+        if not self.iterations or not self._total:
+            return False
+        done = trainer.global_step * (self.iterations + 1) // self._total
+        return min(done, self.iterations) > len(self.history)
+
+    @torch.no_grad()
+    def _close(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Steps 4 to 7 of algorithm 1; the masks are put on when the next iteration begins."""
+        present = self._present()
+        chosen = {name: target.param.detach() for name, target in present.items()}
+        if self._best is not None:
+            chosen = {name: self._best.model[self._own_name(pl_module, name)] for name in present}
+        kept = self.masks
+        step = sap_step(
+            {name: target.canonical(chosen[name]) for name, target in present.items()},
+            {name: target.canonical(kept[name]) for name, target in present.items()},
+            self.options,
+        )
+        self._note(trainer, step)
+        self._closed_step = trainer.global_step
+        if self.stop_at == "collapse" and self.history[-1]["phase"] == "collapse" and self._keep is not None:
+            self._restore(trainer, pl_module)
+            return self._stop(trainer, "collapse")
+        if self.stop_at == "collapse":
+            packed = {name: pack_mask(mask) for name, mask in kept.items()}
+            self._keep = (self._best or take(pl_module, self._sites()), packed)
+        if not step.pruned:
+            return self._stop(trainer, "stalled")
+        self._next = {name: pack_mask(present[name].canonical(mask)) for name, mask in step.masks.items()}
+        return None
+
+    def _note(self, trainer: Trainer, step: SapStep) -> None:
+        row: dict[str, Any] = {
+            "iteration": len(self.history), "step": trainer.global_step, "left": step.left / step.total,
+            "pqi": step.index, "pqi_scope": step.scoped, "score": self._score, "next_pruned": step.pruned,
+        }  # fmt: skip
+        rows = [*self.history, row]
+        row["phase"] = phase([r["pqi"] for r in rows], [r["score"] for r in rows], self.tolerance, self.mode)
+        self.history = rows
+        values = {f"{PREFIX}/{k}": row[k] for k in ("left", "pqi", "pqi_scope", "score") if row[k] is not None}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+        score = "" if row["score"] is None else f", {self.monitor} {row['score']:.4g}"
+        rank_zero_info(
+            f"{type(self).__name__} iteration {row['iteration']}: {row['left']:.2%} of the weights left, PQ index "
+            f"{row['pqi']:.4f}{score} ({row['phase']}); {step.pruned} more to prune."
+        )
+
+    def _restore(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._keep is not None
+        snapshot, packed = self._keep
+        for name, transform in self._mask_transforms().items():
+            mask = unpack_mask(packed[name].to(transform.dropped.device), transform.dropped.shape)
+            set_mask(self._sites()[name], transform, mask)
+        rewind(snapshot, pl_module, self._sites())
+        self._measure()
+
+    def _stop(self, trainer: Trainer, reason: str) -> None:
+        self.stopped, trainer.should_stop = reason, True
+        last = len(self.history) - 1
+        if reason == "collapse":
+            rank_zero_info(
+                f"{type(self).__name__}: {self.monitor} collapsed in iteration {last}; weights and masks of iteration "
+                f"{last - 1} are back, and the run ends."
+            )
+        else:
+            rank_zero_warn(
+                f"{type(self).__name__} has stalled after iteration {last} and ends the run: the next one would prune "
+                "nothing (small fan-in with scope='neuron', or magnitudes that are almost equal). Use a larger scope, "
+                "gamma or eta, or (p, q) = (1, 2)."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to a running fit."""
+        return super().__getstate__() | {"_best": None, "_keep": None, "_next": None}

@@ -1,0 +1,149 @@
+"""``Ŵ = M ∘ W``: masks as a transform at the optimizer boundary.
+
+A pruned weight is gone: it is zero in the network *and* in ``W``. That makes the transform invertible (no second copy
+of the weights), and its way back plain: gradients are masked, weights are zero already. What could still move a pruned
+weight is the optimizer's memory, so :func:`forget` empties it: with a zero weight, gradient, momentum and second moment
+every torch optimizer's update, weight decay included, is exactly zero. :meth:`MaskTransform.push` writes the zeros all
+the same, for optimizers that keep their memory elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_efficient.weightspace import Site, Transform
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """A bool tensor as bits, eight a byte, the first entry in the lowest bit.
+
+    Args:
+        mask: Any shape.
+
+    Returns:
+        uint8, ``(ceil(numel / 8),)``.
+    """
+    flat = mask.reshape(-1).to(torch.uint8)
+    bytes_ = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
+    return (bytes_ << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack_mask(packed: Tensor, shape: Iterable[int]) -> Tensor:
+    """The inverse of :func:`pack_mask`.
+
+    Args:
+        packed: uint8, as packed.
+        shape: Shape of the mask.
+
+    Returns:
+        Bool of that shape.
+
+    Raises:
+        ValueError: ``packed`` is not of the right type or length.
+    """
+    size = torch.Size(shape)
+    if packed.dtype != torch.uint8 or packed.shape != (-(-size.numel() // 8),):
+        raise ValueError(
+            f"a mask of shape {tuple(size)} is {-(-size.numel() // 8)} bytes; got {packed.dtype} of shape "
+            f"{tuple(packed.shape)}. Was the model changed since it was saved?"
+        )
+    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
+    return bits.view(-1)[: size.numel()].bool().view(size)
+
+
+class MaskTransform(Transform):
+    """``Ŵ = M ∘ W`` for one parameter.
+
+    First in the chain, so that what follows (a spectral norm) sees the pruned weight. Starts with everything kept.
+
+    Args:
+        shape: Of the parameter.
+    """
+
+    kind = "mask"
+    order = 10
+
+    def __init__(self, shape: Iterable[int]) -> None:
+        self.dropped = torch.zeros(torch.Size(shape), dtype=torch.bool)
+        self._any = False
+
+    @property
+    def mask(self) -> Tensor:
+        """True where the weight is kept."""
+        return ~self.dropped
+
+    @mask.setter
+    def mask(self, kept: Tensor) -> None:
+        self.dropped = ~kept
+        self._any = bool(self.dropped.any())
+
+    def start(self, weight: Tensor) -> None:
+        """Keep everything, zeros included."""
+        self.mask = torch.ones_like(weight, dtype=torch.bool)
+
+    def pull(self, weight: Tensor, grad: Tensor | None) -> None:
+        """Mask the gradient; what is pruned in ``Ŵ`` is zero in ``W``."""
+        if grad is not None and self._any:
+            grad.masked_fill_(self.dropped, 0)  # not `mul_`: 0 · inf is NaN
+
+    def advance(self, weight: Tensor) -> None:
+        """Masks change between steps only, see :func:`set_mask`."""
+
+    def push(self, weight: Tensor) -> None:
+        """Write the zeros."""
+        if self._any:
+            weight.masked_fill_(self.dropped, 0)
+
+    def fits(self, weight: Tensor, tolerance: float) -> bool:
+        """Whether everything pruned is zero."""
+        return not self._any or not bool(weight[self.dropped].any())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """``mask``, packed eight entries a byte."""
+        return {"mask": pack_mask(self.mask)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], weight: Tensor) -> None:
+        """Take over a mask."""
+        if set(state) != {"mask"}:
+            raise ValueError(f"the state of a mask holds 'mask'; got {sorted(state)}.")
+        self.mask = unpack_mask(state["mask"].to(weight.device), weight.shape)
+
+
+@torch.no_grad()
+def set_mask(site: Site, transform: MaskTransform, mask: Tensor, *, advance: bool = False) -> None:
+    """Put a new mask on a weight, now: ``W`` and ``Ŵ`` become zero where it is False.
+
+    Args:
+        site: The weight.
+        transform: Its mask.
+        mask: True where the weight is kept; may also bring weights back, as zeros.
+        advance: Let the other transforms of the weight take a step too (a power iteration on what is left). For
+            changes outside the optimizer's step; inside, the step itself does.
+    """
+    window = site.pulled  # the parameter holds W already, and will be pushed after the step
+    if not window:
+        site.pull(None)
+    transform.mask = mask
+    site.param.data.masked_fill_(transform.dropped, 0)
+    if site.param.grad is not None:
+        site.param.grad.masked_fill_(transform.dropped, 0)
+    if not window:
+        site.push(advance=advance)
+
+
+def forget(optimizers: Iterable[Optimizer], dropped: Mapping[nn.Parameter, Tensor]) -> None:
+    """Empty the optimizers' memory of pruned weights: momentum, second moments, whatever has the weight's shape.
+
+    Args:
+        optimizers: They hold the parameters.
+        dropped: Parameter → True where it is pruned.
+    """
+    for optimizer in optimizers:
+        for param, where in dropped.items():
+            for value in optimizer.state.get(param, {}).values():
+                if isinstance(value, Tensor) and value.shape == param.shape:
+                    value.masked_fill_(where, 0)

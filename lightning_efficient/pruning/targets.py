@@ -1,0 +1,213 @@
+"""Which weights are pruned: layers of a known kind, checked one by one before anything changes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lightning_efficient.pruning.units import Granularity
+from lightning_efficient.surgery.match import canonical_name, modules_by_name, select_modules
+
+# Under these names attention modules keep the layer that reads the heads side by side, and the number of heads.
+_OUTPUTS = ("proj", "out_proj", "o_proj", "c_proj")
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A weight to prune.
+
+    Args:
+        param: The parameter.
+        layer: Name of the layer it belongs to.
+        module: The layer.
+        transposed: Stored as ``(inputs, outputs)``, as Hugging Face's ``Conv1D`` does.
+        heads: How many heads the inputs hold, where the layer is the output projection of an attention.
+    """
+
+    param: nn.Parameter
+    layer: str
+    module: nn.Module
+    transposed: bool = False
+    heads: int | None = None
+
+    def canonical(self, tensor: Tensor) -> Tensor:
+        """A tensor of the parameter's shape as ``(outputs, inputs, ...)``, a view; its own inverse."""
+        return tensor.t() if self.transposed else tensor
+
+
+@dataclass
+class Targets:
+    """Parameter name → target, and why other weights are left alone."""
+
+    matched: dict[str, Target] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def find_targets(
+    model: nn.Module,
+    granularity: str = "element",
+    criterion: str = "magnitude",
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    embeddings: bool = False,
+    known: Collection[str] = (),
+) -> Targets:
+    """Choose the weights, and check every one of them, without changing anything.
+
+    Targets are the weights of ``nn.Linear``, ``nn.Conv1d/2d/3d``, ``nn.MultiheadAttention`` (``in_proj_weight`` or the
+    three separate projections, and ``out_proj``), Hugging Face ``Conv1D`` and, on request, ``nn.Embedding``: the output
+    layer is one of them, biases and norms never are.
+
+    Args:
+        model: The model.
+        granularity: As :meth:`Granularity.parse`.
+        criterion: The scores; ``"wanda"`` needs layers whose input can be seen.
+        include: Globs over module names; None: all.
+        exclude: Globs over module names left alone.
+        embeddings: Include ``nn.Embedding`` tables.
+        known: Names of weights with a mask already, which may be zero altogether.
+
+    Raises:
+        NoMatchError: No module matches.
+        ValueError: A matched weight is complex, sparse, quantized, uninitialized or not finite, or does not divide as
+            the granularity needs; or every matched weight has to be left alone.
+    """
+    cut = Granularity.parse(granularity)
+    types = _types(embeddings)
+    selection = select_modules(model, types=types, include=include, exclude=exclude, method="Pruning")
+    found = Targets(skipped=dict(selection.skipped))
+    users = _users(model)
+    modules, heads = modules_by_name(model), _head_counts(model)
+    for layer, module in selection.matched.items():
+        for attribute in _attributes(module):
+            name = f"{layer}.{attribute}" if layer else attribute
+            param = module._parameters.get(attribute)
+            if param is None:
+                found.skipped[name] = "computed by a parametrization, not a parameter: a mask on it would not last"
+                continue
+            reason = (
+                _shared(name, param, users, embeddings)
+                or check_weight(name, param, layer)
+                or _unscorable(modules, name, layer, criterion, name in known)
+                or (
+                    None
+                    if cut.kind != "head" or layer in heads
+                    else "not covered: no output projection of an attention"
+                )
+            )
+            if reason is not None:
+                found.skipped[name] = reason
+                continue
+            target = Target(param, layer, module, _transposed(module, types), heads.get(layer))
+            shape = target.canonical(param).shape
+            cut.check(name, (shape[0], shape[1], shape[2:].numel()))
+            if cut.kind == "head" and shape[1] % heads[layer]:
+                raise ValueError(
+                    f"{name!r} has {shape[1]} inputs, which {heads[layer]} heads do not divide. Exclude it."
+                )
+            found.matched[name] = target
+    if not found.matched:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(found.skipped.items())[:8])
+        raise ValueError(f"Pruning found modules but no weight it can work on ({reasons}).")
+    return found
+
+
+def _types(embeddings: bool) -> tuple[type[nn.Module], ...]:
+    types: list[type[nn.Module]] = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention]
+    # A model can only hold Hugging Face's transposed linear layer if the library has been imported.
+    if (library := sys.modules.get("transformers.pytorch_utils")) is not None:
+        types.append(library.Conv1D)
+    if embeddings:
+        types.append(nn.Embedding)
+    return tuple(types)
+
+
+def _transposed(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
+    plain = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, nn.Embedding)
+    return isinstance(module, types) and not isinstance(module, plain)
+
+
+def _attributes(module: nn.Module) -> Iterator[str]:
+    if isinstance(module, nn.MultiheadAttention):
+        fused = getattr(module, "in_proj_weight", None) is not None
+        yield from ("in_proj_weight",) if fused else (f"{part}_proj_weight" for part in "qkv")
+    else:
+        yield "weight"
+
+
+def _users(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
+    """Parameter → every module that has it, by the parameter's name there; a module counts once."""
+    users: dict[int, dict[str, nn.Module]] = {}
+    for prefix, module in model.named_modules():
+        for attribute, param in module._parameters.items():
+            if param is not None:
+                name = canonical_name(f"{prefix}.{attribute}" if prefix else attribute)
+                users.setdefault(id(param), {})[name] = module
+    return users
+
+
+def _shared(name: str, param: nn.Parameter, users: dict[int, dict[str, nn.Module]], embeddings: bool) -> str | None:
+    others = {other: module for other, module in users[id(param)].items() if other != name}
+    if not others:
+        return None
+    if not embeddings and any(isinstance(module, nn.Embedding) for module in others.values()):
+        return f"not covered: tied to the embedding {next(iter(others))!r}"
+    return f"tied, also used as {', '.join(others)}: a mask cannot tell its uses apart"
+
+
+def check_weight(name: str, param: nn.Parameter, layer: str) -> str | None:
+    """A reason to leave a parameter alone, or an error if touching it would be wrong.
+
+    Args:
+        name: Name of the parameter.
+        param: The parameter.
+        layer: Name of its layer, for the advice.
+
+    Raises:
+        ValueError: It has no values yet, or none that a mask can work on.
+    """
+    if isinstance(param, nn.parameter.UninitializedParameter) or param.is_meta:
+        raise ValueError(f"{name!r} has no values yet (lazy or meta). Run one batch through the model, or exclude it.")
+    dense = type(param.data) in (Tensor, nn.Parameter) and param.layout == torch.strided and not param.is_quantized
+    if param.is_complex() or not param.is_floating_point() or not dense:
+        raise ValueError(
+            f"{name!r} is {type(param.data).__name__}, {param.dtype}, {param.layout} (quantized or sharded?); pruning "
+            f"works on real, dense, floating-point weights. Exclude it: `exclude=[{layer!r}]`."
+        )
+    if not param.requires_grad:
+        return "frozen (requires_grad=False)"
+    if param.numel() == 0:
+        return "empty"
+    if not bool(torch.isfinite(param.detach()).all()):
+        raise ValueError(f"{name!r} holds NaN or infinite values, which cannot be ranked. Check the checkpoint.")
+    return None
+
+
+def _unscorable(modules: dict[str, nn.Module], name: str, layer: str, criterion: str, known: bool) -> str | None:
+    """A reason why the criterion has nothing to say about a weight."""
+    module, attribute = modules[layer], name[len(layer) :].lstrip(".")
+    if criterion != "random" and not known and not bool(module._parameters[attribute].detach().any()):  # type: ignore[union-attr]
+        return "all zero: nothing to rank"
+    if criterion == "wanda":
+        if isinstance(module, nn.Embedding):
+            return "an embedding, which has no input features (criterion='wanda')"
+        # Its own projections are arguments of one function, and `out_proj` is never called.
+        if any(isinstance(modules[m], nn.MultiheadAttention) for m in (layer, layer.rpartition(".")[0])):
+            return "inside nn.MultiheadAttention, whose inputs no hook sees (criterion='wanda')"
+    return None
+
+
+def _head_counts(model: nn.Module) -> dict[str, int]:
+    """Name of an output projection → number of heads."""
+    found: dict[str, int] = {}
+    for prefix, module in model.named_modules():
+        heads = next((n for a in _HEADS if isinstance(n := getattr(module, a, None), int)), None)
+        for child in _OUTPUTS if heads else ():
+            if heads and isinstance(getattr(module, child, None), nn.Linear):
+                found[canonical_name(f"{prefix}.{child}" if prefix else child)] = heads
+    return found

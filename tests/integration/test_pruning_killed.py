@@ -1,0 +1,55 @@
+"""Pruning runs that are killed in the middle of an epoch and of their schedule, and resumed in a new process."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from sigma_runs import differing
+
+from lightning_efficient import recipe
+from lightning_efficient.pruning import unpack_mask
+from lightning_efficient.testing.checks import flat
+
+SCRIPT = Path(__file__).parent / "scripts" / "killed_pruning.py"
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("method", ["cubic", "ticket", "sap"])
+def test_killed_and_resumed_equals_uninterrupted(method: str, tmp_path: Path) -> None:
+    """SIGKILL after step 8, a new process from the file of step 6: every tensor of the final file is equal."""
+    env = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+
+    def start(*options: str) -> subprocess.Popen[str]:
+        paths = [str(tmp_path / "killed"), str(tmp_path / "killed.ckpt")]
+        command = [sys.executable, str(SCRIPT), method, *paths, *options]
+        return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+
+    killed = start("--kill-after", "8")
+    runpy.run_path(str(SCRIPT))["train"](method, tmp_path / "whole", tmp_path / "whole.ckpt")
+    _, errors = killed.communicate(timeout=120)
+    assert killed.returncode == -signal.SIGKILL, errors
+    middle = torch.load(tmp_path / "killed" / "last.ckpt", weights_only=True)
+    assert middle["global_step"] == 6
+    resumed = start("--resume")
+    _, errors = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, errors
+
+    a, b = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("whole", "killed"))
+    assert a["global_step"] == b["global_step"] == 17
+    assert a["lr_schedulers"] == b["lr_schedulers"]
+    assert differing(flat(a), flat(b)) == []
+    pruned = {}
+    for when, content in {"middle": middle, "end": b}.items():
+        entry = next(e for e in recipe.read(content) if e.method.endswith("_pruning"))
+        weights = content["state_dict"]
+        masks = {n: unpack_mask(t["mask"], weights[n].shape) for n, t in entry.tensors.items()}
+        assert all(not bool(weights[n][~mask].any()) for n, mask in masks.items())
+        pruned[when] = sum(int((~mask).sum()) for mask in masks.values())
+    assert 0 < pruned["middle"] < pruned["end"], "nothing happened before the kill, or nothing after it"
