@@ -19,10 +19,6 @@ from lightning_efficient.eager import uncompiled
 from lightning_efficient.surgery.match import canonical_name
 
 Stage = Literal["fit", "validate", "test", "predict"]
-_LOADERS = {
-    "fit": "train_dataloader", "validate": "val_dataloaders", "test": "test_dataloaders",
-    "predict": "predict_dataloaders",
-}  # fmt: skip
 _STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
 
 
@@ -61,29 +57,36 @@ class Example:
     args: tuple[Any, ...]
 
 
-@torch.no_grad()
-def example_of(trainer: Trainer, pl_module: LightningModule, stage: Stage, samples: int = 2) -> Example:
-    """Run the step of a stage on the first samples of its first batch, and keep how it called the module's networks.
-
-    Nothing is logged, no metric counts it, the random state and the loader's order are as before afterwards.
+def first_batch(trainer: Trainer) -> Any:
+    """The first training batch, on the device, of a ``fit`` that is about to start; the loader forgets that it gave it.
 
     Args:
-        trainer: A Trainer inside that stage, or, for ``"fit"``, about to start it.
+        trainer: In ``on_fit_start`` or later. Making the train loader before loops are restored loses a position that
+            a checkpoint would restore: not for resumed runs.
+    """
+    if trainer.train_dataloader is None:
+        trainer.fit_loop.setup_data()  # what the loop will do, and then not again
+    with undisturbed(trainer.train_dataloader) as batches:
+        batch = next(iter(batches))
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+@torch.no_grad()
+def example_of(trainer: Trainer, pl_module: LightningModule, stage: Stage, batch: Any, samples: int = 2) -> Example:
+    """Run the step of a stage on the first samples of a batch, and keep how it called the module's networks.
+
+    Nothing is logged, no metric counts it, the random state is as before afterwards.
+
+    Args:
+        trainer: A Trainer inside that stage, or about to start it.
         pl_module: Its module.
         stage: The stage.
+        batch: On the device.
         samples: Of the batch; where the step does not take a part of it, the whole batch is used.
 
     Raises:
         ValueError: The step fails, or calls no submodule.
     """
-    if stage == "fit" and trainer.train_dataloader is None:
-        trainer.fit_loop.setup_data()  # what the loop will do, and then not again
-    loader: Any = getattr(trainer, _LOADERS[stage])
-    if stage != "fit" and isinstance(loader, (list, tuple)):
-        loader = loader[0]  # these run one after the other
-    with undisturbed(loader) as batches:
-        batch = next(iter(batches))
-    batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
     part = apply_to_collection(batch, Tensor, lambda tensor: tensor[:samples] if tensor.ndim else tensor)
     try:
         calls = _calls(trainer, pl_module, stage, part)

@@ -17,7 +17,7 @@ from lightning_efficient import recipe
 from lightning_efficient.attention.knobs import Knob
 from lightning_efficient.attention.sites import AttentionSite
 from lightning_efficient.callbacks.attach import attachment, carry
-from lightning_efficient.callbacks.example import Stage, example_of
+from lightning_efficient.callbacks.example import Stage, example_of, first_batch
 from lightning_efficient.callbacks.weightspace import Plan, WeightSpaceCallback
 from lightning_efficient.methods.temp_scale import (
     METHOD,
@@ -123,7 +123,7 @@ class TempScale(WeightSpaceCallback):
                 "the module was trained with another TempScale, and its weights hold that temperature: a second one "
                 "would multiply it. Go on with the same callback, or from a checkpoint (`ckpt_path`)."
             )
-        return self._find(trainer, pl_module, "fit")
+        return self._find(trainer, pl_module, "fit", first_batch(trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fix the schedule; from here on the weights hold the temperature."""
@@ -196,18 +196,24 @@ class TempScale(WeightSpaceCallback):
         mine = [e for e in recipe.read(checkpoint) if e.method == METHOD and e.key == self.state_key]
         self._layout = mine[0].config.get("layout") if mine else None
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Put the temperature on for ``validate``."""
         if trainer.state.fn == "validate":
-            self._put_on(trainer, pl_module, "validate")
+            self._put_on(trainer, pl_module, "validate", batch, batch_idx + dataloader_idx)
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Put the temperature on for ``test``."""
-        self._put_on(trainer, pl_module, "test")
+        self._put_on(trainer, pl_module, "test", batch, batch_idx + dataloader_idx)
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Put the temperature on for ``predict``."""
-        self._put_on(trainer, pl_module, "predict")
+        self._put_on(trainer, pl_module, "predict", batch, batch_idx + dataloader_idx)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give the weights back as they were."""
@@ -220,14 +226,14 @@ class TempScale(WeightSpaceCallback):
         self._take_off(pl_module)
 
     @torch.inference_mode(False)
-    def _put_on(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
-        if not self.enabled:
+    def _put_on(self, trainer: Trainer, pl_module: LightningModule, stage: Stage, batch: Any, index: int) -> None:
+        if not self.enabled or index > 0:
             return
         held = attachment(pl_module).held.get(METHOD)
         if held is not None:
             self._say_held(held.config)
             return
-        targets = self._find(trainer, pl_module, stage)
+        targets = self._find(trainer, pl_module, stage, batch)
         install_targets(pl_module, targets)
         self._applied = True
         rank_zero_info(targets.change().report())
@@ -251,8 +257,8 @@ class TempScale(WeightSpaceCallback):
 
     # -- both ----------------------------------------------------------------------------------------------------
 
-    def _find(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> Targets:
-        example = example_of(trainer, pl_module, stage)
+    def _find(self, trainer: Trainer, pl_module: LightningModule, stage: Stage, batch: Any) -> Targets:
+        example = example_of(trainer, pl_module, stage, batch)
         with torch.random.fork_rng([]):
             return find_targets(example.model, example.args, self.options, self.include, self.exclude)
 
