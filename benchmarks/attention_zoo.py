@@ -30,8 +30,8 @@ from fold_zoo import build as build_timm
 from fold_zoo import families, smallest
 from torch import Tensor, nn
 
+from lightning_efficient.attention.sites import find_attention
 from lightning_efficient.methods.temp_scale import TempScaleError, apply_temp_scale
-from lightning_efficient.surgery.match import NoMatchError
 from lightning_efficient.surgery.probes import Float64
 from lightning_efficient.surgery.tags import mapped, tensors_behind
 
@@ -43,63 +43,61 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def example_of(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """A float64 model, and its arguments."""
-    if name.startswith("hf/"):
-        family, _, attention = name[3:].partition("/")
-        model, kwargs = build_hf(family, attention)
-        model = model.double()
+def example_of(name: str) -> tuple[nn.Module, Any]:
+    """A float64 model, and a small example: images as small as it takes."""
+    if not name.startswith("hf/"):
         with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter), alpha=0.02)
-        return model, (), mapped(kwargs, lambda t: t.double() if t.is_floating_point() else t)
+            return build_timm(name)
+    model, kwargs = build_hf(*name[3:].split("/"))
+    model = model.double()
     with torch.no_grad():
-        model, x = build_timm(name)
-    return model, (x,), {}
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    return model, mapped(kwargs, lambda t: t.double() if t.is_floating_point() else t)
 
 
-def outputs(model: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
+def outputs(model: nn.Module, example: Any) -> list[Tensor]:
     with torch.no_grad(), Float64():
-        return [t.clone() for t in tensors_behind(model(*args, **kwargs)) if t.is_floating_point()]
+        out = model(example) if isinstance(example, Tensor) else model(**example)
+    return [t.clone() for t in tensors_behind(out) if t.is_floating_point()]
 
 
 def scale_one(name: str) -> dict[str, Any]:
     """One row of the table."""
     torch.manual_seed(0)
-    model, args, kwargs = example_of(name)
-    original, refused, why = copy.deepcopy(model), {}, Counter()
-    example = args[0] if args else kwargs
+    model, example = example_of(name)
     try:
-        change = apply_temp_scale(model, TAU, example)
-    except NoMatchError as error:
-        return {"verdict": "no attention", "why": reason(str(error).split("ran.")[-1])}
+        return scale(model, example)
     except TempScaleError as error:
-        refused = dict(re.findall(r"'([^']+)' \(((?:[^()]|\([^()]*\))*)\)", str(error)))
-        excluded = re.search(r"exclude=(\[.*\])", str(error))
-        if not refused or excluded is None:
+        if "single key" not in str(error):
             return {"verdict": "refused", "why": reason(str(error))}
-        names = re.findall(r"'([^']+)'", excluded[1])
-        why.update(refused.values())
-        row = {"refused": len(names)}
-        try:
-            change = apply_temp_scale(model, TAU, example, exclude=names)
-        except NoMatchError:
-            return row | {"verdict": "refused", "why": reason(listed(why))}
-        except TempScaleError as error:
-            return row | {"verdict": "refused", "why": reason(str(error))}
+        # The smallest image leaves one token somewhere.
+        return scale(model, torch.randn(1, *model.pretrained_cfg["input_size"], dtype=torch.float64))
+
+
+def scale(model: nn.Module, example: Any) -> dict[str, Any]:
+    sites = find_attention(model, example).sites
+    refused = {site.name: site.refused for site in sites.values() if site.refused}
+    why = Counter(reason(text) for text in refused.values())
+    row = {"weights": 0, "adapters": 0, "refused": len(refused)}
+    if len(refused) == len(sites):
+        return row | {"verdict": "refused" if sites else "no attention", "why": listed(why)}
+    original = copy.deepcopy(model)
+    change = apply_temp_scale(model, TAU, example, exclude=list(refused) or None)
     modules = dict(original.named_modules())
     definition = Definition([modules["" if n == "(model)" else n] for n in change.targets], TAU)
     with definition.watching():
-        expected = outputs(original, args, kwargs)
-    error = max(gap(a, b) for a, b in zip(expected, outputs(model, args, kwargs), strict=True))
-    adapters = sum("adapter" in text for text in change.targets.values())
-    why.update(reason(text.partition("adapter (")[2]) for text in change.targets.values() if "adapter" in text)
-    exact = "exact, adapter" if adapters else "exact, weights"
-    verdict = "WRONG" if not error <= TOLERANCE else f"{exact} (rest refused)" if refused else exact
-    return {
-        "verdict": verdict, "weights": len(change.targets) - adapters, "adapters": adapters,
-        "refused": len(names) if refused else 0, "error": error, "why": reason(listed(why)),
-        "targets": change.targets, "skipped": change.skipped,
+        expected = outputs(original, example)
+    error = max(gap(a, b) for a, b in zip(expected, outputs(model, example), strict=True))
+    adapted = [
+        text.partition("adapter (")[2].removesuffix(")") for text in change.targets.values() if "adapter" in text
+    ]
+    why.update(map(reason, adapted))
+    kind = "exact, adapter" if adapted else "exact, weights"
+    verdict = "WRONG" if not error <= TOLERANCE else f"{kind} (rest refused)" if refused else kind
+    return row | {
+        "verdict": verdict, "weights": len(change.targets) - len(adapted), "adapters": len(adapted), "error": error,
+        "why": listed(why), "targets": change.targets, "skipped": change.skipped,
     }  # fmt: skip
 
 
@@ -115,7 +113,7 @@ def listed(why: Counter[str]) -> str:
 def reason(text: str) -> str:
     """Without the names of weights and modules."""
     text = re.sub(r"scaling .* is not", "scaling its knobs is not", re.sub(r"'[^']*'", "…", text))
-    return re.sub(r"\[[^\[\]]*\]", "[…]", text).replace("|", "/")[:200].removesuffix(")")
+    return re.sub(r"\[[^\[\]]*\]", "[…]", text).replace("|", "/")[:200]
 
 
 def isolated(name: str, limit: float) -> dict[str, Any]:

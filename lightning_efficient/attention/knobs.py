@@ -121,9 +121,7 @@ def over_channels(calls: Sequence[Seen], graph: Graph, projections: Mapping[str,
     return any(rows == 1 < touched[1][name] for name, rows in touched[0].items())
 
 
-def find_knobs(
-    calls: Sequence[Seen], graph: Graph, heads: int | None = None, keys: bool = False
-) -> tuple[Knob, ...]:
+def find_knobs(calls: Sequence[Seen], graph: Graph, heads: int | None = None, keys: bool = False) -> tuple[Knob, ...]:
     """The smallest set of weights in which the logits of each call are homogeneous of degree one, for all calls.
 
     Args:
@@ -255,9 +253,7 @@ def _smallest_set(shares: Mapping[str, Tensor], target: Tensor) -> tuple[str, ..
     raise NoKnobError(f"its logits are not proportional to any set of these weights: {list(shares)}")
 
 
-def _by_head(
-    name: str, blocks: Sequence[Block], logits: Tensor, graph: Graph, stop: set[int], heads: int
-) -> Knob:
+def _by_head(name: str, blocks: Sequence[Block], logits: Tensor, graph: Graph, stop: set[int], heads: int) -> Knob:
     """The same knob, cut by heads."""
     if logits.dim() != 4 or logits.shape[1] != heads:
         raise NoKnobError(f"logits of shape {tuple(logits.shape)} do not say which axis holds {heads} heads")

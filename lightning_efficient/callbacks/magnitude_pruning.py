@@ -147,19 +147,23 @@ class MagnitudePruning(PruningCallback):
         if stage == "fit":
             self._saved_steps, self._applied, self._back, self._step = None, {}, False, -1
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fix the schedule, then put the masks on, before anything trains."""
-        if self.enabled:
-            estimate = trainer.estimated_stepping_batches
-            self._total = int(estimate) if estimate != float("inf") else None
-            self._steps = self._resolve(self._total)
-            if self._saved_steps is not None and self._saved_steps != self._steps and self._total != 0:
-                raise RecipeError(
-                    f"{type(self).__name__}: the schedule of the resumed run had the steps {self._saved_steps}, "
-                    f"now they are {self._steps} (first, span, every, rewind_to): the length of the run was changed, "
-                    "and the schedule is given as a fraction of it. Resume with the same length, or give steps, as int."
-                )
-        super().on_fit_start(trainer, pl_module)
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fix the schedule, before anything is pruned.
+
+        Not earlier: asking for the length of the run makes the train loader, whose restored position Lightning would
+        then forget.
+        """
+        if not self.enabled:
+            return
+        estimate = trainer.estimated_stepping_batches
+        self._total = int(estimate) if estimate != float("inf") else None
+        self._steps = self._resolve(self._total)
+        if self._saved_steps not in (None, (), self._steps):
+            raise RecipeError(
+                f"{type(self).__name__}: the schedule of the resumed run had the steps {self._saved_steps}, "
+                f"now they are {self._steps} (first, span, every, rewind_to): the length of the run was changed, "
+                "and the schedule is given as a fraction of it. Resume with the same length, or give steps, as int."
+            )
 
     def _resolve(self, total: int | None) -> tuple[int, ...]:
         first, span, every = self.schedule.steps(total)

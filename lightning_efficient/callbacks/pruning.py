@@ -140,11 +140,11 @@ class PruningCallback(WeightSpaceCallback):
         self._measure()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Masks of a callback that is not there would be lost, as zeros that grow again: refuse."""
+        """Masks of another method would be lost, as zeros that grow again: refuse."""
         if self.enabled and trainer.state.fn == "fit":
-            present = [cb.state_key for cb in peers(trainer)]
-            lost = [e.key for e in recipe.read(checkpoint) if e.method in MASKS and e.key not in present]
-            if lost and self.state_key not in [e.key for e in recipe.read(checkpoint)]:
+            present = [cb.method for cb in peers(trainer)]
+            lost = [e.key for e in recipe.read(checkpoint) if e.method in MASKS and e.method not in present]
+            if lost:
                 raise RecipeError(
                     f"the checkpoint holds masks of {lost}; this run has {self.state_key}, which would not keep them. "
                     "Resume with the same callback, or start a new run from the weights alone "

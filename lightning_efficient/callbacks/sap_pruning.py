@@ -151,13 +151,16 @@ class SAPPruning(PruningCallback):
             self.history, self.stopped, self._saved_total, self._closed_step = [], None, None, 0
             self._next, self._score, self._best, self._keep = None, None, None, None
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that the run has iterations, then put the masks on."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that the run has iterations, before anything is pruned.
+
+        Not earlier: asking for the length of the run makes the train loader, whose restored position Lightning would
+        then forget.
+        """
         if self.enabled:
             estimate = trainer.estimated_stepping_batches
             self._total = int(estimate) if estimate != float("inf") else None
             self._check_run(trainer)
-        super().on_fit_start(trainer, pl_module)
 
     def _check_run(self, trainer: Trainer) -> None:
         epochs, each = trainer.max_epochs, self.epochs_per_iteration

@@ -137,7 +137,14 @@ class TempScale(WeightSpaceCallback):
     def plan(self, pl_module: LightningModule) -> Plan:
         """Choose and check the weights, without changing anything."""
         targets = self._targets
-        assert targets is not None, "found in on_fit_start"
+        if targets is None:  # asked before any training: `lightning-efficient targets`
+            example = getattr(pl_module, "example_input_array", None)
+            if example is None:
+                raise ValueError(
+                    "attention is found while the model runs, and this one has no `example_input_array` to run on."
+                )
+            targets = find_targets(pl_module, example, self.options, self.include, self.exclude)
+            return Plan(change=targets.change())
         trainer = pl_module.trainer
         if targets.adapters:
             raise TempScaleError(

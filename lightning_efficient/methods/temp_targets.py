@@ -141,15 +141,16 @@ def find_targets(
     attention = find_attention(model, probe)
     names, skipped = _select(attention, include, exclude)
     _refuse_sites([attention.sites[name] for name in names])
-    if config.per_head:
-        attention = find_attention(model, probe, by_head=names)
+    by_head = names if config.per_head else []
+    if by_head:
+        attention = find_attention(model, probe, by_head=by_head)
     targets = Targets({name: attention.sites[name] for name in names}, config.laws(names), skipped=skipped)
     for name, site in targets.sites.items():
         if config.mode != "constant":
             targets.adapters[name] = "the factor depends on the length"
         elif not site.knobs:
             targets.adapters[name] = site.why
-    _prove(model, probe, attention, targets)
+    _prove(model, probe, attention, targets, by_head)
     return targets
 
 
@@ -220,20 +221,14 @@ def _refuse_sites(sites: Sequence[AttentionSite]) -> None:
 # -- proving -----------------------------------------------------------------------------------------------------------
 
 
-def _prove(model: nn.Module, probe: Probe, attention: Attention, targets: Targets) -> None:
+def _prove(model: nn.Module, probe: Probe, attention: Attention, targets: Targets, by_head: Sequence[str]) -> None:
     """Fill in ``factors``; what weights do not scale exactly goes to adapters; give up where those do not either."""
     _weigh(attention, targets)
     trivial = all(law == Law() for law in targets.laws.values())
     laws = {name: Law(0.5) for name in targets.laws} if trivial else targets.laws
     targets.verdict = _try(model, probe, targets, laws)
     if targets.verdict.wrong:
-        for group in targets.groups():
-            alone = Targets({s: targets.sites[s] for s in group}, {s: laws[s] for s in group})
-            _weigh(attention, alone)
-            if wrong := _try(model, probe, alone, alone.laws).wrong:
-                own = next((wrong[site] for site in group if site in wrong), "they feed more than the logits")
-                targets.adapters |= dict.fromkeys(group, f"scaling {_names(targets, group)} is not exact: {own}")
-        _weigh(attention, targets)
+        _sort_out(model, probe, attention, targets, laws, by_head)
         targets.verdict = _try(model, probe, targets, laws)
     if wrong := targets.verdict.wrong:
         raise TempScaleError(
@@ -242,6 +237,34 @@ def _prove(model: nn.Module, probe: Probe, attention: Attention, targets: Target
             + f". Exclude what is at fault, if the rest is enough: exclude={[n for n in wrong if n != 'output']}."
         )
     _check_entropy(targets.verdict, laws)
+
+
+def _sort_out(
+    model: nn.Module,
+    probe: Probe,
+    attention: Attention,
+    targets: Targets,
+    laws: Mapping[str, Law],
+    by_head: Sequence[str],
+) -> None:
+    """Try the attentions one by one; those whose queries feed something else, too, by their keys, or by an adapter."""
+
+    def wrong_alone(group: Sequence[str], found: Attention) -> dict[str, str]:
+        alone = Targets({s: found.sites[s] for s in group}, {s: laws[s] for s in group})
+        _weigh(found, alone)
+        return _try(model, probe, alone, alone.laws).wrong
+
+    failed = {tuple(group): wrong for group in targets.groups() if (wrong := wrong_alone(group, attention))}
+    sites = [site for group in failed for site in group]
+    other = find_attention(model, probe, by_head=by_head, by_keys=sites) if sites else attention
+    for group, wrong in failed.items():
+        if all(other.sites[site].knobs for site in group) and not wrong_alone(group, other):
+            attention.sites.update({site: other.sites[site] for site in group})
+            targets.sites.update({site: other.sites[site] for site in group})
+        else:
+            why = next((wrong[site] for site in group if site in wrong), "they feed more than the logits")
+            targets.adapters |= dict.fromkeys(group, f"scaling {_names(targets, group)} is not exact: {why}")
+    _weigh(attention, targets)
 
 
 def _weigh(attention: Attention, targets: Targets) -> None:

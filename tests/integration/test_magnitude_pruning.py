@@ -390,6 +390,7 @@ def test_resume_is_exact(tmp_path: Path, arguments: str, company: str) -> None:
 
     case = Case(callbacks, {"plain": partial(Classifier, "cnn")}, lambda b, s, d: loader(b, s, dtype=d), tmp_path)
     assert_resume_exact(case)
+    assert_resume_exact(case, max_epochs=1)
 
 
 def test_resumed_epoch_stays_sparse(tmp_path: Path) -> None:
@@ -542,7 +543,7 @@ def test_stock_cli_needs_names_only(tmp_path: Path, monkeypatch: pytest.MonkeyPa
           enable_progress_bar: false
           enable_model_summary: false
           callbacks:
-            - class_path: lightning_efficient.callbacks.magnitude_pruning.MagnitudePruning
+            - class_path: lightning_efficient.MagnitudePruning
               init_args:
                 amount: 0.5
                 schedule: iterative

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from sigma_runs import Do, messages, trainer, weights
 from torch import Tensor, nn
@@ -256,6 +257,7 @@ def test_resume_is_exact(tmp_path: Path, arguments: str, company: str) -> None:
 
     case = Case(callbacks, {"plain": partial(Classifier, "cnn")}, lambda b, s, d: loader(b, s, dtype=d), tmp_path)
     assert_resume_exact(case)
+    assert_resume_exact(case, max_epochs=1)
 
 
 @pytest.mark.parametrize("select", ["last", "best"])
@@ -341,3 +343,35 @@ def test_weights_that_became_zero_have_no_index(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="PQ index of a tensor without a nonzero entry is undefined"):
         run(tmp_path, SAPPruning(iterations=1), Do(on_validation_end=zero))
+
+
+def test_stock_cli_needs_names_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["fit"])
+    (tmp_path / "config.yaml").write_text(
+        """
+        trainer:
+          accelerator: cpu
+          max_epochs: 4
+          logger: false
+          enable_checkpointing: false
+          enable_progress_bar: false
+          enable_model_summary: false
+          log_every_n_steps: 1
+          callbacks:
+            - class_path: lightning_efficient.SAPPruning
+              init_args: {p: 1.0, q: 2.0, scope: layer, epochs_per_iteration: 2, exclude: ["net.head"]}
+        model: {net: cnn}
+        """
+    )
+
+    class Batches(LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return loader()
+
+    args = ["fit", "-c", str(tmp_path / "config.yaml")]
+    cli = LightningCLI(Classifier, Batches, args=args, save_config_callback=None, seed_everything_default=False)
+    ours = next(cb for cb in cli.trainer.callbacks if isinstance(cb, SAPPruning))  # type: ignore[attr-defined]
+    assert list(ours.masks) == TARGETS[:2]
+    params = dict(cli.model.named_parameters())
+    assert all(torch.equal(params[name] != 0, mask) for name, mask in ours.masks.items())
+    assert ours.history[1]["left"] < 1

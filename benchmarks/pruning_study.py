@@ -1,0 +1,244 @@
+"""Pruning: accuracy and PQ index against the weights left, for SAP, the lottery ticket, one-shot, cubic and controls.
+
+Every choice is made without looking at validation or test images; the test accuracy is measured at the end of every
+iteration and reported. Every arm of a seed starts from the same weights and sees the same batches. Finished runs are
+kept in ``benchmarks/runs/pruning_study.jsonl``, one line each, so the study can be killed and continued.
+
+    python benchmarks/pruning_study.py --digits --seeds 1 --rounds 8 --epochs 4 --models MLP   # a slice, one minute
+    python benchmarks/pruning_study.py                                                          # Fashion-MNIST
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import math
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import common
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from matplotlib.figure import Figure
+from pruning_tasks import MODELS, Batches, Data, Measure, Module, digits, fashion, narrow_to, prunable
+from scipy import stats
+
+from lightning_efficient import MagnitudePruning, SAPPruning
+
+RUNS = Path(__file__).parent / "runs"
+# Share pruned by the arms that reach one amount a run.
+AMOUNTS = (0.5, 0.8, 0.9, 0.95, 0.98)
+# Arms that go through all amounts in one run, with a retraining for each.
+ITERATED = ("SAP (.5, 1)", "SAP (1, 2)", "lottery ticket", "random")
+SINGLE = ("one-shot, from init", "one-shot, fine-tuned", "cubic", "small dense")
+SCOPES = ("global", "layer", "neuron")
+LEVELS = (0.5, 0.2, 0.1, 0.05, 0.02)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study.
+
+    Args:
+        models: Keys of ``MODELS``.
+        seeds: How many.
+        rounds: Prunings of the iterated arms; each lottery-ticket round keeps 80 %.
+        epochs: Of one training; the other arms get twice as many.
+        batch: Images a batch.
+    """
+
+    models: Sequence[str] = tuple(MODELS)
+    seeds: int = 5
+    rounds: int = 18
+    epochs: int = 10
+    batch: int = 100
+
+    def cells(self) -> Iterator[tuple[str, str, str, float, int]]:
+        # Seeds outermost: an interrupted study has whole seeds.
+        for seed, model in itertools.product(range(self.seeds), self.models):
+            for arm, scope in itertools.product(ITERATED, SCOPES):
+                yield model, arm, scope, 0.0, seed
+            for arm, scope, amount in itertools.product(SINGLE, SCOPES, AMOUNTS):
+                if arm != "small dense" or scope == "global":
+                    yield model, arm, scope, amount, seed
+
+
+def callback(arm: str, scope: Any, amount: float, plan: Plan) -> list[Callback]:
+    """The pruning callback of an arm."""
+    rounds = plan.rounds
+    made: dict[str, Any] = {
+        "SAP (.5, 1)": lambda: SAPPruning(p=0.5, q=1.0, scope=scope, epochs_per_iteration=plan.epochs),
+        "SAP (1, 2)": lambda: SAPPruning(p=1.0, q=2.0, scope=scope, epochs_per_iteration=plan.epochs),
+        "lottery ticket": lambda: MagnitudePruning(
+            amount=1 - 0.8**rounds, schedule="iterative", rounds=rounds, scope=scope
+        ),
+        "random": lambda: MagnitudePruning(
+            amount=1 - 0.8**rounds, schedule="iterative", rounds=rounds, scope=scope, criterion="random"
+        ),
+        "one-shot, from init": lambda: MagnitudePruning(amount=amount, schedule="iterative", rounds=1, scope=scope),
+        "one-shot, fine-tuned": lambda: MagnitudePruning(amount=amount, schedule="one_shot", scope=scope),
+        "cubic": lambda: MagnitudePruning(amount=amount, schedule="cubic", scope=scope),
+    }
+    return [made[arm]()] if arm in made else []
+
+
+def run(data: Data, plan: Plan, model: str, arm: str, scope: str, amount: float, seed: int) -> dict[str, Any]:
+    """One run: its points, and what it cost."""
+    start = time.perf_counter()
+    side = data.train[0].shape[-1]
+    dense = sum(p.numel() for p in prunable(MODELS[model](side)))
+    width = narrow_to(model, side, (1 - amount) * dense) if arm == "small dense" else 1.0
+    torch.manual_seed(seed)
+    iterated = arm in ITERATED
+    total = plan.epochs * (plan.rounds + 1 if iterated else 2)
+    period = plan.epochs if iterated or arm == "one-shot, from init" else total
+    module = Module(MODELS[model](side, width), period)
+    measure = Measure(data, plan.epochs if iterated else total, dense)
+    pruning = callback(arm, scope, amount, plan)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_epochs=total, callbacks=[*pruning, measure], logger=False, barebones=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", ".*(has stalled|altogether|does not have many workers|smaller than the logging).*"
+        )
+        trainer.fit(module, Batches(data.train, plan.batch, seed))
+    stopped = next((cb.stopped for cb in pruning if isinstance(cb, SAPPruning)), None)
+    return {
+        "data": data.name, "model": model, "arm": arm, "scope": scope, "amount": amount, "seed": seed,
+        "points": measure.points, "stopped": stopped, "seconds": time.perf_counter() - start,
+    }  # fmt: skip
+
+
+def study(data: Data, plan: Plan, budget: float = math.inf) -> list[dict[str, Any]]:
+    """Every run of the plan, those finished earlier read from disk; stops after ``budget`` seconds."""
+    RUNS.mkdir(exist_ok=True)
+    (RUNS / ".gitignore").write_text("*\n")
+    path = RUNS / "pruning_study.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    done = {tuple(row.pop("key")): row for row in map(json.loads, lines)}
+    rows, start = [], time.perf_counter()
+    with path.open("a") as file:
+        for cell in plan.cells():
+            key = (data.name, len(data.train[0]), plan.rounds, plan.epochs, plan.batch, *cell)
+            if key not in done:
+                if time.perf_counter() - start > budget:
+                    break
+                done[key] = run(data, plan, *cell)
+                file.write(json.dumps({"key": key, **done[key]}) + "\n")
+                file.flush()
+            rows.append(done[key])
+    return rows
+
+
+# -- report ----------------------------------------------------------------------------------------------------------
+
+
+def curves(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], dict[int, list[dict[str, float]]]]:
+    """(model, arm, scope) → seed → points, from dense to sparse; single amounts together are a curve too."""
+    out: dict[tuple[str, str, str], dict[int, list[dict[str, float]]]] = {}
+    for row in rows:
+        by_seed = out.setdefault((row["model"], row["arm"], row["scope"]), {})
+        by_seed.setdefault(row["seed"], []).extend(row["points"])
+    for by_seed in out.values():
+        for points in by_seed.values():
+            points.sort(key=lambda point: -point["left"])
+    return out
+
+
+def at_level(points: Sequence[dict[str, float]], level: float, key: str = "test_acc") -> float | None:
+    """A quantity at a share of weights left, between the two points around it, linear in its logarithm."""
+    usable = [p for p in points if p["left"] > 0]
+    left = np.log([p["left"] for p in reversed(usable)])
+    # Counts are rounded down, so a run to 5 % may end at 5.05 %.
+    if not usable or not left[0] - 0.03 <= math.log(level) <= left[-1] + 0.03:
+        return None
+    return float(np.interp(math.log(level), left, [p[key] for p in reversed(usable)]))
+
+
+def cell_text(values: Sequence[float | None]) -> str:
+    """Mean and half of the 95 % interval over seeds, in per cent."""
+    found = [100 * v for v in values if v is not None]
+    if not found or len(found) < len(values):
+        return f"not reached ({len(found)}/{len(values)})"
+    if len(found) == 1:
+        return f"{found[0]:.1f}"
+    half = stats.t.ppf(0.975, len(found) - 1) * np.std(found, ddof=1) / math.sqrt(len(found))
+    return f"{np.mean(found):.1f} ± {half:.1f}"
+
+
+def report(data: Data, plan: Plan, rows: Sequence[dict[str, Any]]) -> str:
+    """The table; JSON and picture go to ``results``."""
+    table = []
+    for (model, arm, scope), by_seed in curves(rows).items():
+        epochs = max(point["epochs"] for points in by_seed.values() for point in points)
+        line: dict[str, Any] = {"model": model, "scope": scope, "arm": arm, "seeds": len(by_seed), "epochs": epochs}
+        for level in LEVELS:
+            line[f"{level}"] = cell_text([at_level(points, level) for points in by_seed.values()])
+        table.append(line)
+    table.sort(key=lambda line: (line["model"], line["scope"]))
+    heads = {"model": "model", "scope": "scope", "arm": "method", "seeds": "seeds", "epochs": "epochs, at most"}
+    heads |= {f"{level}": f"{level:.0%} left" for level in LEVELS}
+    text = (
+        f"# Pruning on {data.name}\n\nTest accuracy in per cent, mean and 95 % interval over seeds, at the share of "
+        f"weights left (interpolated; 'not reached': a run ended or stalled before it). {len(data.train[0])} training "
+        f"images, {plan.epochs} epochs a training, {plan.rounds} rounds. `epochs` is the cost of reaching the sparsest "
+        "point of an iterated arm, and of each single point of the others. Masks speed up nothing.\n\n"
+        f"{common.markdown(table, heads)}\n"
+    )
+    name = f"pruning_study_{data.name.lower().replace('-', '_')}"
+    common.save(name, list(rows), plan=vars(plan))
+    (common.RESULTS / f"{name}.md").write_text(text)
+    picture(rows).savefig(common.RESULTS / f"{name}.png", dpi=110)
+    return text
+
+
+def picture(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Accuracy (top) and PQ index (bottom) against the weights left, a column for each model and scope."""
+    every = curves(rows)
+    columns = sorted({(model, scope) for model, _, scope in every})
+    figure = Figure(figsize=(4 * len(columns), 6), layout="constrained")
+    for column, (model, scope) in enumerate(columns):
+        for line, key in enumerate(("test_acc", "pqi")):
+            axes = figure.add_subplot(2, len(columns), line * len(columns) + column + 1)
+            for index, arm in enumerate((*ITERATED, *SINGLE)):
+                for seed, points in every.get((model, arm, scope), {}).items():
+                    shown = [p for p in points if p["left"] > 0]
+                    axes.plot(
+                        [p["left"] for p in shown], [p[key] for p in shown], marker=".", lw=0.8, alpha=0.7,
+                        color=f"C{index}", label=arm if seed == 0 else None,
+                    )  # fmt: skip
+            axes.set(xscale="log", xlabel="share of weights left", ylabel=key, title=f"{model}, {scope}")
+            axes.invert_xaxis()
+    if figure.axes:
+        figure.axes[0].legend(fontsize=7)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--digits", action="store_true", help="scikit-learn's digits instead of Fashion-MNIST")
+    parser.add_argument("--data", type=Path, help="folder with the idx files of Fashion-MNIST")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    for name in ("seeds", "rounds", "epochs", "batch"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(Plan, name))
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no further run is begun")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    data = digits() if args.digits else fashion(args.data) if args.data else fashion()
+    plan = Plan(args.models, args.seeds, args.rounds, args.epochs, args.batch)
+    print(report(data, plan, study(data, plan, args.budget)))
+
+
+if __name__ == "__main__":
+    main()
