@@ -19,6 +19,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -206,10 +207,41 @@ def write(rows: list[dict[str, Any]]) -> None:
         "# Folding over timm\n\nThe smallest model of every family, random weights, every norm replaced by a random "
         "affine; relative error in float64.\n\n"
         f"{len(rows)} families: {', '.join(f'{n} {verdict}' for verdict, n in counts.most_common())}. "
-        f"{gone} of {norms} norms folded; largest error {max(errors, default=0.0):.1e}.\n\n`{machine()}`\n\n"
+        f"{gone} of {norms} norms folded; largest error {max(errors, default=0.0):.1e}.\n\n![what became of the norms]"
+        f"(fold_zoo.png)\n\n`{machine()}`\n\n"
     )
+    picture(rows, RESULTS / "fold_zoo.png")
     shown = [{**row, "error": f"{row['error']:.0e}" if "error" in row else ""} for row in rows]
     (RESULTS / "fold_zoo.md").write_text(head + markdown(shown, COLUMNS) + "\n")
+
+
+def picture(rows: list[dict[str, Any]], path: Path) -> None:
+    """Share of each family's norms that vanish forwards, vanish backwards, or stay one multiply-add."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    with_norms = [row for row in rows if row.get("norms")]
+    with_norms.sort(key=lambda row: (row["left"] / row["norms"], row["family"]))
+    figure, axes = plt.subplots(figsize=(6.5, 0.16 * len(with_norms) + 1.2), layout="constrained")
+    names, left = [f"{row['family']} ({row['norms']})" for row in with_norms], [0.0] * len(with_norms)
+    for kind, colour, label in (
+        ("forwards", "#0072b2", "into what reads it"),
+        ("backwards", "#56b4e9", "into what makes its input"),
+        ("left", "#d55e00", "left: one multiply-add"),
+    ):
+        share = [100 * row[kind] / row["norms"] for row in with_norms]
+        axes.barh(names, share, left=left, color=colour, label=label, height=0.8)
+        left = [a + b for a, b in zip(left, share, strict=True)]
+    axes.invert_yaxis()
+    axes.margins(y=0.005)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("norms, % (in brackets: how many)")
+    axes.tick_params(axis="y", labelsize=5.5)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def main() -> None:

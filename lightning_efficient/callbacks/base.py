@@ -15,7 +15,10 @@ from lightning_efficient.surgery.order import ORDER, check_methods
 
 HPARAM_PREFIX = "efficient/"
 # Every run logs a switch for each of these, on or off, so that runs compare column by column.
-SUITE = ("sigma_reparam", "norm_swap", "collapse_monitor")
+SUITE = (
+    "sigma_reparam", "norm_swap", "linear_attention", "temp_scale", "magnitude_pruning", "sap_pruning",
+    "collapse_monitor",
+)  # fmt: skip
 
 
 class EfficientCallback(Callback):
