@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 from attention_definition import Definition
-from attention_models import FAMILIES
-from attention_models import build as build_hf
 from common import RESULTS, machine, markdown, save
 from fold_zoo import build as build_timm
 from fold_zoo import families, smallest
+from tiny_transformers import FAMILIES
+from tiny_transformers import build as build_hf
 from torch import Tensor, nn
 
 from lightning_efficient.attention.sites import find_attention

@@ -53,10 +53,12 @@ class Variant:
 # The method by itself: recalibration is measured here, before and after, and no guard delays a transition.
 BARE = {"recalibrate": 0, "finished_metrics": False, "guard": "off"}
 OPT_IN = {"target": "repbn", "allow_causal": True}
+LATE = {"hold": 0.3, "transition": 0.5}  # calibrated until long after the learning rate's warm-up
 VARIANTS = (
     Variant("LN"),
     Variant("affine", {"target": "affine"}),
     Variant("affine, last norm kept", {"target": "affine", "exclude": ["net.norm"]}),
+    Variant("affine, last norm kept, hold 0.3", {"target": "affine", "exclude": ["net.norm"], **LATE}),
     Variant("PRepBN, opt-in", OPT_IN),
     Variant("LN, 2 windows", None, 2),
     Variant("PRepBN, opt-in, 2 windows", OPT_IN, 2),
@@ -71,7 +73,7 @@ class Plan:
     steps: int = 800
     length: int = 64
     depth: int = 4
-    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
 
 
 class Text:

@@ -173,6 +173,7 @@ def run(variant: Variant, seed: int, images: Images, plan: Plan, lr: float, base
     row = {"variant": variant.name, "seed": seed, "lr": lr, "steps": steps, "tuned": variant.tuned}
     row |= {"epochs": steps * plan.batch / len(images.train[0]), "seconds": seconds, "peak_grad_norm": watch.peak}
     row |= {"curve": watch.curve, "last_train_loss": fmean(module.losses[-50:])}
+    row["lam_end"] = max((float(norm.lam) for norm in blend_norms(module).values()), default=0.0)
     row |= scores(module, images, "")
     start = time.process_time()
     row["recalibrated"] = renew_statistics(module, images, plan, seed)

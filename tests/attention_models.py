@@ -77,7 +77,7 @@ def vit(**options: Any) -> tuple[nn.Module, Any]:
 
 
 def hugging_face(family: str, kind: str = "sdpa") -> Callable[[], tuple[nn.Module, Any]]:
-    return lambda: benchmark("attention_models").build(family, kind)
+    return lambda: benchmark("tiny_transformers").build(family, kind)
 
 
 SWIN = {"embed_dim": 12, "depths": (2,), "num_heads": (3,), "window_size": 4}
@@ -112,9 +112,12 @@ MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, Any]], str]] = {
 
 
 def build(name: str) -> tuple[nn.Module, Any]:
-    """A model in evaluation mode in which no parameter is zero, and its example."""
+    """A model in evaluation mode in which no parameter is zero and nothing is dropped, and its example."""
     torch.manual_seed(0)
     model, example = MODELS[name][0]()
+    for module in model.modules():
+        rates = [key for key, value in vars(module).items() if isinstance(value, float) and "drop" in key]
+        vars(module).update(dict.fromkeys([*rates, *["p"] * isinstance(module, nn.Dropout)], 0.0))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -108,7 +108,8 @@ def run_float64(model: nn.Module, probe: Probe) -> Any:
     def double(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return value.detach().double() if value.is_floating_point() else value.detach().clone()
+        value = value.detach().clone()
+        return value.double() if value.is_floating_point() else value
 
     forget(model)
     try:
@@ -136,6 +137,8 @@ def forget(model: nn.Module) -> None:
         module.training = mode
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()  # type: ignore[no-untyped-call]
 def find_attention(
     model: nn.Module, example: Any, *, by_head: Sequence[str] = (), by_keys: Sequence[str] = ()
 ) -> Attention:

@@ -40,6 +40,7 @@ class Verdict:
     entropy: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
+@torch.inference_mode(False)
 def verify(
     model: nn.Module, probe: Probe, laws: Mapping[str, Law], factors: Factors, adapters: Sequence[str]
 ) -> Verdict:

@@ -139,7 +139,8 @@ class PRepBN(StructuralCallback):
         if not self.enabled or estimate == 0:
             return
         way = self.transition
-        way.plan(int(estimate) if estimate != float("inf") else None)
+        if what := way.plan(int(estimate) if estimate != float("inf") else None):
+            rank_zero_warn(f"{type(self).__name__}: {what}")
         self._norms = list(blend_norms(pl_module).values())
         self._recalibrated_at = -1
         fresh, self._resumed = not self._resumed, False

@@ -96,7 +96,8 @@ class TempScale(WeightSpaceCallback):
 
     def record(self) -> dict[str, Any]:
         """The arguments, and which weights hold which attention's temperature."""
-        return self.config() | ({} if self._targets is None else {"layout": _as_plain(self._targets)})
+        layout = None if self._targets is None else _as_plain(self._targets)
+        return self.config() | {"layout": layout, "steps": self._steps}
 
     # -- in training ---------------------------------------------------------------------------------------------
 
@@ -128,7 +129,8 @@ class TempScale(WeightSpaceCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fix the schedule; from here on the weights hold the temperature."""
         if self.enabled:
-            if self.transition:
+            # A run that goes on has the steps that it had, whatever its length is now.
+            if self.transition and (self._steps is None or METHOD not in attachment(pl_module).held):
                 estimate = trainer.estimated_stepping_batches
                 total = int(estimate) if estimate != float("inf") else None
                 self._steps = transition_steps(total, length=self.transition)[1]
@@ -202,6 +204,8 @@ class TempScale(WeightSpaceCallback):
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         mine = [e for e in recipe.read(checkpoint) if e.method == METHOD and e.key == self.state_key]
         self._layout = mine[0].config.get("layout") if mine else None
+        if mine and trainer.state.fn == "fit":
+            self._steps = mine[0].config.get("steps")
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0

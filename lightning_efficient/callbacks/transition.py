@@ -47,6 +47,7 @@ class GuardedTransition:
         self.start = 1.0
         self.total: int | None = None
         self.first = self.length = 0
+        self._saved: tuple[int, int] | None = None
         self.restart(1.0)
 
     def config(self) -> dict[str, Any]:
@@ -60,15 +61,33 @@ class GuardedTransition:
         self.start = start
         self._clock, self._watchdog = Clock(), Watchdog(JumpGuard(self.guard_factor))
 
-    def plan(self, total: int | None) -> None:
+    def plan(self, total: int | None) -> str:
         """Fix the schedule for a run of ``total`` optimizer steps (None: unknown).
+
+        A resumed run keeps the steps it had: if its length were read anew, a finished transition could begin again.
+
+        Returns:
+            How the arguments and the length of this run disagree with that, for a warning; empty if they do not.
 
         Raises:
             ValueError: It does not fit into the run.
         """
         hold, length = self.asked
-        self.first, self.length = transition_steps(total, hold=hold, length=length)
-        self.total = total
+        self.total, saved, self._saved = total, self._saved, None
+        if saved is None:
+            self.first, self.length = transition_steps(total, hold=hold, length=length)
+            return ""
+        self.first, self.length = transition_steps(total, hold=saved[0], length=saved[1])
+        try:
+            asked = transition_steps(total, hold=hold, length=length)
+        except ValueError:  # it does not fit, but what the run began with does
+            return ""
+        if asked == saved:
+            return ""
+        return (
+            f"the resumed run's transition went from step {saved[0]} to {sum(saved)}, and still does; `hold`={hold!r} "
+            f"and `transition`={length!r} of a run of {total} steps would be {asked[0]} to {sum(asked)}."
+        )
 
     def at(self, step: int) -> float:
         """The weight at a step."""
@@ -118,10 +137,13 @@ class GuardedTransition:
 
     def state_dict(self) -> dict[str, Any]:
         """Where it began, how far it is, what the guard has seen: plain data. Call :meth:`settle` before."""
-        return {"start": self.start, "clock": self._clock.state_dict(), "guard": self._watchdog.guard.state_dict()}
+        state = {"start": self.start, "steps": [self.first, self.length], "clock": self._clock.state_dict()}
+        return state | {"guard": self._watchdog.guard.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
         self.start = float(state["start"])
+        first, length = state["steps"]
+        self._saved = int(first), int(length)
         self._clock.load_state_dict(state["clock"])
         self._watchdog.guard.load_state_dict(state["guard"])

@@ -173,7 +173,7 @@ def _refuse(model: nn.Module) -> None:
                 or type(parameter.data) is not Tensor
             ):
                 raise ValueError(
-                    f"{canonical_name(f'{name}.{attribute}')!r} is quantized ({parameter.dtype}, "
+                    f"{canonical_name(f'{name}.{attribute}').lstrip('.')!r} is quantized ({parameter.dtype}, "
                     f"{type(parameter.data).__name__}): its values can be neither scaled nor checked. Change the "
                     "temperature first, then quantize."
                 )

@@ -388,6 +388,21 @@ def test_bad_arguments(options: Any, message: str) -> None:
         PRepBN(**options)
 
 
+def test_a_resumed_run_of_another_length_keeps_its_transition(tmp_path: Any) -> None:
+    """A transition given as a share of the run would begin again when a finished run is made longer."""
+
+    def train(epochs: int, **options: Any) -> list[float]:
+        module = Trouble({})
+        t = trainer(tmp_path, PRepBN(transition=0.5, hold=0.25), max_steps=-1, max_epochs=epochs, limit_val_batches=0)
+        t.fit(module, ResumableLoader(loader(batches=8)), loader(1), **options)
+        t.save_checkpoint(tmp_path / "end.ckpt")
+        return module.lams
+
+    assert train(1) == [1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    with pytest.warns(UserWarning, match=r"from step 2 to 6, and still does; .* of a run of 16 steps would be 4 to 12"):
+        assert train(2, ckpt_path=tmp_path / "end.ckpt") == [0.0] * 8
+
+
 # -- what evaluation must not depend on --------------------------------------------------------------------------------
 
 

@@ -170,6 +170,29 @@ def test_a_resumed_transition_in_the_middle_of_an_epoch(tmp_path: Any) -> None:
     assert same(whole, run(ckpt_path=tmp_path / "half.ckpt"))
 
 
+def test_a_resumed_run_of_another_length_keeps_its_transition(tmp_path: Any) -> None:
+    seen: list[float] = []
+
+    class Taus(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            seen.append(float(trainer.callback_metrics["efficient/temp_scale/tau_mean"]))
+
+    for epochs in (1, 2):
+        path = tmp_path / "end.ckpt" if epochs == 2 else None
+        options = {"max_steps": -1, "max_epochs": epochs, "log_every_n_steps": 1}
+        t = trainer(tmp_path, TempScale(tau=0.25, transition=0.5), Taus(), **options)
+        t.fit(Classifier("timm_vit"), loader(8), loader(1), ckpt_path=path)
+        t.save_checkpoint(tmp_path / "end.ckpt")
+    assert seen[7:] == pytest.approx([0.25] * 9)
+    module, mine = Classifier("timm_vit"), TempScale(tau=0.25, transition=0.5)
+    seen.clear()
+    for epochs in (1, 3):  # so does the same callback in a further, longer fit
+        trainer(tmp_path, mine, Taus(), max_steps=-1, max_epochs=epochs, log_every_n_steps=1).fit(
+            module, loader(8), loader(1)
+        )
+    assert seen[7:] == pytest.approx([0.25] * 25)
+
+
 # -- without -----------------------------------------------------------------------------------------------------------
 
 

@@ -38,7 +38,8 @@ def test_sorting_does_not_depend_on_the_order_given():
     names = ["magnitude_pruning", "sigma_reparam", "temp_scale", "norm_swap"]
     expected = ["norm_swap", "sigma_reparam", "temp_scale", "magnitude_pruning"]
     assert all(sort_methods(list(given)) == expected for given in permutations(names))
-    assert sort_methods(["magnitude_pruning", "sigma_reparam", "magnitude_pruning"]) == ["sigma_reparam", "magnitude_pruning", "magnitude_pruning"]
+    twice = ["magnitude_pruning", "sigma_reparam", "magnitude_pruning"]
+    assert sort_methods(twice) == ["sigma_reparam", "magnitude_pruning", "magnitude_pruning"]
 
 
 def test_sorting_checks():

@@ -1,4 +1,4 @@
-"""TempScale on every way of writing attention, against softmax(logits / tau) computed from its definition in float64."""
+"""TempScale on every way of writing attention, against softmax(logits / tau) from its definition in float64."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ def unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
     return plain and now.keys() == before.keys() and all(torch.equal(now[n], before[n]) for n in now)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # torch's own, in its fused path
 @pytest.mark.parametrize("name", MODELS)
 def test_output_and_gradients_in_every_mode(name: str) -> None:
     model, example = build(name)
@@ -66,7 +67,7 @@ def test_output_and_gradients_in_every_mode(name: str) -> None:
     assert model.state_dict().keys() == before.keys()
 
     expected = reference(wide, example, targets.sites)
-    assert (expected - plain).abs().max() > 1e-3, "the temperature must be felt"
+    assert (expected - plain).abs().max() > 1e-4, "the temperature must be felt"
     for training in (False, True):  # no dropout anywhere
         model.train(training)
         out = call(model, example)
@@ -74,14 +75,16 @@ def test_output_and_gradients_in_every_mode(name: str) -> None:
     cotangent = torch.randn_like(expected)
     found = torch.autograd.grad(out, list(model.parameters()), cotangent.float(), allow_unused=True)
     wanted = torch.autograd.grad(expected, list(wide.parameters()), cotangent, allow_unused=True)
+    overall = max(float(g.abs().max()) for g in wanted if g is not None)
     for (n, p), mine, theirs in zip(wide.named_parameters(), found, wanted, strict=True):
         assert (mine is None) == (theirs is None), n
         if theirs is not None:
             factors = torch.ones_like(p)  # the network's weight is factor times the reference's
             for block, factor in targets.factors.get(n, {}).items():
                 block.of(factors).mul_(factor)
-            scale = float(theirs.abs().max()) + 1e-3 * float(cotangent.norm())
-            assert float((mine.double() * factors - theirs).abs().max()) < 2e-5 * scale, n
+            # Some gradients are zero but for rounding (a bias on all keys), hence the second term.
+            bound = 2e-5 * float(theirs.abs().max()) + 1e-6 * overall
+            assert float((mine.double() * factors - theirs).abs().max()) < bound, n
     model.eval()
     with torch.no_grad():  # where the fused inference path of nn.TransformerEncoder is
         torch.testing.assert_close(call(model, example).double(), expected, rtol=1e-5, atol=1e-5)
@@ -122,13 +125,10 @@ def test_compiled_and_exported(name: str) -> None:
         assert (mine is None) == (theirs is None)
         if mine is not None:
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
-    args, kwargs = (
-        ((), example) if isinstance(example, dict) else (example if isinstance(example, tuple) else (example,), {})
-    )
-    program = torch.export.export(
-        model, args, {k: v for k, v in kwargs.items()} | ({"use_cache": False} if kwargs else {})
-    )
-    exported = first(program.module()(*args, **kwargs, **({"use_cache": False} if kwargs else {})))
+    args = example if isinstance(example, tuple) else () if isinstance(example, dict) else (example,)
+    kwargs = example | {"use_cache": False} if isinstance(example, dict) else {}
+    program = torch.export.export(model, args, kwargs)
+    exported = first(program.module()(*args, **kwargs))
     torch.testing.assert_close(exported.double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -138,8 +138,7 @@ def test_padding_does_not_matter(name: str, mode: Any) -> None:
     model, example = build(name)
     apply_temp_scale(model, TAU, example, mode=mode)
     if name == "encoder":
-        x, padding = example
-        short = call(model, x[1:, :3])
+        short = call(model, example[0][1:, :3])
         together = call(model, example)[1:, :3]
     else:
         short = first(model(input_ids=example["input_ids"][1:, :5]))
@@ -199,7 +198,7 @@ def test_include_and_exclude() -> None:
 def test_a_shared_table_of_position_biases_takes_one_temperature_only() -> None:
     model, example = build("t5")
     targets = find_targets(model, example, TempScaleConfig(TAU))
-    assert [len(group) for group in targets.groups()] == [2, 2, 1, 1]
+    assert [len(group) for group in targets.groups()] == [2, 1, 2, 1]
     names = [name for name in targets.sites if name.startswith("encoder")]
     table = f"{names[0]}.relative_attention_bias.weight"
     one = find_targets(model, example, TempScaleConfig(TAU), include=[names[1]])
@@ -242,14 +241,20 @@ def test_a_bias_that_is_zero_now_is_scaled_as_well() -> None:
 
 def test_cached_position_biases_are_forgotten() -> None:
     """timm's LeViT keeps its biases from one evaluation to the next."""
-    model = timm.create_model("levit_128s", num_classes=3).eval()
-    x = torch.randn(1, 3, 224, 224)
+    torch.manual_seed(0)
+    attention = timm.models.levit.Attention(16, 4, num_heads=2, resolution=(3, 3))
+    model = nn.Sequential(attention).eval()
+    x = torch.randn(2, 9, 16)
+    nn.init.normal_(attention.attention_biases)
     with torch.no_grad():
         before = model(x)
-        apply_temp_scale(model, TAU, x, include=["stages.0"])
+        apply_temp_scale(model, TAU, x)
+        assert "attention_biases" in "".join(vars(model)["_temp_scale"]["originals"])
         scaled = model(x)
-        torch.testing.assert_close(copy.deepcopy(model).train().eval()(x), scaled)
-        assert not torch.equal(scaled, before)
+        model.train()
+        model.eval()  # this is when it forgets
+        torch.testing.assert_close(model(x), scaled, rtol=0, atol=0)
+        assert not torch.allclose(scaled, before)
         remove_temp_scale(model)
         assert torch.equal(model(x), before)
 
@@ -341,7 +346,7 @@ class Gated(nn.Module):
 REFUSED = {
     "linear": (Linear, "has heads, but no softmax attention was seen in it"),
     "channels": (Channels, "attends over channels, not tokens"),
-    "outlook": (Outlook, "not of a product of queries and keys"),
+    "outlook": (Outlook, "its softmax is not of a product of queries and keys"),
     "gated": (Gated, r"another softmax, of shape \[\(2, 5, 5\)\]"),
 }
 
@@ -494,6 +499,21 @@ def test_adapters_alone_can_be_installed() -> None:
     install_targets(model, targets, weights=False)
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
     assert sum(installed(m) is not None for m in model.modules()) == 2
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_it_is_found_the_same_without_gradients(context: Any) -> None:
+    model, x = build("beit")
+    wanted = find_targets(model, x, TempScaleConfig(TAU))
+    with context():
+        found = find_targets(model, torch.randn(2, 3, 32, 32), TempScaleConfig(TAU))
+        assert found.factors == wanted.factors
+        assert not found.adapters
+        before, out = values(model), model(x)
+        apply_temp_scale(model, TAU, x)
+        assert not torch.equal(model(x), out)
+        remove_temp_scale(model)
+        assert unchanged(model, before)
 
 
 def test_the_random_state_and_the_model_are_left_alone() -> None:
