@@ -133,8 +133,8 @@ def write_study(rows: Sequence[Row], plan: Mapping[str, Any], images: int) -> st
         "of 256, the column beside it before. Intervals cover seeds, not the choice of test images, and are not "
         'corrected for their number. "Abrupt": λ falls from 1 to 0 in one step after the same hold of 5 %; a '
         f"progressive one ends at 85 % of the run, where the learning rate is {100 * rate(85, 100):.0f} % of its peak. "
-        f"Exported networks classify at least {100 * min(agree, default=math.nan):.1f} % of 500 images as the model they came "
-        f"from ({len(agree)} runs; {refused} more ended as a blend)."
+        f"Exported networks classify at least {100 * min(agree, default=math.nan):.1f} % of 500 images as the model "
+        f"they came from ({len(agree)} runs; {refused} more ended as a blend)."
     )
     text = f"""# Norm swap, accuracy: a small ViT on Fashion-MNIST
 
@@ -282,11 +282,11 @@ def write_lm(rows: Sequence[Row], plan: Mapping[str, Any], source: str) -> str:
         "PRepBN: the same training text scores in evaluation mode minus training mode "
         f"{gap('PRepBN, opt-in')} nats (2 windows a batch: {gap(small)}); minus LN, its training loss is "
         f"{against('PRepBN, opt-in', 'last_train_loss')} ({against(small, 'last_train_loss')}) and its recalibrated "
-        f"test loss {against('PRepBN, opt-in', 'test_loss')} ({against(small, 'test_loss')}). Training does see the future: "
-        f"an edited last character moves earlier log-probabilities by up to {change:.2f} nats.\n"
+        f"test loss {against('PRepBN, opt-in', 'test_loss')} ({against(small, 'test_loss')}). Training does see the "
+        f"future: an edited last character moves earlier log-probabilities by up to {change:.2f} nats.\n"
         f"Affine, test loss minus LN: {against('affine', 'test_loss')}; with the last norm kept "
-        f"{against(kept, 'test_loss')} (its scale, calibrated before the learning rate has warmed up, lets the "
-        f"residual stream run away); so kept, with hold 0.3 and T = 0.5, {against(kept + ', hold 0.3', 'test_loss')}."
+        f"{against(kept, 'test_loss')}; so kept but calibrated longer (hold 0.3, T = 0.5) "
+        f"{against(kept + ', hold 0.3', 'test_loss')}."
     )
     rates = (f"{r['lr']:g} ({r['windows']} windows)" for r in (g[0] for n, g in groups.items() if n.startswith("LN")))
     setting = (

@@ -3,6 +3,7 @@
 from lightning_efficient.methods.norms.recalibrate import recalibrate
 from lightning_efficient.methods.norms.swap import apply_norm_swap
 from lightning_efficient.methods.sigma_reparam import apply_sigma_reparam
+from lightning_efficient.methods.temp_scale import apply_temp_scale, remove_temp_scale
 from lightning_efficient.metrics.functional import (
     attention_entropy,
     entropy_lower_bound,
@@ -17,12 +18,14 @@ from lightning_efficient.metrics.functional import (
 __all__ = [
     "apply_norm_swap",
     "apply_sigma_reparam",
+    "apply_temp_scale",
     "attention_entropy",
     "entropy_lower_bound",
     "pq_bound",
     "pq_index",
     "rankme",
     "recalibrate",
+    "remove_temp_scale",
     "row_logit_norm",
     "sparsity",
     "spectral_norms",

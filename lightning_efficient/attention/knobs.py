@@ -10,6 +10,7 @@ not sufficient: who uses a knob checks the scaled model. Where no set holds the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -24,6 +25,7 @@ from lightning_efficient.weightspace import Block
 _MASK_GAP = 57.0
 _PROJECTIONS = 4
 _LARGEST_SET = 5
+_MOST_SETS = 20_000
 _TOLERANCE = 1e-8
 
 
@@ -95,10 +97,10 @@ class Graph:
         return total
 
 
-def reaches_queries(calls: Sequence[Seen], graph: Graph) -> bool:
-    """Whether any parameter lies between the last cut and the queries."""
-    queries = [call.q for call in calls if call.q is not None]
-    return bool(graph.local(queries, graph.cotangents(queries))[0])
+def reaches_weights(calls: Sequence[Seen], graph: Graph) -> bool:
+    """Whether any parameter lies between the last cut and the queries or the keys."""
+    factors = [t for call in calls for t in (call.q, call.k) if t is not None]
+    return bool(graph.local(factors, graph.cotangents(factors))[0])
 
 
 def over_channels(calls: Sequence[Seen], graph: Graph, projections: Mapping[str, int]) -> bool:
@@ -246,6 +248,8 @@ def _smallest_set(shares: Mapping[str, Tensor], target: Tensor) -> tuple[str, ..
     # A share of zero for every projection: the logits do not change with it (a projection before a norm).
     names = [n for n, s in shares.items() if float((s / target).abs().max()) > _TOLERANCE]
     for size in range(1, min(_LARGEST_SET, len(names)) + 1):
+        if math.comb(len(names), size) > _MOST_SETS:
+            break
         for chosen in combinations(names, size):
             total = torch.stack([shares[name] for name in chosen]).sum(0)
             if bool(((total - target).abs() <= _TOLERANCE * target.abs()).all()):

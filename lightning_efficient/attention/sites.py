@@ -17,7 +17,7 @@ from lightning_efficient.attention.knobs import (
     NoKnobError,
     find_knobs,
     over_channels,
-    reaches_queries,
+    reaches_weights,
 )
 from lightning_efficient.attention.trace import ROOT, Seen, Trace
 from lightning_efficient.surgery.match import canonical_name
@@ -138,7 +138,7 @@ def forget(model: nn.Module) -> None:
 
 
 @torch.inference_mode(False)
-@torch.enable_grad()  # type: ignore[no-untyped-call]
+@torch.enable_grad()
 def find_attention(
     model: nn.Module, example: Any, *, by_head: Sequence[str] = (), by_keys: Sequence[str] = ()
 ) -> Attention:
@@ -197,12 +197,12 @@ class _Search:
         self._look()
 
     def _trace(self, cut: Sequence[str]) -> Trace:
-        with torch.enable_grad(), Trace(self.twin, cut=cut, products=True) as trace:
+        with Trace(self.twin, cut=cut, products=True) as trace:
             run_float64(self.twin, self.probe)
         return trace
 
     def _look(self) -> None:
-        """Try every site with the cut at its own module, then at its parent's, until something projects queries."""
+        """Try every site with the cut at its own module, then at its parent's, until there are weights behind it."""
         cuts = {site: site for site in self.uncut.sites}
         while cuts:
             trace = self._trace([cut for cut in cuts.values() if cut not in (ROOT, "")])
@@ -210,7 +210,7 @@ class _Search:
             again = {}
             for site, cut in cuts.items():
                 calls = trace.of(site)
-                if cut not in (ROOT, "") and not reaches_queries(calls, graph):
+                if cut not in (ROOT, "") and not reaches_weights(calls, graph):
                     again[site] = cut.rpartition(".")[0]
                 else:
                     self.found[site] = self._judge(site, calls, graph)

@@ -159,7 +159,7 @@ class Trace(TorchFunctionMode):
 
     def _replace(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         def fresh(value: Any) -> Any:
-            if not isinstance(value, Tensor) or not value.is_floating_point() or not value.requires_grad:
+            if not isinstance(value, Tensor) or not value.is_floating_point():
                 return value
             leaf = value.detach().requires_grad_()
             self.aliases.append((leaf, value))

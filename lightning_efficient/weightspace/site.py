@@ -85,7 +85,7 @@ class Site:
         self._pull(weight, grad)
         if self.raw is not None:
             self.param.data.copy_(self.raw)
-        elif weight is not self.param.data:
+        elif self.keeps_raw:  # the work was done on a copy
             self.param.data.copy_(weight)
         self.pulled = True
 
@@ -112,7 +112,6 @@ class Site:
     def _settle(self, transformed: Tensor) -> None:
         if self.keeps_raw:
             self.raw = self.param.data.clone() if self.raw is None else self.raw.copy_(self.param.data)
-        if transformed is not self.param.data:
             self.param.data.copy_(transformed)
         self.pulled = False
 

@@ -245,7 +245,8 @@ def test_cached_position_biases_are_forgotten() -> None:
     attention = timm.models.levit.Attention(16, 4, num_heads=2, resolution=(3, 3))
     model = nn.Sequential(attention).eval()
     x = torch.randn(2, 9, 16)
-    nn.init.normal_(attention.attention_biases)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
     with torch.no_grad():
         before = model(x)
         apply_temp_scale(model, TAU, x)

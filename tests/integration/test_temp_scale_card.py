@@ -1,0 +1,31 @@
+"""The Python of the method card runs, one block after the other, and its table holds every argument."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_efficient import TempScale
+
+CARD = (Path(__file__).parents[2] / "docs" / "temp_scale.md").read_text(encoding="utf-8")
+
+
+def test_snippets_run(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", CARD, re.DOTALL)
+    assert len(blocks) == 2
+    namespace: dict[str, Any] = {}
+    with torch.random.fork_rng():
+        for block in blocks:
+            exec(compile(block, "docs/temp_scale.md", "exec"), namespace)
+    assert len(namespace["change"].targets) == 2
+
+
+def test_the_table_holds_every_argument() -> None:
+    rows = [line.split("|")[1] for line in CARD.splitlines() if line.startswith("| `")]
+    named = set(re.findall(r"`(\w+)`", " ".join(rows)))
+    assert named == set(inspect.signature(TempScale).parameters) - {"enabled", "include", "exclude"}
