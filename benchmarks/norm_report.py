@@ -134,7 +134,8 @@ def write_study(rows: Sequence[Row], plan: Mapping[str, Any], images: int) -> st
         'corrected for their number. "Abrupt": λ falls from 1 to 0 in one step after the same hold of 5 %; a '
         f"progressive one ends at 85 % of the run, where the learning rate is {100 * rate(85, 100):.0f} % of its peak. "
         f"Exported networks classify at least {100 * min(agree, default=math.nan):.1f} % of 500 images as the model "
-        f"they came from ({len(agree)} runs; {refused} more ended as a blend)."
+        f"they came from ({len(agree)} runs; {refused} more ended as a blend). CPU seconds of different variants were "
+        "taken hours apart under different load; `norm_step.py` compares them."
     )
     text = f"""# Norm swap, accuracy: a small ViT on Fashion-MNIST
 
