@@ -91,10 +91,14 @@ def rebind_optimizers(trainer: Trainer, pl_module: LightningModule, method: str,
             f"{method} does not fold ({names[:3]} ...), and the parent of spawned processes only takes over plain "
             "weights. Use Trainer(strategy='ddp')."
         )
-    mine = attachment(pl_module)
-    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-    # All changes at once: a later one may have replaced what an earlier one made.
-    rebind(trainer.optimizers, mine.changes, schedulers, pl_module)
-    changes = [c for r in mine.requests if (r.method, r.key) == (method, key) for c in r.changes]
+    rebind_all(trainer, pl_module)
+    changes = [c for r in attachment(pl_module).requests if (r.method, r.key) == (method, key) for c in r.changes]
     for change in changes:
         rank_zero_info(change.report())
+
+
+def rebind_all(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Point the Trainer's optimizers at the parameters of every replaced module; doing it again changes nothing."""
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    # All changes at once: a later one may have replaced what an earlier one made.
+    rebind(trainer.optimizers, attachment(pl_module).changes, schedulers, pl_module)

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_efficient import recipe
 from lightning_efficient.callbacks.base import EfficientCallback, peers
+from lightning_efficient.callbacks.structural import rebind_all
 from lightning_efficient.recipe import Entry, RecipeError
 from lightning_efficient.surgery.change import Change
 from lightning_efficient.surgery.optimizer import add_parameters
@@ -86,6 +87,7 @@ class WeightSpaceCallback(EfficientCallback):
         super().on_fit_start(trainer, pl_module)
         if not self.enabled:
             return
+        rebind_all(trainer, pl_module)  # callbacks that replace modules may be listed after this one
         self._chosen = self._choose(trainer, pl_module)
         members = _members(trainer)
         if members[-1] is self:
