@@ -22,7 +22,7 @@ from lightning_efficient.attention.trace import Seen
 from lightning_efficient.weightspace import Block
 
 # A key with less weight than this (e^-57) counts as masked: the constant -100 of windowed attention is a mask.
-_MASK_GAP = 57.0
+MASK_GAP = 57.0
 _PROJECTIONS = 4
 _LARGEST_SET = 5
 _MOST_SETS = 20_000
@@ -182,7 +182,7 @@ def _find(call: Seen, graph: Graph, heads: int | None, scaled: str, fixed: str) 
 
 def _counts(logits: Tensor) -> Tensor:
     """Which logits matter."""
-    return logits.detach() > logits.detach().amax(-1, keepdim=True) - _MASK_GAP
+    return logits.detach() > logits.detach().amax(-1, keepdim=True) - MASK_GAP
 
 
 def _candidates(

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_efficient.surgery.match import canonical_name
 
 # Modules with one of these integer attributes are expected to attend; only ever used to word a report.
-_HEAD_COUNTS = ("num_heads", "n_heads", "num_attention_heads", "n_head", "nhead", "heads")
+HEAD_COUNTS = ("num_heads", "n_heads", "num_attention_heads", "n_head", "nhead", "heads")
 
 
 class Owners(AbstractContextManager["Owners"]):
@@ -67,7 +67,7 @@ class Owners(AbstractContextManager["Owners"]):
         related = [
             name
             for name, module in self.modules.items()
-            if name in self.ran and any(isinstance(getattr(module, a, None), int) for a in _HEAD_COUNTS)
+            if name in self.ran and any(isinstance(getattr(module, a, None), int) for a in HEAD_COUNTS)
         ]
         quiet = [name for name in related if not any(_inside(s, name) or _inside(name, s) for s in sites)]
         return [name for name in quiet if not any(other != name and _inside(other, name) for other in quiet)]

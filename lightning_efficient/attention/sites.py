@@ -19,12 +19,11 @@ from lightning_efficient.attention.knobs import (
     over_channels,
     reaches_weights,
 )
+from lightning_efficient.attention.owners import HEAD_COUNTS
 from lightning_efficient.attention.trace import ROOT, Seen, Trace
 from lightning_efficient.surgery.match import canonical_name
 from lightning_efficient.surgery.probes import Float64, Probe, capture, float64_copy
 from lightning_efficient.surgery.tags import mapped
-
-_HEADS = ("num_heads", "n_heads", "num_attention_heads", "n_head", "nhead", "heads")
 
 
 @dataclass(frozen=True)
@@ -192,8 +191,10 @@ class _Search:
         self.parameters = {canonical_name(n): p for n, p in twin.named_parameters()}
         self.projections = _projections(twin)
         self.found: dict[str, AttentionSite] = {}
-        self.uncut = self._trace(())
-        self.others = self.uncut.others
+        uncut = self._trace(())
+        # Not the trace itself, which holds the whole graph.
+        self.order, self.others, self.silent, self.unread = uncut.sites, uncut.others, uncut.silent, uncut.unread
+        del uncut
         self._look()
 
     def _trace(self, cut: Sequence[str]) -> Trace:
@@ -203,7 +204,7 @@ class _Search:
 
     def _look(self) -> None:
         """Try every site with the cut at its own module, then at its parent's, until there are weights behind it."""
-        cuts = {site: site for site in self.uncut.sites}
+        cuts = {site: site for site in self.order}
         while cuts:
             trace = self._trace([cut for cut in cuts.values() if cut not in (ROOT, "")])
             graph = Graph(self.parameters, trace.aliases)
@@ -215,7 +216,7 @@ class _Search:
                 else:
                     self.found[site] = self._judge(site, calls, graph)
             cuts = again
-        self.found = {site: self.found[site] for site in self.uncut.sites}
+        self.found = {site: self.found[site] for site in self.order}
 
     def _judge(self, site: str, calls: list[Seen], graph: Graph) -> AttentionSite:
         first = calls[0]
@@ -241,14 +242,14 @@ class _Search:
         sites, skipped = dict(self.found), {}
         for name in [name for name in self.others if name not in sites]:
             reason = "its softmax is not of a product of queries and keys"
-            if any(isinstance(getattr(modules.get(name), a, None), int) for a in _HEADS):
+            if any(isinstance(getattr(modules.get(name), a, None), int) for a in HEAD_COUNTS):
                 sites[name] = AttentionSite(name, "softmax", refused=reason)
             else:
                 skipped[name] = reason
         # The whole model knows its number of heads, too.
-        for name in [name for name in self.uncut.silent if name and name not in sites and name not in skipped]:
+        for name in [name for name in self.silent if name and name not in sites and name not in skipped]:
             sites[name] = AttentionSite(name, "unknown", refused="has heads, but no softmax attention was seen in it")
-        sites |= {name: AttentionSite(name, "unknown", refused=why) for name, why in self.uncut.unread.items()}
+        sites |= {name: AttentionSite(name, "unknown", refused=why) for name, why in self.unread.items()}
         return Attention(sites, skipped)
 
 

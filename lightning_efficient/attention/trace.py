@@ -20,9 +20,9 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_efficient.attention.multihead import arguments_of_multihead, mask_of_multihead, project
 from lightning_efficient.attention.owners import Owners
-from lightning_efficient.attention.softmax import SOFTMAX
+from lightning_efficient.attention.softmax import SOFTMAX, Follower
 from lightning_efficient.attention.temper import Law, logits_of_softmax, tempered, visible
-from lightning_efficient.surgery.tags import mapped
+from lightning_efficient.surgery.tags import mapped, tensors_in
 
 ROOT = "(model)"
 _PRODUCTS = frozenset(
@@ -41,7 +41,7 @@ class Seen:
         out: What the call returned first: mixed values, or for ``"softmax"`` the weights.
         q: Queries ``(..., queries, dim)``; None for a softmax whose logits are no product of two activations.
         k: Keys ``(..., keys, dim)``, likewise.
-        v: Values, where the call has them.
+        v: Values, where the call has them, or a product after a softmax shows them.
     """
 
     site: str
@@ -79,6 +79,7 @@ class Trace(TorchFunctionMode):
         self.aliases: list[tuple[Tensor, Tensor]] = []  # (leaf, what it stands for)
         self._laws, self._cut, self._products = dict(laws or {}), frozenset(cut), products
         self._made: list[tuple[str, Tensor, Tensor, Tensor]] = []
+        self._follower: Follower[Seen] = Follower()
         self._owners = Owners(model, transparent=(nn.Softmax,))
         self._exits = ExitStack()
 
@@ -122,18 +123,30 @@ class Trace(TorchFunctionMode):
         site = self._owners.current or ROOT
         law = self._laws.get(site, Law())
         out = tempered(law, func, args, kwargs) if site in self._laws else func(*args, **kwargs)
+        call: Seen | str | None = None
         if func is F.scaled_dot_product_attention:
-            self._keep(_sdpa(site, out, *args, **kwargs), law)
+            call = _sdpa(site, out, *args, **kwargs)
         elif func is F.multi_head_attention_forward:
-            self._keep(_multihead(site, out[0], *args, **kwargs), law)
+            call = _multihead(site, out[0], *args, **kwargs)
         elif func in SOFTMAX and (logits := logits_of_softmax(args, kwargs)) is not None:
-            self._keep(self._softmax(site, out, logits), law)
-        elif func in _PRODUCTS and self._products:
-            self._made += [(site, out, *pair) for pair in _factors((*args, *kwargs.values())) if out.requires_grad]
-            return out
-        else:
-            return out
-        return mapped(out, lambda t: t.detach() if isinstance(t, Tensor) else t) if self._products else out
+            call = self._softmax(site, out, logits)
+        if call is not None:
+            self._keep(call, law)
+            if self._products:
+                out = mapped(out, lambda t: t.detach() if isinstance(t, Tensor) else t)
+            if self._products and isinstance(call, Seen) and func in SOFTMAX:
+                self._follower.start(out, call)
+        elif self._products:
+            self._multiplied(site, func, args, kwargs, out)
+        return out
+
+    def _multiplied(self, site: str, func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], out: Any) -> None:
+        """Note what may be queries times keys, and the values that a softmax's result is multiplied with."""
+        if func in _PRODUCTS:
+            factors = _factors((*args, *kwargs.values()))
+            self._made += [(site, out, *pair) for pair in factors if out.requires_grad]
+        if (call := self._follower.see(func, args, out)) is not None:
+            call.v = next((t for t in tensors_in(args) if t.requires_grad), None)
 
     def _keep(self, call: Seen | str, law: Law) -> None:
         if isinstance(call, str):

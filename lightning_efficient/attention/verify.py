@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_efficient.attention.adapter import install
+from lightning_efficient.attention.knobs import MASK_GAP
 from lightning_efficient.attention.sites import perturbed, run_float64
 from lightning_efficient.attention.temper import Law
 from lightning_efficient.attention.trace import ROOT, Seen, Trace
@@ -20,7 +21,6 @@ from lightning_efficient.weightspace import Block
 
 # Relative; two float64 forwards that differ in the order of a multiplication are a thousand times closer.
 _TOLERANCE = 1e-9
-_MASK_GAP = 57.0
 
 Factors = Mapping[str, Mapping[Block, float]]
 
@@ -112,7 +112,7 @@ def _visible(one: Seen, two: Seen) -> tuple[Tensor, Tensor]:
     """Logits that matter in the first; where masks differ by more than nothing, the results will say so."""
     if one.logits.shape != two.logits.shape:
         return one.logits, two.logits
-    counts = one.logits > one.logits.amax(-1, keepdim=True) - _MASK_GAP
+    counts = one.logits > one.logits.amax(-1, keepdim=True) - MASK_GAP
     return torch.where(counts, one.logits, 0.0), torch.where(counts, two.logits, 0.0)
 
 

@@ -46,9 +46,11 @@ METHODS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
-@pytest.mark.parametrize("net", NETS)
-@pytest.mark.parametrize("method", METHODS)
+# Spawned processes are slow to start, and what they must hand back does not depend on the net.
+CELLS = [(m, n, s) for m in METHODS for n in NETS for s in SCENARIOS if s != "ddp_spawn" or n in ("timm_vit", "cnn")]
+
+
+@pytest.mark.parametrize(("method", "net", "scenario"), CELLS)
 def test_contract(method: str, net: str, scenario: str) -> None:
     table = assert_method_contract(METHODS[method], variants(net), data, scenarios=[scenario])
     assert table == {scenario: "passed"}

@@ -189,3 +189,21 @@ class Half(nn.Module):
 
 def test_what_does_not_run_is_not_claimed() -> None:
     assert list(find_attention(Half(), torch.randn(2, 5, 8)).sites) == ["used.core"]
+
+
+class Elsewhere(nn.Module):
+    """Queries from outside, keys and values fused, attention written out (GCViT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kv = nn.Linear(8, 16)
+
+    def forward(self, q: Tensor, x: Tensor) -> Tensor:
+        k, v = self.kv(x).chunk(2, -1)
+        return (q @ k.mT).softmax(-1) @ v
+
+
+def test_queries_without_weights_of_their_own_leave_it_to_the_keys() -> None:
+    (site,) = find_attention(Elsewhere(), (torch.randn(2, 5, 8), torch.randn(2, 6, 8))).sites.values()
+    assert site.cross is None
+    assert cut(site) == {"kv.weight": [(0, 8, 0)], "kv.bias": [(0, 8, 0)]}
