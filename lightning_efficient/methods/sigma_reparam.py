@@ -8,7 +8,6 @@ float32 rather than in every forward, and no module is replaced.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -20,6 +19,7 @@ from torch.optim import Optimizer
 from lightning_efficient.surgery.change import Change
 from lightning_efficient.surgery.match import canonical_name, select_modules
 from lightning_efficient.surgery.optimizer import Scheduler, add_parameters
+from lightning_efficient.surgery.weights import check_weight, is_transposed, weight_attributes, weight_layers
 from lightning_efficient.weightspace import Block, Boundary, SpectralTransform
 
 METHOD = "sigma_reparam"
@@ -91,7 +91,7 @@ def find_targets(
     """
     config = config or SigmaReparamConfig()
     selection = select_modules(
-        model, types=_types(config.embeddings), include=include, exclude=exclude, method="SigmaReparam"
+        model, types=weight_layers(config.embeddings), include=include, exclude=exclude, method="SigmaReparam"
     )
     found = Targets(skipped=dict(selection.skipped))
     users = _users(model)
@@ -106,7 +106,7 @@ def find_targets(
                 found.skipped[name] = f"the same parameter as {seen[id(param)]!r}, reparametrized there"
             elif isinstance(module, nn.Embedding) and module.sparse:
                 found.skipped[name] = "its gradients are sparse (Embedding(sparse=True))"
-            elif reason := _check(name, param) or _vanishes(name, param, blocks(param)):
+            elif reason := check_weight(name, param, "sigmaReparam") or _vanishes(name, param, blocks(param)):
                 found.skipped[name] = reason
             else:
                 seen[id(param)] = name
@@ -117,16 +117,6 @@ def find_targets(
         reasons = "; ".join(f"{name}: {why}" for name, why in list(found.skipped.items())[:8])
         raise ValueError(f"SigmaReparam found modules but no weight it can work on ({reasons}).")
     return found
-
-
-def _types(embeddings: bool) -> tuple[type[nn.Module], ...]:
-    types: list[type[nn.Module]] = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention]
-    # A model can only hold Hugging Face's transposed linear layer if the library has been imported.
-    if (library := sys.modules.get("transformers.pytorch_utils")) is not None:
-        types.append(library.Conv1D)
-    if embeddings:
-        types.append(nn.Embedding)
-    return tuple(types)
 
 
 def _users(model: nn.Module) -> dict[int, list[str]]:
@@ -156,31 +146,9 @@ def _weights(
 
         return cut
 
-    if isinstance(module, nn.MultiheadAttention):
-        if getattr(module, "in_proj_weight", None) is not None:
-            yield "in_proj_weight", thirds(0) if qkv == "split" else whole
-        else:
-            yield from ((f"{part}_proj_weight", whole) for part in "qkv")
-        return
-    fused = qkv == "split" and name.rpartition(".")[2] in _FUSED_QKV
-    transposed = not isinstance(module, (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    yield "weight", thirds(1 if transposed else 0) if fused else whole
-
-
-def _check(name: str, param: nn.Parameter) -> str | None:
-    """A reason to leave the parameter alone, or an error if touching it would be wrong."""
-    if isinstance(param, nn.parameter.UninitializedParameter) or param.is_meta:
-        raise ValueError(f"{name!r} has no values yet (lazy or meta). Run one batch through the model, or exclude it.")
-    if param.is_complex() or not param.is_floating_point() or param.layout != torch.strided or param.is_quantized:
-        raise ValueError(
-            f"{name!r} is {param.dtype}, {param.layout}; sigmaReparam works on real, dense, floating-point weights. "
-            f"Exclude it: `exclude=[{name.rpartition('.')[0]!r}]`."
-        )
-    if not param.requires_grad:
-        return "frozen (requires_grad=False)"
-    if param.numel() == 0:
-        return "empty"
-    return None
+    for attribute in weight_attributes(module):
+        fused = attribute == "in_proj_weight" or (attribute == "weight" and name.rpartition(".")[2] in _FUSED_QKV)
+        yield attribute, thirds(1 if is_transposed(module) else 0) if fused and qkv == "split" else whole
 
 
 def _vanishes(name: str, param: nn.Parameter, blocks: Sequence[Block]) -> str | None:

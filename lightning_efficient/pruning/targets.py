@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_efficient.pruning.units import Granularity
 from lightning_efficient.surgery.match import canonical_name, modules_by_name, select_modules
+from lightning_efficient.surgery.weights import check_weight, is_transposed, weight_attributes, weight_layers
 
 # Under these names attention modules keep the layer that reads the heads side by side, and the number of heads.
 _OUTPUTS = ("proj", "out_proj", "o_proj", "c_proj")
@@ -78,13 +78,13 @@ def find_targets(
             the granularity needs; or every matched weight has to be left alone.
     """
     cut = Granularity.parse(granularity)
-    types = _types(embeddings)
+    types = weight_layers(embeddings)
     selection = select_modules(model, types=types, include=include, exclude=exclude, method="Pruning")
     found = Targets(skipped=dict(selection.skipped))
     users = _users(model)
     modules, heads = modules_by_name(model), _head_counts(model)
     for layer, module in selection.matched.items():
-        for attribute in _attributes(module):
+        for attribute in weight_attributes(module):
             name = f"{layer}.{attribute}" if layer else attribute
             param = module._parameters.get(attribute)
             if param is None:
@@ -92,7 +92,7 @@ def find_targets(
                 continue
             reason = (
                 _shared(name, param, users, embeddings)
-                or check_weight(name, param, layer)
+                or _unranked(name, param)
                 or _unscorable(modules, name, layer, criterion, name in known)
                 or (
                     None
@@ -103,7 +103,7 @@ def find_targets(
             if reason is not None:
                 found.skipped[name] = reason
                 continue
-            target = Target(param, layer, module, _transposed(module, types), heads.get(layer))
+            target = Target(param, layer, module, is_transposed(module), heads.get(layer))
             shape = target.canonical(param).shape
             cut.check(name, (shape[0], shape[1], shape[2:].numel()))
             if cut.kind == "head" and shape[1] % heads[layer]:
@@ -115,29 +115,6 @@ def find_targets(
         reasons = "; ".join(f"{name}: {why}" for name, why in list(found.skipped.items())[:8])
         raise ValueError(f"Pruning found modules but no weight it can work on ({reasons}).")
     return found
-
-
-def _types(embeddings: bool) -> tuple[type[nn.Module], ...]:
-    types: list[type[nn.Module]] = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention]
-    # A model can only hold Hugging Face's transposed linear layer if the library has been imported.
-    if (library := sys.modules.get("transformers.pytorch_utils")) is not None:
-        types.append(library.Conv1D)
-    if embeddings:
-        types.append(nn.Embedding)
-    return tuple(types)
-
-
-def _transposed(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
-    plain = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, nn.Embedding)
-    return isinstance(module, types) and not isinstance(module, plain)
-
-
-def _attributes(module: nn.Module) -> Iterator[str]:
-    if isinstance(module, nn.MultiheadAttention):
-        fused = getattr(module, "in_proj_weight", None) is not None
-        yield from ("in_proj_weight",) if fused else (f"{part}_proj_weight" for part in "qkv")
-    else:
-        yield "weight"
 
 
 def _users(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
@@ -160,32 +137,11 @@ def _shared(name: str, param: nn.Parameter, users: dict[int, dict[str, nn.Module
     return f"tied, also used as {', '.join(others)}: a mask cannot tell its uses apart"
 
 
-def check_weight(name: str, param: nn.Parameter, layer: str) -> str | None:
-    """A reason to leave a parameter alone, or an error if touching it would be wrong.
-
-    Args:
-        name: Name of the parameter.
-        param: The parameter.
-        layer: Name of its layer, for the advice.
-
-    Raises:
-        ValueError: It has no values yet, or none that a mask can work on.
-    """
-    if isinstance(param, nn.parameter.UninitializedParameter) or param.is_meta:
-        raise ValueError(f"{name!r} has no values yet (lazy or meta). Run one batch through the model, or exclude it.")
-    dense = type(param.data) in (Tensor, nn.Parameter) and param.layout == torch.strided and not param.is_quantized
-    if param.is_complex() or not param.is_floating_point() or not dense:
-        raise ValueError(
-            f"{name!r} is {type(param.data).__name__}, {param.dtype}, {param.layout} (quantized or sharded?); pruning "
-            f"works on real, dense, floating-point weights. Exclude it: `exclude=[{layer!r}]`."
-        )
-    if not param.requires_grad:
-        return "frozen (requires_grad=False)"
-    if param.numel() == 0:
-        return "empty"
-    if not bool(torch.isfinite(param.detach()).all()):
+def _unranked(name: str, param: nn.Parameter) -> str | None:
+    """A reason to leave a weight alone, or an error if its values cannot be ranked."""
+    if (reason := check_weight(name, param, "pruning")) is None and not bool(torch.isfinite(param.detach()).all()):
         raise ValueError(f"{name!r} holds NaN or infinite values, which cannot be ranked. Check the checkpoint.")
-    return None
+    return reason
 
 
 def _unscorable(modules: dict[str, nn.Module], name: str, layer: str, criterion: str, known: bool) -> str | None:

@@ -6,9 +6,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-import torch
-from test_contract import Prebuilt
-from zoo import Classifier, Lazy, Manual, loader
+from test_contract import data, variants
 
 from lightning_efficient.callbacks.base import EfficientCallback
 from lightning_efficient.callbacks.prepbn import PRepBN
@@ -58,22 +56,10 @@ def applies(case: str, scenario: str) -> bool:
 CELLS = [(case, scenario) for case in CASES for scenario in SCENARIOS if applies(case, scenario)]
 
 
-def data(batches: int, size: int, dtype: torch.dtype) -> Any:
-    return loader(batches, size, dtype=dtype)
-
-
 @pytest.mark.parametrize(("case", "scenario"), CELLS)
 def test_contract(case: str, scenario: str) -> None:
     net, make = CASES[case]
-    modules = {
-        "plain": partial(Classifier, net),
-        "configure_model": partial(Lazy, net, build="configure_model"),
-        "setup": partial(Classifier, net, build="setup"),
-        "checkpointing": partial(Classifier, net, checkpointing=True),
-        "manual": partial(Manual, net),
-        "prebuilt_optimizer": partial(Prebuilt, net),
-    }
     # One more graph for training and one for evaluation once the old norms are gone.
     options = {"folds": False, "more_graphs": 2, "scenarios": [scenario], "refused": REFUSED}
-    table = assert_method_contract(make, modules, data, **options)
+    table = assert_method_contract(make, variants(net), data, **options)
     assert table[scenario].startswith("refused" if scenario in REFUSED else "passed")

@@ -7,31 +7,14 @@ from functools import partial
 from typing import Any
 
 import pytest
-import torch
-from test_contract import Prebuilt
-from zoo import NETS, Classifier, Lazy, Manual, loader
+from test_contract import data, variants
+from zoo import NETS
 
 from lightning_efficient.callbacks.magnitude_pruning import MagnitudePruning
 from lightning_efficient.callbacks.prepbn import PRepBN
 from lightning_efficient.callbacks.sap_pruning import SAPPruning
 from lightning_efficient.callbacks.sigma_reparam import SigmaReparam
 from lightning_efficient.testing import SCENARIOS, assert_method_contract
-
-
-def variants(net: str) -> dict[str, Callable[[], Classifier]]:
-    return {
-        "plain": partial(Classifier, net),
-        "configure_model": partial(Lazy, net, build="configure_model"),
-        "setup": partial(Classifier, net, build="setup"),
-        "checkpointing": partial(Classifier, net, checkpointing=True),
-        "manual": partial(Manual, net),
-        "prebuilt_optimizer": partial(Prebuilt, net),
-    }
-
-
-def data(batches: int, size: int, dtype: torch.dtype) -> Any:
-    return loader(batches, size, dtype=dtype)
-
 
 # Something is pruned before the middle of six steps, where runs are cut, and something after it.
 MAGNITUDE = partial(MagnitudePruning, start=1, length=3, every=1)
