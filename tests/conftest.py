@@ -19,3 +19,16 @@ def _seeded() -> None:
     """Every test draws the same numbers, alone or after others."""
     random.seed(0)
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that fork come first: autograd in a child fails once its parent has started autograd's threads.
+
+    Compiling does start them. The battery's scenario ``ddp`` forks, and so does what is marked.
+    """
+
+    def forks(item: pytest.Item) -> bool:
+        scenario = getattr(item, "callspec", None) and item.callspec.params.get("scenario")
+        return scenario == "ddp" or item.get_closest_marker("forks") is not None
+
+    items.sort(key=forks, reverse=True)

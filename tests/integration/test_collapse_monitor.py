@@ -437,6 +437,7 @@ class Outcome(Callback):
         torch.save((values, weights), self.folder / f"rank{trainer.global_rank}.pt")
 
 
+@pytest.mark.forks
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes_agree_and_train_as_without_the_monitor(tmp_path):
     for name, monitors in (("plain", []), ("watched", [CollapseMonitor(every_n_steps=2)])):

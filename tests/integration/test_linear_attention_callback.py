@@ -187,6 +187,7 @@ def test_the_report_of_the_run(tmp_path: Any) -> None:
 # -- processes
 
 
+@pytest.mark.forks
 def test_spawned_processes_are_refused_because_it_does_not_fold(tmp_path: Any) -> None:
     t = trainer(tmp_path, SimplifiedLinearAttention(), strategy="ddp_fork", devices=2)
     with pytest.raises(Exception, match=r"linear_attention does not fold.*strategy='ddp'"):

@@ -208,6 +208,7 @@ def test_checkpointed_forwards_count_once(tmp_path: Path) -> None:
     assert all(torch.equal(masks[0][n], masks[1][n]) for n in masks[0])
 
 
+@pytest.mark.forks
 @pytest.mark.parametrize("criterion", ["taylor", "wanda"])
 def test_two_processes_decide_as_one(criterion: Any) -> None:
     """On both halves of every batch; the equality of the weights afterwards is the battery's, in float64."""

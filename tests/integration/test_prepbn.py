@@ -168,6 +168,7 @@ def test_padding_stays_out_of_the_statistics(tmp_path: Any) -> None:
     assert all(torch.equal(a[k], b[k]) for k in a if isinstance(a[k], torch.Tensor))
 
 
+@pytest.mark.forks
 def test_spawned_processes_are_refused_because_it_does_not_fold(tmp_path: Any) -> None:
     t = trainer(tmp_path, PRepBN(transition=3, hold=1), strategy="ddp_fork", devices=2)
     with pytest.raises(Exception, match=r"norm_swap does not fold.*strategy='ddp'"):

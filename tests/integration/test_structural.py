@@ -219,6 +219,7 @@ def test_remove_norms_refuses_the_encoder_layer(tmp_path: Any) -> None:
     assert all(torch.equal(v, module.state_dict()[k]) for k, v in before.items())
 
 
+@pytest.mark.forks
 def test_what_does_not_fold_is_refused_under_spawned_processes(tmp_path: Any) -> None:
     t = trainer(tmp_path, SigmaReparam(remove_norms=True), strategy="ddp_fork", devices=2)
     with pytest.raises(Exception, match=r"remove_norms does not fold.*strategy='ddp'"):
