@@ -6,7 +6,6 @@ small example on a copy of the model.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from lightning_efficient.attention.multihead import arguments_of_multihead, mask
 from lightning_efficient.attention.owners import Owners
 from lightning_efficient.attention.softmax import SOFTMAX, Follower
 from lightning_efficient.attention.temper import Law, logits_of_softmax, tempered, visible
+from lightning_efficient.eager import uncompiled
 from lightning_efficient.surgery.tags import mapped, tensors_in
 
 ROOT = "(model)"
@@ -84,8 +84,7 @@ class Trace(TorchFunctionMode):
         self._exits = ExitStack()
 
     def __enter__(self) -> Trace:
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes seconds
-            self._exits.enter_context(torch.compiler.set_stance("force_eager"))
+        self._exits.enter_context(uncompiled())
         self._exits.enter_context(self._owners)
         for name, module in self._owners.modules.items():
             if name in self._cut:
