@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from rich import box
 from rich.table import Table
 
-from lightning_efficient.compare import ENTROPY, Comparison, best, final
-from lightning_efficient.logs import Run
+from lightning_efficient.compare import ENTROPY, Comparison, Run, best, final
 
 
 def summary(comparison: Comparison, step_seconds: Mapping[str, float]) -> Table:

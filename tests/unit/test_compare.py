@@ -17,9 +17,9 @@ from scipy import stats
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_efficient.compare import ENTROPY, Comparison, compare
-from lightning_efficient.curves import _COLOURS
-from lightning_efficient.estimate import Estimate
-from lightning_efficient.logs import direction, read_runs
+from lightning_efficient.compare.curves import _COLOURS
+from lightning_efficient.compare.estimate import Estimate
+from lightning_efficient.compare.logs import direction, read_runs
 
 
 def log(

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from lightning_efficient.estimate import Estimate, json_number
-from lightning_efficient.logs import Run, direction, read_runs
+from lightning_efficient.compare.estimate import Estimate, json_number
+from lightning_efficient.compare.logs import Run, direction, read_runs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -150,7 +150,7 @@ class Comparison:
 
     def figure(self) -> Figure:
         """Learning curves, a panel per metric and a line per run."""
-        from lightning_efficient.curves import learning_curves
+        from lightning_efficient.compare.curves import learning_curves
 
         extra = [ENTROPY] if any(ENTROPY in run.series for run in self.runs) else []
         return learning_curves(self.variants, list(dict.fromkeys([*self.metrics, *extra])), {ENTROPY: _ENTROPY_NAME})
