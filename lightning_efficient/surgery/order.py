@@ -11,8 +11,9 @@ from types import MappingProxyType
 # chain raw weight -> used weight, from the inside out:
 # - temp_scale after sigma_reparam: W / sigma(W) divides any factor inside it out again, so a temperature inside would
 #   do nothing and a learned one would get a zero gradient;
-# - structured_pruning after both: shrinking rows inside sigma_reparam would blow up the rows that stay;
-# - masks last: what they zero stays zero. They act on the raw weight, so that a spectral norm is that of what is left.
+# - structured pruning and masks last: what they zero stays zero. They act on the raw weight, so that a spectral norm is
+#   that of what is left.
+STRUCTURED = ("hesso_pruning", "pagcp_pruning")
 MASKS = ("magnitude_pruning", "sap_pruning")
 ORDER: tuple[str, ...] = (
     "remove_norms",
@@ -20,7 +21,7 @@ ORDER: tuple[str, ...] = (
     "linear_attention",
     "sigma_reparam",
     "temp_scale",
-    "structured_pruning",
+    *STRUCTURED,
     *MASKS,
 )
 
@@ -30,11 +31,16 @@ CONFLICTS: Mapping[frozenset[str], str] = MappingProxyType(
             "linear attention has no softmax, so there is no temperature to scale: drop temp_scale, or keep"
             " softmax attention"
         ),
+        frozenset(STRUCTURED): (
+            "both decide which units go, and each would count those of the other: run one of them first, export the"
+            " smaller model, and use the other in a second run"
+        ),
         **{
-            frozenset({"structured_pruning", masks}): (
+            frozenset({structured, masks}): (
                 "structured pruning removes the rows whose single entries masks would score: run structured pruning"
                 " first, export the smaller model, and mask that one in a second run"
             )
+            for structured in STRUCTURED
             for masks in MASKS
         },
     }

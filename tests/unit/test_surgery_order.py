@@ -4,7 +4,7 @@ from itertools import permutations
 
 import pytest
 
-from lightning_efficient.surgery.order import CONFLICTS, ORDER, check_methods, sort_methods
+from lightning_efficient.surgery.order import CONFLICTS, ORDER, STRUCTURED, check_methods, sort_methods
 
 
 def test_every_conflict_names_two_known_methods_and_says_what_to_do():
@@ -23,7 +23,7 @@ def test_conflicts_are_refused_in_either_order_with_the_message(pair):
 
 
 def test_the_rest_combines():
-    allowed = [name for name in ORDER if name not in ("linear_attention", "structured_pruning", "remove_norms")]
+    allowed = [name for name in ORDER if name not in ("linear_attention", "remove_norms", *STRUCTURED)]
     check_methods(allowed)
     check_methods(["sigma_reparam", "sigma_reparam"])  # two instances, aimed at different modules
     check_methods([])
