@@ -90,6 +90,7 @@ class UnitGroup:
         divisor: How many units may stay: a multiple of this.
         exact: Zeroing the parameters of the ``"produce"`` slices equals removing the units.
         note: Why it does not, in words.
+        counts: Module → integer attribute → by how much one unit less lowers it (the number of heads of an attention).
     """
 
     name: str
@@ -98,6 +99,7 @@ class UnitGroup:
     divisor: int = 1
     exact: bool = True
     note: str = ""
+    counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for part in self.slices:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(eq=False)  # comparing records would compare tensors element by element
@@ -20,6 +20,8 @@ class Change:
         replaced: (old parameter, new parameter) in the same role: the optimizer's state moves from one to the other.
         added: (new parameter, the weight whose learning rate it follows). ``None``: no weight to follow.
         removed: Parameters the model no longer uses.
+        cuts: Parameter that was made smaller, in place -> axis -> bool over the axis as it was: True where an entry
+            stayed.
     """
 
     method: str
@@ -29,6 +31,7 @@ class Change:
     replaced: list[tuple[nn.Parameter, nn.Parameter]] = field(default_factory=list)
     added: list[tuple[nn.Parameter, nn.Parameter | None]] = field(default_factory=list)
     removed: list[nn.Parameter] = field(default_factory=list)
+    cuts: dict[nn.Parameter, dict[int, Tensor]] = field(default_factory=dict)
 
     def report(self, examples: int = 3) -> str:
         """A few lines for a person.
