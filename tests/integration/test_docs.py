@@ -1,0 +1,77 @@
+"""The site builds without a warning, and the Python of the README and of every card runs, one block after the other."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, seed_everything
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+ROOT = Path(__file__).parents[2]
+# That of linear attention needs a model of its own, and has a test of its own.
+CARDS = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").glob("*.md")) if p.stem != "linear_attention")]
+
+
+class Module(LightningModule):
+    """What a card's reader has: a model of their own, called `model`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = self.head(self.blocks(images).mean(1))
+        return out
+
+    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+        images, labels = batch
+        return nn.functional.cross_entropy(self(images), labels)
+
+    validation_step = training_step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), 1e-3)
+
+
+class Data(LightningDataModule):
+    """And data of their own, called `data`."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(TensorDataset(torch.randn(16, 6, 16), torch.arange(16) % 4), 8)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+@pytest.mark.parametrize("card", CARDS, ids=lambda path: path.stem)
+def test_snippets_run(card: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", card.read_text("utf-8"), re.DOTALL)
+    with torch.random.fork_rng():
+        seed_everything(0, verbose=False)
+        names: dict[str, Any] = {"model": Module(), "data": Data(), "images": torch.randn(2, 6, 16)}
+        for block in blocks:
+            exec(compile(block, card.name, "exec"), names)
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    built = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert built.returncode == 0, built.stderr
+    page = (tmp_path / "site" / "api.html").read_text("utf-8")
+    import lightning_efficient
+
+    for name in lightning_efficient.__all__:
+        assert f".{name}" in page
