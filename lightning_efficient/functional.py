@@ -5,22 +5,33 @@ from lightning_efficient.methods.norms.swap import apply_norm_swap
 from lightning_efficient.methods.sigma_reparam import apply_sigma_reparam
 from lightning_efficient.methods.temp_scale import apply_temp_scale, remove_temp_scale
 from lightning_efficient.metrics.functional import (
+    alignment,
     attention_entropy,
+    attention_filter_rate,
+    cosine_by_length,
     entropy_lower_bound,
+    filter_rate,
+    mean_cosine,
     pq_bound,
     pq_index,
     rankme,
     row_logit_norm,
     sparsity,
     spectral_norms,
+    uniformity,
 )
 
 __all__ = [
+    "alignment",
     "apply_norm_swap",
     "apply_sigma_reparam",
     "apply_temp_scale",
     "attention_entropy",
+    "attention_filter_rate",
+    "cosine_by_length",
     "entropy_lower_bound",
+    "filter_rate",
+    "mean_cosine",
     "pq_bound",
     "pq_index",
     "rankme",
@@ -29,4 +40,5 @@ __all__ = [
     "row_logit_norm",
     "sparsity",
     "spectral_norms",
+    "uniformity",
 ]

@@ -9,6 +9,7 @@ training, and bound it from below.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -105,28 +106,61 @@ def attention_rows(
         ValueError: Shapes that do not fit, or both ``max_queries`` and ``queries``.
         TypeError: A mask that is neither boolean nor floating point.
     """
+    index = query_indices(q.shape[2], max_queries, queries)
+    with torch.autocast(q.device.type, enabled=False):
+        blocks = [
+            _plain_rows(logits) if seen is None else _masked_rows(logits, seen)
+            for _, logits, seen in logit_blocks(q, k, scale=scale, mask=mask, is_causal=is_causal, index=index)
+        ]
+    return AttentionRows(*(torch.cat(parts, dim=2) for parts in zip(*blocks, strict=True)))
+
+
+def logit_blocks(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    index: Tensor | None = None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """The logits, a bounded number of rows at a time; to be called with autocast off.
+
+    Args:
+        q: Queries ``(batch, heads, queries, dim)``.
+        k: Keys ``(batch, key heads, keys, dim)``.
+        scale: Factor on ``q @ k.T``. ``None``: ``1 / sqrt(dim)``.
+        mask: Boolean (``True`` = may attend) or additive, broadcastable to ``(batch, heads, queries, keys)``.
+        is_causal: Query ``i`` sees keys ``0..i`` only.
+        index: Which queries; ``None``: all.
+
+    Yields:
+        Indices of some queries, their logits ``(batch, heads, some, keys)`` in float32 or wider, and which keys they
+        see (broadcastable; ``None``: all).
+
+    Raises:
+        ValueError: Shapes that do not fit.
+        TypeError: A mask that is neither boolean nor floating point.
+    """
     _check(q, k, mask)
     dtype = _wide(q)
-    index = query_indices(q.shape[2], max_queries, queries).to(q.device)
+    index = torch.arange(q.shape[2], device=q.device) if index is None else index.to(q.device)
     mask = None if mask is None else mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
-    blocks = []
-    with torch.autocast(q.device.type, enabled=False):
-        q = q.to(dtype) * (q.shape[-1] ** -0.5 if scale is None else scale)
-        k = k.to(dtype).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        rows = max(1, _BLOCK // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
-        for chosen in torch.split(index, rows):
-            logits = q[:, :, chosen] @ k.mT
-            if mask is None and not is_causal:
-                blocks.append(_plain_rows(logits))
-                continue
-            visible = torch.ones(k.shape[2], dtype=torch.bool, device=q.device)
-            if is_causal:
-                visible = torch.arange(k.shape[2], device=q.device) <= chosen[:, None]
-            if mask is not None:
-                part = mask if mask.shape[2] == 1 else mask[:, :, chosen]
-                logits, visible = _apply_mask(logits, visible, part)
-            blocks.append(_masked_rows(logits, visible))
-    return AttentionRows(*(torch.cat(parts, dim=2) for parts in zip(*blocks, strict=True)))
+    q = q.to(dtype) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    k = k.to(dtype).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    rows = max(1, _BLOCK // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+    for chosen in torch.split(index, rows):
+        logits = q[:, :, chosen] @ k.mT
+        if mask is None and not is_causal:
+            yield chosen, logits, None
+            continue
+        seen = torch.ones(k.shape[2], dtype=torch.bool, device=q.device)
+        if is_causal:
+            seen = torch.arange(k.shape[2], device=q.device) <= chosen[:, None]
+        if mask is not None:
+            part = mask if mask.shape[2] == 1 else mask[:, :, chosen]
+            logits, seen = _apply_mask(logits, seen, part)
+        yield chosen, logits, seen
 
 
 def rows_from_logits(logits: Tensor, visible: Tensor | None = None) -> AttentionRows:
