@@ -29,11 +29,12 @@ from lightning_efficient.inference import (
 )
 from lightning_efficient.methods.norms.recalibrate import recalibrate as recalibrate_norms
 from lightning_efficient.plain import check_foreign, detached_copy, plain_copy
+from lightning_efficient.semi_structured import to_semi_structured
 from lightning_efficient.surgery.affine import Affine
 from lightning_efficient.surgery.fold import fold_affines
 from lightning_efficient.surgery.match import canonical_name
 
-__all__ = ["ExportError", "export", "save_exported", "to_onnx", "to_torch_export"]
+__all__ = ["ExportError", "export", "save_exported", "to_onnx", "to_semi_structured", "to_torch_export"]
 
 
 def export(
