@@ -15,7 +15,7 @@ CARD = (Path(__file__).parents[2] / "docs" / "pruning.md").read_text(encoding="u
 def test_snippets_run(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", CARD, re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     namespace: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "docs/pruning.md", "exec"), namespace)
