@@ -1,0 +1,260 @@
+"""``HESSOPruning``: train once, and units that turn out redundant shrink to nothing on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_efficient.callbacks.units import UnitPruningCallback
+from lightning_efficient.pruning.cost import Cost
+from lightning_efficient.pruning.hesso import PRUNED, SHRINKING, HessoConfig, HessoState, Plan, Pruner, shrink_factor
+from lightning_efficient.pruning.saliency import saliency
+from lightning_efficient.recipe import RecipeError
+from lightning_efficient.weightspace import Boundary, Transform
+
+
+class HESSOPruning(UnitPruningCallback):
+    """Structured pruning inside one training run (HESSO, Chen et al. 2024, arXiv 2409.09085), around any optimizer.
+
+    After a warm-up the run has ``periods``: at the start of each, the units (channels, hidden neurons, heads) with the
+    lowest saliency are chosen, from the weights and the gradients of that step; over its steps they shrink along a
+    straight line to exactly zero, while everything, they included, goes on learning. What is left then trains to the
+    end of the run. The network keeps its size during ``fit``; ``export`` gives the smaller one. Logs
+    ``efficient/hesso/removed`` (the share that is gone, of ``unit``) and ``efficient/hesso/shrinking`` (units on their
+    way).
+
+    The saliency is that of the network's weights and of the gradient of the step (complete over accumulated batches
+    and processes, before clipping), not of the direction that the optimizer makes of it: Taylor scores are about the
+    loss, and not every optimizer has a momentum.
+
+    Args:
+        enabled: ``False`` leaves the run bit-identical to one without the callback.
+        include: Globs over module names: groups made by one of them. ``None``: all.
+        exclude: Globs over module names: groups made by none of them.
+        target: Share that is gone in the end, in (0, 1).
+        unit: Of what: ``"groups"`` (units, all the same), ``"params"`` or ``"macs"`` of the whole network.
+        start: When the first units are chosen: steps (int) or fraction of the run (float).
+        duration: How long it takes until the last are gone, likewise.
+        periods: In how many portions.
+        group_divisible: As many units as a multiple of this stay in every group that loses any.
+        saliency: Criterion → weight, of ``magnitude``, ``avg_magnitude``, ``cosine``, ``taylor1`` and ``taylor2``;
+            ``None``: 0.2 each.
+        inexact: Also prune groups whose zeros are not gone (LayerNorm over the residual width, ...).
+
+    Raises:
+        ValueError: An argument is out of range, the schedule does not fit into the run, nothing can be pruned, or the
+            target cannot be reached.
+    """
+
+    method = "hesso_pruning"
+
+    def __init__(
+        self,
+        enabled: bool = True,
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        target: float = 0.5,
+        unit: Literal["groups", "params", "macs"] = "groups",
+        start: int | float = 0.1,
+        duration: int | float = 0.2,
+        periods: int = 10,
+        group_divisible: int = 1,
+        saliency: dict[str, float] | None = None,
+        inexact: bool = False,
+    ) -> None:
+        super().__init__(enabled, include, exclude, inexact)
+        self.options = HessoConfig(target, unit, start, duration, periods, group_divisible, saliency)
+        self.hesso = HessoState()
+        self._plan: Plan | None = None
+        self._pruner: Pruner | None = None
+        self._saved_plan: tuple[int, int, int] | None = None
+        self._scores: dict[str, Tensor] = {}
+        self._active: dict[str, dict[int, Tensor]] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def config(self) -> dict[str, Any]:
+        """The arguments of this callback as plain data."""
+        weights = self.options.saliency
+        return super().config() | vars(self.options) | {"saliency": None if weights is None else dict(weights)}
+
+    def wants_macs(self) -> bool:
+        """Whether multiply-accumulates have to be counted."""
+        return self.options.unit == "macs"
+
+    @property
+    def keep(self) -> dict[str, list[int]]:
+        """Group → indices of the units that stay, of groups that have lost any."""
+        gone = self.hesso.marked(PRUNED)
+        return {name: (~where).nonzero().flatten().tolist() for name, where in gone.items() if bool(where.any())}
+
+    # -- life cycle ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the schedule is."""
+        if not self.enabled:
+            return super().state_dict()
+        plan = None if self._plan is None else [self._plan.first, self._plan.span, self._plan.periods]
+        return super().state_dict() | {"hesso": self.hesso.as_plain(), "plan": plan}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the run that is resumed was."""
+        super().load_state_dict(state_dict)
+        if self.enabled:
+            self.hesso = HessoState.from_plain(state_dict["hesso"])
+            self._saved_plan = state_dict["plan"] and tuple(state_dict["plan"])
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin a schedule anew; units that an earlier run of the same module has pruned stay pruned."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._plan, self._saved_plan = None, None
+            self.hesso.release()
+            self.hesso.chosen, self.hesso.shrunk = 0, 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the groups and check that the target can be reached, before anything changes."""
+        super().on_fit_start(trainer, pl_module)
+
+    def plan(self, pl_module: LightningModule) -> Any:
+        """Choose and check the parameters, without changing anything."""
+        plan = super().plan(pl_module)
+        if self.groups.found:
+            cost = self._cost(pl_module)
+            self._pruner = Pruner(self.groups, self.options.unit, self.options.group_divisible, cost)
+            self._pruner.check(self.options.target)
+            sizes = {name: group.units for name, group in self.groups.found.items()}
+            if {name: len(status) for name, status in self.hesso.status.items()} != sizes:
+                self.hesso = HessoState.of(self.groups)
+        return plan
+
+    def _cost(self, pl_module: LightningModule) -> Cost | None:
+        if self.options.unit == "groups":
+            return None
+        cost = Cost.parameters(pl_module, self.groups.found)
+        if self.options.unit == "params":
+            return cost
+        assert self._cost_data is not None
+        shapes = {name: tuple(shape) for name, shape in self._shapes.items()}
+        return Cost(self._cost_data["amounts"], shapes, self.groups.found, self._cost_data["fixed"])
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fix the schedule.
+
+        Not earlier: asking for the length of the run makes the train loader, whose restored position Lightning would
+        then forget.
+        """
+        if not self.enabled:
+            return
+        estimate = trainer.estimated_stepping_batches
+        self._plan = self.options.plan(int(estimate) if estimate != float("inf") else None)
+        now = (self._plan.first, self._plan.span, self._plan.periods)
+        if self._saved_plan not in (None, now):
+            raise RecipeError(
+                f"{type(self).__name__}: the schedule of the resumed run was {self._saved_plan} (first step, number of "
+                f"steps, periods), now it is {now}: the length of the run was changed, and the schedule is given as a "
+                "fraction of it. Resume with the same length, or give steps, as int."
+            )
+
+    def _begin(self, pl_module: LightningModule, boundary: Boundary) -> None:
+        super()._begin(pl_module, boundary)
+        trainer = pl_module.trainer
+        self._active = self._entries(self.hesso.marked(SHRINKING))
+
+        def after_step(*_: Any) -> None:
+            self._shrink(trainer, pl_module)
+
+        # After the boundary's own hooks: parameters hold the network's weights again.
+        self._handles = [optimizer.register_step_post_hook(after_step) for optimizer in trainer.optimizers]
+
+    def _release(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._scores, self._active = [], {}, {}
+        super()._release()
+
+    # -- pruning ---------------------------------------------------------------------------------------------------
+
+    def _due(self, step: int) -> int | None:
+        """The period whose units are to be chosen at this step, if any."""
+        if self._boundary is None or self._plan is None:
+            return None
+        period = min(self._plan.period(step), self._plan.periods - 1)
+        return period if period >= self.hesso.chosen else None
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gradients of the network's weights, before anything is done to them; those of the last micro-batch stay."""
+        if self._due(trainer.global_step) is not None:
+            self._scores = self._measure()
+
+    def _measure(self) -> dict[str, Tensor]:
+        competing = {name: ~gone for name, gone in self.hesso.marked(PRUNED).items()}
+        grads = {name: param.grad for name, param in self._params.items()}
+        return saliency(self.groups.found.values(), self._params, grads, self.options.saliency, competing)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Choose units at the start of a period, then on with the step."""
+        scores, self._scores = self._scores, {}
+        period = self._due(trainer.global_step)
+        # Infinite in a step that the gradient scaler will skip: try the next one.
+        if scores and period is not None and all(bool(torch.isfinite(s).all()) for s in scores.values()):
+            self._choose(trainer, scores, period)
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+
+    def _choose(self, trainer: Trainer, scores: Mapping[str, Tensor], period: int) -> None:
+        assert self._pruner is not None
+        share = self.options.target * (period + 1) / self.options.periods
+        gone = self.hesso.marked(SHRINKING, PRUNED)
+        # Weights are equal on all processes, and scores almost surely: one of them decides.
+        units = trainer.strategy.broadcast(self._pruner.choose(scores, gone, share))
+        self.hesso.choose(units, period, trainer.global_step)
+        self._active = self._entries(self.hesso.marked(SHRINKING))
+
+    @torch.no_grad()
+    def _shrink(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After an optimizer's step: redundant units are multiplied by their factor, and those at zero are pruned."""
+        if not self._active or self._plan is None:
+            return
+        period, done = self.hesso.chosen - 1, trainer.global_step + 1
+        end = self._plan.begin(period + 1)
+        factor = shrink_factor(self._plan.begin(period), end, self.hesso.shrunk, done)
+        if factor == 1.0:
+            return
+        for name, axes in self._active.items():
+            _scale(self._sites()[name], axes, factor)
+        self.hesso.shrunk = done
+        if factor == 0.0:
+            units = self.hesso.marked(SHRINKING)
+            self.hesso.commit()
+            self._active = {}
+            self._drop(trainer, pl_module, units)
+
+    def quantities(self, transforms: Mapping[str, Transform]) -> dict[str, Tensor]:
+        """The share that is gone, and how many units are on their way."""
+        assert self._pruner is not None
+        gone = {name: int(where.sum()) for name, where in self.hesso.marked(PRUNED).items()}
+        shrinking = sum(int(where.sum()) for where in self.hesso.marked(SHRINKING).values())
+        return {"removed": torch.tensor(self._pruner.removed(gone)), "shrinking": torch.tensor(float(shrinking))}
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what was pruned, and if the schedule was not finished."""
+        if self._boundary is None or self._pruner is None or self._plan is None:
+            return
+        removed = self._pruner.removed({name: int(where.sum()) for name, where in self.hesso.marked(PRUNED).items()})
+        self._say_widths(removed, self.options.unit)
+        if trainer.global_step and (self.hesso.chosen < self._plan.periods or self._active):
+            rank_zero_warn(
+                f"{type(self).__name__} stopped in period {self.hesso.chosen} of {self._plan.periods}: the run ended at step "
+                f"{trainer.global_step}, the schedule at {self._plan.first + self._plan.span}. Units that were shrinking "
+                "stay, as small as they are."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to a running fit."""
+        return super().__getstate__() | {"_handles": [], "_scores": {}, "_active": {}}
