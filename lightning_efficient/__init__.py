@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_efficient.callbacks.collapse_monitor import CollapseMonitor
+    from lightning_efficient.callbacks.hesso_pruning import HESSOPruning
     from lightning_efficient.callbacks.linear_attention import SimplifiedLinearAttention
     from lightning_efficient.callbacks.magnitude_pruning import MagnitudePruning
     from lightning_efficient.callbacks.prepbn import PRepBN
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CollapseMonitor",
     "EfficientCLI",
+    "HESSOPruning",
     "MagnitudePruning",
     "PRepBN",
     "SAPPruning",
@@ -41,6 +43,7 @@ __all__ = [
 _HOMES = {
     "CollapseMonitor": "lightning_efficient.callbacks.collapse_monitor",
     "EfficientCLI": "lightning_efficient.cli.efficient_cli",
+    "HESSOPruning": "lightning_efficient.callbacks.hesso_pruning",
     "MagnitudePruning": "lightning_efficient.callbacks.magnitude_pruning",
     "PRepBN": "lightning_efficient.callbacks.prepbn",
     "SAPPruning": "lightning_efficient.callbacks.sap_pruning",

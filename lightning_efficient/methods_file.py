@@ -29,6 +29,7 @@ METHODS: dict[str, str] = {
     "temp_scale": "TempScale",
     "magnitude_pruning": "MagnitudePruning",
     "sap_pruning": "SAPPruning",
+    "hesso_pruning": "HESSOPruning",
     "collapse_monitor": "CollapseMonitor",
 }
 

@@ -17,7 +17,7 @@ HPARAM_PREFIX = "efficient/"
 # Every run logs a switch for each of these, on or off, so that runs compare column by column.
 SUITE = (
     "sigma_reparam", "norm_swap", "linear_attention", "temp_scale", "magnitude_pruning", "sap_pruning",
-    "collapse_monitor",
+    "hesso_pruning", "collapse_monitor",
 )  # fmt: skip
 
 

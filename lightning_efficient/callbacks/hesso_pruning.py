@@ -13,7 +13,9 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_efficient.callbacks.units import UnitPruningCallback
+from lightning_efficient.callbacks.weightspace import Plan as WeightPlan
 from lightning_efficient.pruning.cost import Cost
+from lightning_efficient.pruning.held import scale_entries
 from lightning_efficient.pruning.hesso import PRUNED, SHRINKING, HessoConfig, HessoState, Plan, Pruner, shrink_factor
 from lightning_efficient.pruning.saliency import saliency
 from lightning_efficient.recipe import RecipeError
@@ -54,6 +56,7 @@ class HESSOPruning(UnitPruningCallback):
     """
 
     method = "hesso_pruning"
+    prefix = "efficient/hesso"
 
     def __init__(
         self,
@@ -118,11 +121,7 @@ class HESSOPruning(UnitPruningCallback):
             self.hesso.release()
             self.hesso.chosen, self.hesso.shrunk = 0, 0
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the groups and check that the target can be reached, before anything changes."""
-        super().on_fit_start(trainer, pl_module)
-
-    def plan(self, pl_module: LightningModule) -> Any:
+    def plan(self, pl_module: LightningModule) -> WeightPlan:
         """Choose and check the parameters, without changing anything."""
         plan = super().plan(pl_module)
         if self.groups.found:
@@ -204,10 +203,10 @@ class HESSOPruning(UnitPruningCallback):
         period = self._due(trainer.global_step)
         # Infinite in a step that the gradient scaler will skip: try the next one.
         if scores and period is not None and all(bool(torch.isfinite(s).all()) for s in scores.values()):
-            self._choose(trainer, scores, period)
+            self._pick(trainer, scores, period)
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
-    def _choose(self, trainer: Trainer, scores: Mapping[str, Tensor], period: int) -> None:
+    def _pick(self, trainer: Trainer, scores: Mapping[str, Tensor], period: int) -> None:
         assert self._pruner is not None
         share = self.options.target * (period + 1) / self.options.periods
         gone = self.hesso.marked(SHRINKING, PRUNED)
@@ -227,7 +226,7 @@ class HESSOPruning(UnitPruningCallback):
         if factor == 1.0:
             return
         for name, axes in self._active.items():
-            _scale(self._sites()[name], axes, factor)
+            scale_entries(self._sites()[name], axes, factor)
         self.hesso.shrunk = done
         if factor == 0.0:
             units = self.hesso.marked(SHRINKING)
@@ -250,9 +249,9 @@ class HESSOPruning(UnitPruningCallback):
         self._say_widths(removed, self.options.unit)
         if trainer.global_step and (self.hesso.chosen < self._plan.periods or self._active):
             rank_zero_warn(
-                f"{type(self).__name__} stopped in period {self.hesso.chosen} of {self._plan.periods}: the run ended at step "
-                f"{trainer.global_step}, the schedule at {self._plan.first + self._plan.span}. Units that were shrinking "
-                "stay, as small as they are."
+                f"{type(self).__name__} stopped in period {self.hesso.chosen} of {self._plan.periods}: the run ended "
+                f"at step {trainer.global_step}, and the schedule ends at {self._plan.first + self._plan.span}. Units "
+                "that were shrinking stay, as small as they are."
             )
 
     def __getstate__(self) -> dict[str, Any]:

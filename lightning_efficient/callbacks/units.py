@@ -1,4 +1,4 @@
-"""What the callbacks that prune units share: their groups, masks on the optimizer boundary, averaged copies, reports."""
+"""What the callbacks that prune units share: groups, masks on the optimizer boundary, averaged copies, reports."""
 
 from __future__ import annotations
 
@@ -54,6 +54,7 @@ class UnitPruningCallback(WeightSpaceCallback):
         self._cost_data: dict[str, Any] | None = None
         self._params: dict[str, nn.Parameter] = {}
         self._shapes: dict[str, torch.Size] = {}
+        self._loaded = False
 
     def config(self) -> dict[str, Any]:
         """The arguments of this callback as plain data."""
@@ -70,13 +71,18 @@ class UnitPruningCallback(WeightSpaceCallback):
         """Whether multiply-accumulates have to be counted."""
         return False
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work, and forget what a run that failed has left."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._loaded = False
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the groups, or take those of the run that is resumed, then put the masks on."""
         if self.enabled:
             again = self._trained() is pl_module and self._shapes == _shapes(pl_module)
-            if not (again or self._resumed) or not self.groups.found:
+            if not (again or self._loaded):
                 self.groups, self._cost_data = self._find(trainer, pl_module)
-            self.groups = _without_idle(self.groups, pl_module, trainer)
             self._shapes = _shapes(pl_module)
         super().on_fit_start(trainer, pl_module)
 
@@ -97,6 +103,7 @@ class UnitPruningCallback(WeightSpaceCallback):
                     "units are found while the model runs, and this one has no `example_input_array` to run on."
                 )
             return Plan(change=_change(self.method, find_groups(pl_module, example, self.include, self.exclude)))
+        self.groups = _without_idle(self.groups, pl_module)
         params = _parameters(pl_module)
         made = {part.name for group in self.groups.found.values() for part in group.produced}
         self._params = {name: params[name] for name in params if name in made}
@@ -166,6 +173,7 @@ class UnitPruningCallback(WeightSpaceCallback):
         """Take over the groups of the run that is resumed."""
         if self.enabled:
             self.groups, self._cost_data = groups_from_plain(state_dict["groups"]), state_dict["cost"]
+            self._loaded = True
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """What another method pruned would be lost, as zeros that grow again: refuse."""
@@ -181,13 +189,19 @@ class UnitPruningCallback(WeightSpaceCallback):
                 )
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
+    def _report(self) -> None:
+        """Every model has widths that cannot be cut, its outputs first of all: a report, not a warning."""
+        if self.change is not None:
+            rank_zero_info(self.change.report(examples=8))
+
     def _say_widths(self, removed: float, unit: str) -> None:
         kept = self.keep
-        widths = [f"{name} {group.units} -> {len(kept.get(name, range(group.units)))}" for name, group in self.groups.found.items()]
+        left = {name: len(kept.get(name, range(group.units))) for name, group in self.groups.found.items()}
+        widths = [f"{name} {group.units} -> {left[name]}" for name, group in self.groups.found.items()]
         shown = ", ".join(widths[:8]) + (f", ... {len(widths) - 8} more" if len(widths) > 8 else "")
         rank_zero_info(
-            f"{type(self).__name__}: {removed:.1%} of the {unit} pruned; units left: {shown}. The network is as large as "
-            "before until `lightning_efficient.export` cuts them out."
+            f"{type(self).__name__}: {removed:.1%} of the {unit} pruned; units left: {shown}. The network is as large "
+            "as before until `lightning_efficient.export` cuts them out."
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -203,9 +217,9 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: param.shape for name, param in _parameters(model).items()}
 
 
-def _without_idle(groups: Groups, pl_module: LightningModule, trainer: Trainer) -> Groups:
+def _without_idle(groups: Groups, pl_module: LightningModule) -> Groups:
     """Groups that optimizers move altogether; a part that nothing trains could not be shrunk beside the rest."""
-    held = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+    held = {id(p) for o in pl_module.trainer.optimizers for group in o.param_groups for p in group["params"]}
     params = _parameters(pl_module)
     idle: dict[str, str] = {}
     for name, group in groups.found.items():

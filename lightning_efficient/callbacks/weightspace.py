@@ -41,6 +41,11 @@ class WeightSpaceCallback(EfficientCallback):
 
     resume_may_change: frozenset[str] = frozenset({"enabled"})
 
+    @property
+    def prefix(self) -> str:
+        """Of the names under which quantities are logged."""
+        return f"efficient/{self.method}"
+
     def __init__(
         self, enabled: bool = True, include: list[str] | None = None, exclude: list[str] | None = None
     ) -> None:
@@ -131,7 +136,7 @@ class WeightSpaceCallback(EfficientCallback):
         if trainer.global_step != self._logged_step:
             self._logged_step = trainer.global_step
             for name, value in self.quantities(self._transforms).items():
-                pl_module.log(f"efficient/{self.method}/{name}", value, on_step=True, on_epoch=False)
+                pl_module.log(f"{self.prefix}/{name}", value, on_step=True, on_epoch=False)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the network's weights in the model, whatever happened inside the step."""

@@ -114,3 +114,22 @@ def drop_entries(site: Site, transform: UnitMask, entries: Mapping[int, Tensor],
         transform.push(site.param.grad)
     if not window:
         site.push(advance=advance)
+
+
+@torch.no_grad()
+def scale_entries(site: Site, entries: Mapping[int, Tensor], factor: float) -> None:
+    """Multiply entries of a weight, in ``W`` and so in ``Ŵ``, between two steps.
+
+    Args:
+        site: The weight.
+        entries: Axis → positions on it, each once.
+        factor: 0 writes zeros.
+    """
+    site.pull(None)
+    weight = site.param.data
+    for dim, where in entries.items():
+        if factor == 0.0:
+            weight.index_fill_(dim, where, 0)
+        else:
+            weight.index_copy_(dim, where, weight.index_select(dim, where).mul_(factor))
+    site.push(advance=False)

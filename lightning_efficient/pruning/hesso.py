@@ -77,7 +77,8 @@ class HessoConfig:
         try:
             first, span = transition_steps(total, hold=self.start, length=self.duration)
         except ValueError as error:
-            raise ValueError(f"`start` (here `hold`) and `duration` (`length`): {error}") from None
+            said = str(error).replace("`hold`", "`start`").replace("`length`=0.8", "`duration`=0.2")
+            raise ValueError(said.replace("`length`", "`duration`").replace("transition", "pruning")) from None
         if span < self.periods:
             raise ValueError(
                 f"{self.periods} `periods` need at least one step each, but `duration`={self.duration!r} is {span} "
