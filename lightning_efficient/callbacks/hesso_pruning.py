@@ -17,7 +17,7 @@ from lightning_efficient.callbacks.weightspace import Plan as WeightPlan
 from lightning_efficient.pruning.cost import Cost
 from lightning_efficient.pruning.held import scale_entries
 from lightning_efficient.pruning.hesso import PRUNED, SHRINKING, HessoConfig, HessoState, Plan, Pruner, shrink_factor
-from lightning_efficient.pruning.saliency import saliency
+from lightning_efficient.pruning.saliency import all_sums, saliency
 from lightning_efficient.recipe import RecipeError
 from lightning_efficient.weightspace import Boundary, Transform
 
@@ -78,7 +78,9 @@ class HESSOPruning(UnitPruningCallback):
         self._plan: Plan | None = None
         self._pruner: Pruner | None = None
         self._saved_plan: tuple[int, int, int] | None = None
-        self._scores: dict[str, Tensor] = {}
+        # Parameter → sums over its units: of the last backward, and of parameters whose optimizer has come to its step.
+        self._latest: dict[str, dict[str, Tensor]] = {}
+        self._sums: dict[str, dict[str, Tensor]] = {}
         self._active: dict[str, dict[int, Tensor]] = {}
         self._handles: list[RemovableHandle] = []
 
@@ -104,20 +106,21 @@ class HESSOPruning(UnitPruningCallback):
         if not self.enabled:
             return super().state_dict()
         plan = None if self._plan is None else [self._plan.first, self._plan.span, self._plan.periods]
-        return super().state_dict() | {"hesso": self.hesso.as_plain(), "plan": plan}
+        return super().state_dict() | {"hesso": self.hesso.as_plain(), "plan": plan, "sums": self._sums}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the run that is resumed was."""
         super().load_state_dict(state_dict)
         if self.enabled:
             self.hesso = HessoState.from_plain(state_dict["hesso"])
+            self._sums = {name: dict(sums) for name, sums in state_dict["sums"].items()}
             self._saved_plan = state_dict["plan"] and tuple(state_dict["plan"])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin a schedule anew; units that an earlier run of the same module has pruned stay pruned."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._plan, self._saved_plan = None, None
+            self._plan, self._saved_plan, self._sums = None, None, {}
             self.hesso.release()
             self.hesso.chosen, self.hesso.shrunk = 0, 0
 
@@ -175,7 +178,7 @@ class HESSOPruning(UnitPruningCallback):
     def _release(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._scores, self._active = [], {}, {}
+        self._handles, self._latest, self._active = [], {}, {}
         super()._release()
 
     # -- pruning ---------------------------------------------------------------------------------------------------
@@ -190,21 +193,29 @@ class HESSOPruning(UnitPruningCallback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gradients of the network's weights, before anything is done to them; those of the last micro-batch stay."""
         if self._due(trainer.global_step) is not None:
-            self._scores = self._measure()
-
-    def _measure(self) -> dict[str, Tensor]:
-        competing = {name: ~gone for name, gone in self.hesso.marked(PRUNED).items()}
-        grads = {name: param.grad for name, param in self._params.items()}
-        return saliency(self.groups.found.values(), self._params, grads, self.options.saliency, competing)
+            grads = {name: param.grad for name, param in self._params.items()}
+            self._latest = all_sums(self.groups.found.values(), self._params, grads)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Choose units at the start of a period, then on with the step."""
-        scores, self._scores = self._scores, {}
         period = self._due(trainer.global_step)
-        # Infinite in a step that the gradient scaler will skip: try the next one.
-        if scores and period is not None and all(bool(torch.isfinite(s).all()) for s in scores.values()):
-            self._pick(trainer, scores, period)
+        if period is not None and self._latest:
+            # Of several optimizers each has cleared the gradients of its own parameters only.
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            self._sums |= {name: sums for name, sums in self._latest.items() if id(self._params[name]) in held}
+            if self._sums.keys() == self._latest.keys():
+                self._judge(trainer, period)
+        self._latest = {}
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
+
+    def _judge(self, trainer: Trainer, period: int) -> None:
+        competing = {name: ~gone for name, gone in self.hesso.marked(PRUNED).items()}
+        groups = list(self.groups.found.values())
+        scores = saliency(groups, self._sums, self._shapes, self.options.saliency, competing)
+        self._sums = {}
+        # Infinite in a step that the gradient scaler will skip: try the next one.
+        if all(bool(torch.isfinite(score).all()) for score in scores.values()):
+            self._pick(trainer, scores, period)
 
     def _pick(self, trainer: Trainer, scores: Mapping[str, Tensor], period: int) -> None:
         assert self._pruner is not None
@@ -256,4 +267,4 @@ class HESSOPruning(UnitPruningCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a running fit."""
-        return super().__getstate__() | {"_handles": [], "_scores": {}, "_active": {}}
+        return super().__getstate__() | {"_handles": [], "_latest": {}, "_active": {}}

@@ -18,13 +18,14 @@ moves along ``-g``, so that would keep the units that training is shrinking, and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_efficient.pruning.groups import UnitGroup
+from lightning_efficient.pruning.groups import Slice, UnitGroup
 
 CRITERIA = ("magnitude", "avg_magnitude", "cosine", "taylor1", "taylor2")
 
@@ -65,36 +66,68 @@ def check_weights(weights: Mapping[str, float] | None) -> dict[str, float]:
 
 
 @torch.no_grad()
-def unit_sums(group: UnitGroup, params: Mapping[str, Tensor], grads: Mapping[str, Tensor | None]) -> UnitSums:
-    """Sum the entries of every unit, over all parameters that make it.
+def slice_sums(part: Slice, x: Tensor, grad: Tensor | None) -> Tensor:
+    """``‖x‖²``, ``‖g‖²`` and ``⟨x, g⟩`` of every unit's entries in one parameter.
+
+    Args:
+        part: Which entries belong to which unit.
+        x: The parameter.
+        grad: Its gradient; None counts as zero.
+
+    Returns:
+        ``(3, units)``, on the CPU in float32 or wider.
+    """
+    wide = _lines(x, part.dim)
+    sums = wide.new_zeros(3, len(wide))
+    sums[0] = wide.square().sum(1)
+    if grad is not None:
+        g = _lines(grad, part.dim)
+        sums[1], sums[2] = g.square().sum(1), (wide * g).sum(1)
+    return sums[:, part.index.to(x.device)].sum(2).cpu()
+
+
+@torch.no_grad()
+def all_sums(
+    groups: Iterable[UnitGroup], params: Mapping[str, Tensor], grads: Mapping[str, Tensor | None]
+) -> dict[str, dict[str, Tensor]]:
+    """The sums of every parameter that makes units.
+
+    Args:
+        groups: The units.
+        params: Name → parameter; slices of names that are not in it (buffers) do not count.
+        grads: Name → its gradient; None or missing counts as zero.
+
+    Returns:
+        Parameter → ``"group:axis"`` → ``(3, units)``.
+    """
+    sums: dict[str, dict[str, Tensor]] = {}
+    for group in groups:
+        for part in group.produced:
+            if part.name in params:
+                key = f"{group.name}:{part.dim}"
+                sums.setdefault(part.name, {})[key] = slice_sums(part, params[part.name], grads.get(part.name))
+    return sums
+
+
+def unit_sums(
+    group: UnitGroup, sums: Mapping[str, Mapping[str, Tensor]], shapes: Mapping[str, Sequence[int]]
+) -> UnitSums:
+    """Add up the sums of all parameters that make the units of a group.
 
     Args:
         group: The units.
-        params: Name → parameter; slices of names that are not in it (buffers) do not count.
-        grads: Name → its gradient; None or missing counts as zero.
+        sums: From :func:`all_sums`.
+        shapes: Parameter → its shape.
 
     Raises:
         ValueError: No parameter makes the units.
     """
-    xx = gg = xg = torch.zeros(())
-    entries = 0
-    for part in group.produced:
-        if part.name not in params:
-            continue
-        x = _lines(params[part.name], part.dim)
-        index = part.index.to(x.device)
-        grad = grads.get(part.name)
-        entries += index.shape[1] * x.shape[1]
-        xx = xx.to(x.device) + x.square().sum(1)[index].sum(1)
-        if grad is None:
-            gg, xg = gg.to(x.device).expand_as(xx), xg.to(x.device).expand_as(xx)
-        else:
-            g = _lines(grad, part.dim)
-            gg = gg.to(x.device) + g.square().sum(1)[index].sum(1)
-            xg = xg.to(x.device) + (x * g).sum(1)[index].sum(1)
-    if not entries:
+    parts = [part for part in group.produced if f"{group.name}:{part.dim}" in sums.get(part.name, {})]
+    if not parts:
         raise ValueError(f"{group.name!r} has no parameter to score its units by.")
-    return UnitSums(xx, gg, xg, entries)
+    total = torch.stack([sums[part.name][f"{group.name}:{part.dim}"] for part in parts]).sum(0)
+    entries = sum(p.index.shape[1] * math.prod(shapes[p.name]) // shapes[p.name][p.dim] for p in parts)
+    return UnitSums(total[0], total[1], total[2], entries)
 
 
 def _lines(tensor: Tensor, dim: int) -> Tensor:
@@ -124,11 +157,10 @@ def criteria_of(sums: UnitSums) -> dict[str, Tensor]:
     }
 
 
-@torch.no_grad()
 def saliency(
-    groups: Iterable[UnitGroup],
-    params: Mapping[str, Tensor],
-    grads: Mapping[str, Tensor | None],
+    groups: Sequence[UnitGroup],
+    sums: Mapping[str, Mapping[str, Tensor]],
+    shapes: Mapping[str, Sequence[int]],
     weights: Mapping[str, float] | None = None,
     competing: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
@@ -136,8 +168,8 @@ def saliency(
 
     Args:
         groups: All units that compete.
-        params: Name → parameter, as the network uses it.
-        grads: Name → gradient of the loss with respect to it; None where there is none.
+        sums: From :func:`all_sums`: of the parameters as the network uses them, and the loss's gradients.
+        shapes: Parameter → its shape.
         weights: Criterion → its weight in the sum; None: 0.2 each.
         competing: Group → bool, ``(units,)``: those that count in the norms. None: all.
 
@@ -148,19 +180,16 @@ def saliency(
         ValueError: As :func:`check_weights` and :func:`unit_sums`.
     """
     shares = check_weights(weights)
-    sums = {group.name: unit_sums(group, params, grads) for group in groups}
-    criteria = {name: {key: value.cpu() for key, value in criteria_of(s).items()} for name, s in sums.items()}
+    added = {group.name: unit_sums(group, sums, shapes) for group in groups}
+    criteria = {name: criteria_of(of_group) for name, of_group in added.items()}
     total = {name: torch.zeros_like(values["magnitude"]) for name, values in criteria.items()}
     for criterion, share in shares.items():
-        if not share:
-            continue
         everyone = [
             values[criterion] if competing is None else values[criterion][competing[name]]
             for name, values in criteria.items()
         ]
         norm = torch.linalg.vector_norm(torch.cat(everyone)) if everyone else torch.zeros(())
-        if norm == 0:  # no gradients anywhere
-            continue
-        for name, values in criteria.items():
-            total[name] += share * values[criterion] / norm
-    return {name: value.masked_fill(sums[name].xx.cpu() == 0, 0.0) for name, value in total.items()}
+        if share and norm != 0:  # zero where there are no gradients anywhere
+            for name, values in criteria.items():
+                total[name] += share * values[criterion] / norm
+    return {name: value.masked_fill(added[name].xx == 0, 0.0) for name, value in total.items()}

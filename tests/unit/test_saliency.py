@@ -9,7 +9,19 @@ import torch
 from torch import Tensor
 
 from lightning_efficient.pruning.groups import Slice, UnitGroup
-from lightning_efficient.pruning.saliency import CRITERIA, saliency, unit_sums
+from lightning_efficient.pruning.saliency import CRITERIA, all_sums, unit_sums
+from lightning_efficient.pruning.saliency import saliency as saliency_of
+
+
+def saliency(
+    groups: list[UnitGroup],
+    params: dict[str, Tensor],
+    grads: dict[str, Tensor | None],
+    weights: dict[str, float] | None = None,
+    competing: dict[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    shapes = {name: tuple(param.shape) for name, param in params.items()}
+    return saliency_of(groups, all_sums(groups, params, grads), shapes, weights, competing)
 
 
 def rows(units: int, each: int = 1, start: int = 0) -> Tensor:
