@@ -129,7 +129,8 @@ class CricState:
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> CricState:
         """The inverse of :meth:`as_plain`."""
-        return cls(**{name: dict(value) if isinstance(value, Mapping) else value for name, value in plain.items()})
+        copied: dict[str, Any] = {n: dict(v) if isinstance(v, Mapping) else v for n, v in plain.items()}
+        return cls(**copied)
 
 
 def probe_units(scores: Tensor, share: float) -> list[int]:
