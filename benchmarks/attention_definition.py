@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
-def attend(logits: Tensor, values: Tensor, tau: float) -> Tensor:
+def attend(logits: Tensor, values: Tensor, tau: float | Tensor) -> Tensor:
     """Values averaged with weights exp(logits / tau) / sum; a row of -inf is NaN."""
+    if isinstance(tau, Tensor):
+        logits = logits.clamp(min=-1e30)  # -inf has no gradient by tau
     exponents = logits / tau
     weights = (exponents - exponents.amax(-1, keepdim=True)).exp()
     return weights / weights.sum(-1, keepdim=True) @ values
@@ -24,25 +26,32 @@ class Definition(TorchFunctionMode):
 
     Args:
         modules: Modules whose calls, and those of the modules in them, are computed here.
-        tau: Temperature.
+        tau: Temperature; or one a module, a tensor ``(heads, 1, 1)``.
     """
 
-    def __init__(self, modules: list[nn.Module], tau: float) -> None:
+    def __init__(self, modules: list[nn.Module], tau: float | Sequence[Tensor]) -> None:
         super().__init__()
-        self.modules, self.tau, self.depth, self.count = modules, tau, 0, 0
+        self.taus = dict(zip(modules, [tau] * len(modules) if isinstance(tau, float) else tau, strict=True))
+        self.running: list[float | Tensor] = []
+        self.count = 0
+
+    @property
+    def tau(self) -> float | Tensor:
+        """Of the innermost of the modules that is running."""
+        return self.running[-1]
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Around a forward, in which only these modules' attention is changed."""
 
         def enter(module: nn.Module, args: Any) -> None:
-            self.depth += 1
+            self.running.append(self.taus[module])
 
         def leave(module: nn.Module, args: Any, out: Any) -> None:
-            self.depth -= 1
+            self.running.pop()
 
-        handles = [m.register_forward_pre_hook(enter) for m in self.modules]
-        handles += [m.register_forward_hook(leave) for m in self.modules]
+        handles = [m.register_forward_pre_hook(enter) for m in self.taus]
+        handles += [m.register_forward_hook(leave) for m in self.taus]
         with self:
             yield
         for handle in handles:
@@ -52,7 +61,7 @@ class Definition(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if not self.depth:
+        if not self.running:
             return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             self.count += 1
@@ -66,7 +75,7 @@ class Definition(TorchFunctionMode):
                 self.count += 1
                 # finfo.min stays what it is, or a row in which it masks everything would become NaN.
                 masked = x <= torch.finfo(x.dtype).min / 2
-                return func(torch.where(masked, x, x / self.tau), *rest, **kwargs)
+                return func(torch.where(masked, x, torch.where(masked, 0.0, x) / self.tau), *rest, **kwargs)
         return func(*args, **kwargs)
 
     def sdpa(

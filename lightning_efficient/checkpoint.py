@@ -15,6 +15,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_efficient import recipe
+from lightning_efficient.attention.adapter import set_laws, take_laws, write_laws
+from lightning_efficient.attention.temper import Law
 from lightning_efficient.recipe import Entry, RecipeError
 from lightning_efficient.surgery.change import Change
 from lightning_efficient.surgery.match import canonical_name
@@ -71,6 +73,9 @@ def fold(model: nn.Module, requests: Sequence[StructuralRequest], checkpoint: di
                     tensors[name] |= {f"{state_name}/{key}": value for key, value in live.items()}
                     state.update({prefix + key: value for key, value in module.fold_state(live).items()})
         recipe.write(checkpoint, Entry(request.method, request.key, request.config, tensors))
+    for state_name in _STATES:
+        if state_name in checkpoint:  # an averaged copy, made earlier, knows nothing of adapters
+            write_laws(model, checkpoint[state_name])
 
 
 def unfold(model: nn.Module, requests: Sequence[StructuralRequest], checkpoint: dict[str, Any]) -> None:
@@ -94,6 +99,17 @@ def unfold(model: nn.Module, requests: Sequence[StructuralRequest], checkpoint: 
             state = checkpoint[state_name] = dict(checkpoint[state_name])
             for name, prefix, module in _prefixes(model, request.changes):
                 _unfold_one(state, prefix, module, name, request, entry, state_name)
+    _adapt(model, checkpoint)
+
+
+def _adapt(model: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Give the model the attention adapters of a file, and leave its own keys in the states."""
+    laws: dict[str, Law] = {}
+    for state_name in _STATES:
+        if state_name in checkpoint:
+            checkpoint[state_name] = dict(checkpoint[state_name])
+            laws |= take_laws(checkpoint[state_name])
+    set_laws(model, laws)
 
 
 def _unfold_one(
@@ -155,7 +171,7 @@ def load_from_checkpoint(cls: type[M], path: str | Path | IO[bytes], map_locatio
     if hasattr(path, "seek"):
         cast(IO[bytes], path).seek(0)
     entries = [entry for entry in recipe.read(content) if entry.method in STRUCTURAL]
-    if not entries:
+    if not entries and not take_laws(dict(content["state_dict"])):
         return cls.load_from_checkpoint(path, map_location=map_location, **kwargs)
     if "_class_path" in content.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}):
         kwargs.setdefault("_class_path", None)  # written by a CLI; it would have to name a subclass of the loader below
@@ -165,10 +181,15 @@ def load_from_checkpoint(cls: type[M], path: str | Path | IO[bytes], map_locatio
         for entry in entries:
             _replay(self, entry)
 
+    def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
+        cls.on_load_checkpoint(self, checkpoint)
+        _adapt(self, checkpoint)
+
     # A subclass that lives for this call only: all of Lightning's logic for hyper-parameters is reused as it is.
+    hooks = {"configure_model": configure_model, "on_load_checkpoint": on_load_checkpoint}
     loader = cast(
         type[M],
-        type(cls.__name__, (cls,), {"configure_model": configure_model, "__module__": cls.__module__}),
+        type(cls.__name__, (cls,), hooks | {"__module__": cls.__module__}),
     )
     model = loader.load_from_checkpoint(path, map_location=map_location, **kwargs)
     model.__class__ = cls

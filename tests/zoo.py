@@ -119,8 +119,36 @@ class Llama(nn.Module):
         return self.llama(input_ids=tokens).logits[:, -1, :CLASSES]
 
 
+class CappedAttention(nn.Module):
+    """Soft-capped logits, two heads: no weight scales them."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, tau: Tensor | float = 1.0) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        logits = 2 * torch.tanh(q @ k.mT / 2) / tau
+        return self.proj((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class Capped(nn.Module):
+    """One capped attention, and one that a weight scales. Args of the forward: their temperatures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(8, 16), nn.Linear(16, CLASSES)
+        self.attn, self.plain = CappedAttention(), nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: Tensor, tau: Tensor | float = 1.0) -> Tensor:
+        x = self.embed(x.squeeze(1))
+        x = x + self.attn(x, tau) if torch.is_tensor(tau) or tau != 1.0 else x + self.attn(x)
+        x = x + self.plain(x, x, x, need_weights=False)[0]
+        return self.head(x.mean(1))
+
+
 # Where only some methods apply.
-SPECIAL: dict[str, Callable[[], nn.Module]] = {"llama": Llama}
+SPECIAL: dict[str, Callable[[], nn.Module]] = {"llama": Llama, "capped": Capped}
 NETS: dict[str, Callable[[], nn.Module]] = {
     "timm_vit": vit,
     "encoder": EncoderClassifier,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+import re
+from collections.abc import Mapping
+from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_efficient.attention.temper import Law, Temper
+from lightning_efficient.attention.temper import Law, Mode, Temper
+from lightning_efficient.surgery.match import canonical_name, modules_by_name
 
 # nn.TransformerEncoder turns padded batches into nested tensors, which only the fused path can attend over.
 _NESTED = "use_nested_tensor"
@@ -28,7 +32,7 @@ class TemperedForward:
     def __init__(self, module: nn.Module, law: Law) -> None:
         self.module, self.law = module, law
         self.inner = vars(module).get("forward")  # somebody else's, on the instance
-        self.hook: RemovableHandle | None = None
+        self.hooks: list[RemovableHandle] = []
         self.nested: list[nn.TransformerEncoder] = []
 
     @property
@@ -43,7 +47,29 @@ class TemperedForward:
             return type(self.module).forward(self.module, *args, **kwargs)
 
 
-def install(model: nn.Module, module: nn.Module, law: Law) -> None:
+class _Key:
+    """Adds a temperature to the module's state dict, which no module without one then loads by mistake."""
+
+    def __init__(self, law: Law) -> None:
+        self.law = law
+
+    def __call__(self, module: nn.Module, state: dict[str, Tensor], prefix: str, local_metadata: Any) -> None:
+        state.update({prefix + key: value for key, value in _as_tensors(self.law).items()})
+
+    def load(
+        self, module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any, strict: bool, *others: Any
+    ) -> None:
+        """Take a temperature in a state dict, if it is of one kind with this one."""
+        theirs = {key: state.pop(key) for key in list(state) if key.startswith(f"{prefix}{_NAME}.")}
+        mine = {prefix + key: value for key, value in _as_tensors(self.law).items()}
+        moves = self.law.log_tau is not None
+        if any(key not in mine or not (moves or torch.equal(mine[key], value)) for key, value in theirs.items()):
+            others[-1].append(f"another attention temperature: {theirs} in the state dict, {mine} here.")
+        elif self.law.log_tau is not None and theirs:
+            self.law.log_tau.data.copy_(theirs[f"{prefix}{_NAME}.{self.law.mode}.log_tau"])
+
+
+def install(model: nn.Module, module: nn.Module, law: Law, saved: bool = False) -> None:
     """Scale the attention that a module's forward computes.
 
     Args:
@@ -51,15 +77,31 @@ def install(model: nn.Module, module: nn.Module, law: Law) -> None:
             ``nn.TransformerEncoder``, which does not call the module's forward, that path is switched off.
         module: The module.
         law: How its logits are multiplied.
+        saved: Have the module's state dict hold the law, in keys of its own.
     """
     forward = TemperedForward(module, law)
+    if saved:
+        key = _Key(law)
+        forward.hooks.append(module.register_state_dict_post_hook(key))  # type: ignore[no-untyped-call]
+        forward.hooks.append(module.register_load_state_dict_pre_hook(key.load))  # type: ignore[no-untyped-call]
     if isinstance(module, nn.MultiheadAttention):
-        forward.hook = module.register_forward_pre_hook(_no_fast_path)
+        forward.hooks.append(module.register_forward_pre_hook(_no_fast_path))
         for encoder in (m for m in model.modules() if isinstance(m, nn.TransformerEncoder)):
             if encoder.use_nested_tensor and any(m is module for m in encoder.modules()):
                 setattr(encoder, _NESTED, False)
                 forward.nested.append(encoder)
     module.forward = forward
+
+
+def compiled(module: nn.Module) -> bool:
+    """Whether a compiled function stands in a module's ``forward``: what is around it would scale it once or twice.
+
+    ``module.compile()`` and ``torch.compile(module)`` put it outside, and trace through an adapter.
+
+    Args:
+        module: The module.
+    """
+    return hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
 
 
 def installed(module: nn.Module) -> TemperedForward | None:
@@ -83,11 +125,93 @@ def remove(module: nn.Module) -> None:
     del module.forward
     if forward.inner is not None:
         module.forward = forward.inner
-    if forward.hook is not None:
-        forward.hook.remove()
+    for hook in forward.hooks:
+        hook.remove()
     for encoder in forward.nested:
         setattr(encoder, _NESTED, True)
 
 
 def _no_fast_path(module: nn.Module, args: Any) -> None:
     """A hook of any kind makes ``nn.TransformerEncoderLayer`` call its attention module."""
+
+
+# -- in files ----------------------------------------------------------------------------------------------------------
+
+_NAME = "temp_scale"
+_PATTERN = re.compile(rf"(?:(.*)\.)?{_NAME}\.(constant|log_n|ssmax)\.(tau|log_tau|length)")
+
+
+def _as_tensors(law: Law) -> dict[str, Tensor]:
+    now = {"tau": torch.tensor(law.tau, dtype=torch.float64)}
+    if law.log_tau is not None:
+        now = {"log_tau": law.log_tau.detach().clone()}
+    if law.mode == "log_n":
+        now["length"] = torch.tensor(law.length, dtype=torch.float64)
+    return {f"{_NAME}.{law.mode}.{what}": value for what, value in now.items()}
+
+
+def write_laws(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put the temperatures of a model's adapters into a state dict, of the model or of an averaged copy.
+
+    Args:
+        model: The model.
+        state: Its state dict.
+    """
+    for name, module in model.named_modules():
+        if (forward := installed(module)) is not None:
+            prefix = canonical_name(name) + "." if name else ""
+            state.update({prefix + key: value for key, value in _as_tensors(forward.law).items()})
+
+
+def take_laws(state: dict[str, Tensor]) -> dict[str, Law]:
+    """Take the temperatures of adapters out of a state dict.
+
+    Args:
+        state: Holds the model's own keys only afterwards.
+
+    Returns:
+        Name of the module -> law.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for key in list(state):
+        if match := _PATTERN.fullmatch(key):
+            site, mode, what = match.groups()
+            value = state.pop(key)
+            law = found.setdefault(canonical_name(site or ""), {"mode": cast(Mode, mode)})
+            law[what] = nn.Parameter(value.clone(), False) if what == "log_tau" else float(value)
+    return {site: Law(**law) for site, law in found.items()}
+
+
+def set_laws(model: nn.Module, laws: Mapping[str, Law]) -> None:
+    """Give a model's modules these adapters, which its state dict then holds, and no others.
+
+    A temperature that moves and is there already takes the value, as an optimizer may hold its parameter.
+
+    Args:
+        model: The model.
+        laws: What :func:`take_laws` returned.
+
+    Raises:
+        ValueError: A module is missing. Nothing has changed then.
+    """
+    modules = modules_by_name(model)
+    if missing := [name for name in laws if name not in modules]:
+        raise ValueError(
+            f"there are attention temperatures for {missing[:4]}, and {type(model).__name__} has no such modules. Was "
+            "the model built with other arguments?"
+        )
+    wanted = {id(modules[name]): law for name, law in laws.items()}
+    for module in list(model.modules()):
+        law, now = wanted.get(id(module)), installed(module)
+        if now is not None and law is not None and _alike(now.law, law):
+            cast(nn.Parameter, now.law.log_tau).data.copy_(cast(nn.Parameter, law.log_tau).data)
+            continue
+        if now is not None:
+            remove(module)
+        if law is not None:
+            install(model, module, law, saved=True)
+
+
+def _alike(one: Law, two: Law) -> bool:
+    shapes = [None if law.log_tau is None else law.log_tau.shape for law in (one, two)]
+    return one == two and shapes[0] == shapes[1] is not None

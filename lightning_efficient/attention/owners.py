@@ -25,7 +25,7 @@ class Owners(AbstractContextManager["Owners"]):
         transparent: What modules of these types do belongs to the module that called them.
     """
 
-    def __init__(self, model: nn.Module, transparent: tuple[type[nn.Module], ...] = ()) -> None:
+    def __init__(self, model: nn.Module, transparent: tuple[type[nn.Module], ...] = (nn.Softmax,)) -> None:
         self.model = model
         self.transparent = transparent
         self.ran: set[str] = set()

@@ -1,4 +1,13 @@
-"""Watches the attention of one forward pass, whatever library wrote it, without changing the pass."""
+"""Watches the attention of one forward pass, whatever library wrote it, without changing the pass.
+
+There are two watchers, this one and :class:`~lightning_efficient.attention.trace.Trace`, because what they promise
+excludes each other. A trace answers which weights scale the logits: it computes all logits of a float64 copy, keeps
+them with their autograd graph, cuts that graph, and may run the attention at another temperature. The probe sits in a
+real training step: no bit, random number or gradient of it may change, and of each call it keeps a few numbers a head,
+from a sample of queries, in float32. They share what they can: the calls that count as attention (``SOFTMAX``,
+``Follower``), whose they are (``Owners``), how ``nn.MultiheadAttention`` makes queries, keys and masks
+(:mod:`~lightning_efficient.attention.multihead`); a test holds that both find the same attentions under the same names.
+"""
 
 from __future__ import annotations
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_efficient.attention.multihead import arguments_of_multihead, mask_of_multihead
@@ -35,22 +35,31 @@ class Law:
             (Su, entropy-invariant softmax), ``"ssmax"`` by ``log n`` (Scalable-Softmax, arXiv 2501.19399, with
             ``s = 1 / τ``).
         length: The number of keys at which ``"log_n"`` changes nothing.
+        log_tau: A temperature that moves, its logarithm, beside ``tau``; ``(heads,)``, or ``(1,)`` for all heads.
     """
 
     tau: float = 1.0
     mode: Mode = "constant"
     length: float = 512.0
+    log_tau: nn.Parameter | None = field(default=None, compare=False)
 
     @property
     def factor(self) -> float:
-        """What is not a function of the length."""
+        """What is not a function of the length and does not move."""
         return 1.0 / self.tau / (math.log(self.length) if self.mode == "log_n" else 1.0)
 
-    def of(self, keys: Tensor) -> Tensor | float:
-        """The factor for queries that see so many keys, same shape."""
-        if self.mode == "constant":
-            return self.factor
-        return self.factor * keys.clamp(min=1).double().log()
+    def of(self, keys: Tensor | None) -> Tensor | float:
+        """The factor on logits ``(..., heads, queries, keys)``.
+
+        Args:
+            keys: How many keys each query sees, ``(..., queries, 1)``; not looked at in the mode ``"constant"``.
+        """
+        factor: Tensor | float = self.factor
+        if self.log_tau is not None:
+            factor = factor * torch.exp(-self.log_tau).view(-1, 1, 1)
+        if self.mode == "constant" or keys is None:
+            return factor
+        return factor * keys.clamp(min=1).double().log()
 
 
 class Temper(TorchFunctionMode):
@@ -84,12 +93,13 @@ def tempered(law: Law, func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
         return func(**_sdpa(law, *args, **kwargs))
     if func is F.multi_head_attention_forward:
         call = dict(zip(_MULTIHEAD, args, strict=False)) | kwargs
-        return _multihead(law, call) if law.mode == "constant" else _multihead_by_length(law, call)
+        one_number = law.mode == "constant" and law.log_tau is None
+        return _multihead(law, call) if one_number else _multihead_written_out(law, call)
     if func in SOFTMAX and (logits := logits_of_softmax(args, kwargs)) is not None:
         if (dtype := kwargs.get("dtype")) is not None:
             logits = logits.to(dtype)
-        factor = law.of(visible(logits).sum(-1, keepdim=True))
-        return func(_times(logits, factor), *args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
+        keys = None if law.mode == "constant" else visible(logits).sum(-1, keepdim=True)
+        return func(_times(logits, law.of(keys)), *args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
     return func(*args, **kwargs)
 
 
@@ -109,8 +119,19 @@ def visible(logits: Tensor) -> Tensor:
 
 def _times(logits: Tensor, factor: Tensor | float) -> Tensor:
     """What masks stays as it is: ``finfo.min`` would overflow, and times ``log 1`` it would mask no more."""
-    factor = factor.to(logits.dtype) if isinstance(factor, Tensor) else factor
-    return torch.where(visible(logits), logits * factor, logits)
+    seen = visible(logits)
+    if isinstance(factor, Tensor) and factor.requires_grad:
+        # Not what is masked: the gradient of the factor would be 0 times -inf.
+        return torch.where(seen, _product(torch.where(seen, logits, 0.0), factor), logits)
+    return torch.where(seen, _product(logits, factor), logits)
+
+
+def _product(tensor: Tensor, factor: Tensor | float) -> Tensor:
+    """In float32 at least, as a gradient of ``factor`` is a sum over all of ``tensor``."""
+    if not isinstance(factor, Tensor):
+        return tensor * factor
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return (tensor * factor.to(tensor.device, wide)).to(tensor.dtype)
 
 
 def _sdpa(
@@ -124,13 +145,11 @@ def _sdpa(
     scale: float | None = None,
     **others: Any,
 ) -> dict[str, Any]:
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if law.mode == "constant":
-        factor: Tensor | float = law.factor
-        scale = scale * law.factor
+    factor = law.of(None if law.mode == "constant" else _keys_seen(query, key, attn_mask, is_causal))
+    if isinstance(factor, Tensor):
+        query = _product(query, factor)
     else:
-        factor = law.of(_keys_seen(query, key, attn_mask, is_causal))
-        query = query * factor.to(query.dtype) if isinstance(factor, Tensor) else query * factor
+        scale = (query.shape[-1] ** -0.5 if scale is None else scale) * factor
     if attn_mask is not None and attn_mask.is_floating_point():
         attn_mask = _times(attn_mask, factor)
     call = {"query": query, "key": key, "value": value, "attn_mask": attn_mask, "dropout_p": dropout_p}
@@ -168,11 +187,11 @@ def _rows_times(weight: Tensor, rows: int, factor: float) -> Tensor:
     return torch.cat([weight[:rows] * factor, weight[rows:]])
 
 
-def _multihead_by_length(law: Law, call: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """The body of ``F.multi_head_attention_forward``, written out: there no argument scales single queries."""
+def _multihead_written_out(law: Law, call: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """The body of ``F.multi_head_attention_forward``, written out: there no argument scales single queries or heads."""
     c = arguments_of_multihead(**call)
     if c.static_k is not None or c.static_v is not None:
-        raise ValueError("`static_k`/`static_v` of multi_head_attention_forward cannot be scaled by length.")
+        raise ValueError("`static_k`/`static_v` of multi_head_attention_forward cannot be scaled by query or head.")
     unbatched = c.query.dim() == 2
     query, key, value = (x.unsqueeze(1) if unbatched else x for x in (c.query, c.key, c.value))
     separate = (c.q_proj_weight, c.k_proj_weight, c.v_proj_weight)

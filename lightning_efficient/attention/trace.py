@@ -1,7 +1,6 @@
 """One forward pass, with everything that its attention calls were given: queries, keys, logits, results.
 
-Unlike ``AttentionProbe``, which measures real runs cheaply, this keeps whole tensors, with their graph: it is for one
-small example on a copy of the model.
+For one small example on a copy of the model; ``AttentionProbe`` watches real runs, and says why there are two.
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ class Trace(TorchFunctionMode):
         self._laws, self._cut, self._products = dict(laws or {}), frozenset(cut), products
         self._made: list[tuple[str, Tensor, Tensor, Tensor]] = []
         self._follower: Follower[Seen] = Follower()
-        self._owners = Owners(model, transparent=(nn.Softmax,))
+        self._owners = Owners(model)
         self._exits = ExitStack()
 
     def __enter__(self) -> Trace:

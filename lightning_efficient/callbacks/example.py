@@ -36,7 +36,7 @@ class Shell(nn.Module):
         super().__init__()
         self._modules.update(pl_module._modules)
         self.names = tuple(names)
-        self.train(pl_module.training)
+        self.training = pl_module.training  # not `train()`, which would reach the children
 
     def forward(self, *calls: tuple[tuple[Any, ...], Mapping[str, Any]]) -> list[Any]:
         """Repeat the calls: (positional arguments, keyword arguments) of each."""

@@ -76,17 +76,18 @@ def install_before_averaging(
 
 def fold_for_parent(trainer: Trainer, pl_module: LightningModule) -> None:
     """In a process spawned by the Trainer, make the module plain again: the parent only takes over plain weights."""
-    if _spawned(trainer):
+    if spawned(trainer):
         fold_modules(pl_module)
 
 
-def _spawned(trainer: Trainer) -> bool:
+def spawned(trainer: Trainer) -> bool:
+    """Whether this process was spawned or forked by a Trainer, whose own process then only gets its weights."""
     return isinstance(trainer.strategy, DDPStrategy) and parent_process() is not None
 
 
 def rebind_optimizers(trainer: Trainer, pl_module: LightningModule, method: str, key: str) -> None:
     """Point the Trainer's optimizers at the parameters of a request's new modules."""
-    if _spawned(trainer) and (names := unfoldable(pl_module)):
+    if spawned(trainer) and (names := unfoldable(pl_module)):
         raise ValueError(
             f"{method} does not fold ({names[:3]} ...), and the parent of spawned processes only takes over plain "
             "weights. Use Trainer(strategy='ddp')."

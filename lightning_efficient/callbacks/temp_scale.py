@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -14,33 +15,42 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_efficient import recipe
+from lightning_efficient.attention.adapter import install, installed, remove
 from lightning_efficient.attention.knobs import Knob
 from lightning_efficient.attention.sites import AttentionSite
+from lightning_efficient.attention.temper import Law
+from lightning_efficient.attention.verify import module_at
 from lightning_efficient.callbacks.attach import attachment, carry
-from lightning_efficient.callbacks.example import Stage, example_of, first_batch
+from lightning_efficient.callbacks.example import Example, Stage, example_of, first_batch
+from lightning_efficient.callbacks.structural import spawned
 from lightning_efficient.callbacks.weightspace import Plan, WeightSpaceCallback
 from lightning_efficient.methods.temp_scale import (
     METHOD,
     Targets,
     TempScaleConfig,
     TempScaleError,
+    carriers,
+    check_gradients,
     find_targets,
     install_targets,
     make_transforms,
     remove_temp_scale,
 )
 from lightning_efficient.schedule import transition, transition_steps
-from lightning_efficient.weightspace import Block, ScaleTransform, Temperature, Transform
+from lightning_efficient.surgery.match import canonical_name
+from lightning_efficient.weightspace import Block, Boundary, ScaleTransform, Temperature, Transform
 
 
 class TempScale(WeightSpaceCallback):
     """Divide every attention's logits by a temperature (Zhou et al., ACL 2025, arXiv 2410.24200).
 
     In ``fit`` the temperature lives in the query weights (or query norms and position biases) at the optimizer
-    boundary: the model stays plain, files load anywhere and hold the scaled weights. In ``validate``, ``test`` and
-    ``predict`` alone it is put on a trained model for that run and taken off again, to the bit; what no weight can
-    scale gets a forward adapter there. Where the temperature goes is found by running one batch, and proved in float64
-    before anything changes. Logs ``efficient/temp_scale/tau_*`` where it moves.
+    boundary: the model stays plain, files load anywhere and hold the scaled weights. What no weight can scale, or no
+    optimizer moves, gets a forward adapter, which stays on the trained module; files then hold the temperature under a
+    key of its own, which this callback and :func:`~lightning_efficient.load_from_checkpoint` read, and others refuse.
+    In ``validate``, ``test`` and ``predict`` alone it is put on a trained model for that run and taken off again, to
+    the bit. Where the temperature goes is found by running one batch, and proved in float64 before anything changes.
+    Logs ``efficient/temp_scale/tau_*`` where it moves.
 
     Args:
         enabled: ``False`` leaves the run bit-identical to one without the callback.
@@ -49,9 +59,10 @@ class TempScale(WeightSpaceCallback):
         exclude: Globs over names, applied after ``include``.
         tau: The temperature, or one per attention in the order of the forward. Below 1 sharpens; 1 changes nothing.
             Where it is learned, its first value.
-        mode: ``"constant"``; or, to compare with, without training only: ``"log_n"`` (logits times log n / log
-            ``length``) or ``"ssmax"`` (times log n), n the number of keys a query sees.
-        learnable: Train the temperature, one per attention, with the learning rate of the query weight, without decay.
+        mode: ``"constant"``; or, by forward adapters, ``"log_n"`` (logits times log n / log ``length``) or ``"ssmax"``
+            (times log n), n the number of keys a query sees.
+        learnable: Train the temperature, one per attention, with the learning rate of the query weight (the nearest
+            trained weight, where that one is frozen), without decay.
         per_head: One learned temperature per head.
         transition: How long the temperature takes from 1 to ``tau``, geometrically: a fraction of the run (float) or
             optimizer steps (int). 0: it is ``tau`` from the start.
@@ -84,6 +95,7 @@ class TempScale(WeightSpaceCallback):
             raise ValueError(f"`transition`={transition!r} would overwrite what `learnable=True` learns; drop one.")
         self._targets: Targets | None = None
         self._layout: dict[str, Any] | None = None
+        self._carriers: dict[str, str] = {}  # attention whose adapter moves -> the parameter it steps with
         self._applied = False
         self._steps: int | None = None
 
@@ -104,11 +116,6 @@ class TempScale(WeightSpaceCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find and prove, then put the temperatures on the optimizer boundary."""
         if self.enabled:
-            if self.options.mode != "constant":
-                raise ValueError(
-                    f"TempScale(mode={self.options.mode!r}) depends on the length of each sample, which no weight can: "
-                    "use it in `validate`, `test` and `predict`, or train with mode='constant'."
-                )
             self._targets = self._targets_of_fit(trainer, pl_module)
         super().on_fit_start(trainer, pl_module)
 
@@ -124,7 +131,12 @@ class TempScale(WeightSpaceCallback):
                 "the module was trained with another TempScale, and its weights hold that temperature: a second one "
                 "would multiply it. Go on with the same callback, or from a checkpoint (`ckpt_path`)."
             )
-        return self._find(trainer, pl_module, "fit", first_batch(trainer))
+        example = example_of(trainer, pl_module, "fit", first_batch(trainer))
+        trained = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+        fixed = {canonical_name(name) for name, p in pl_module.named_parameters() if id(p) not in trained}
+        targets = self._find(example, fixed)
+        check_gradients(example.model, example.args, targets)
+        return targets
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fix the schedule; from here on the weights hold the temperature."""
@@ -148,32 +160,71 @@ class TempScale(WeightSpaceCallback):
             targets = find_targets(pl_module, example, self.options, self.include, self.exclude)
             return Plan(change=targets.change())
         trainer = pl_module.trainer
-        if targets.adapters:
+        if targets.adapters and spawned(trainer):
             raise TempScaleError(
-                "in training a temperature must live in weights, which is not exact for "
-                + "; ".join(f"{name!r} ({why})" for name, why in list(targets.adapters.items())[:4])
-                + f". To train with the others: exclude={list(targets.adapters)}."
+                f"{list(targets.adapters)[:3]} need forward adapters, and the process that spawned this one would take "
+                "over the weights alone. Use Trainer(strategy='ddp'), or exclude them."
             )
-        change = targets.change()
         temperatures = self._temperatures(targets)
-        sites: dict[str, tuple[nn.Parameter, Callable[[], Transform]]] = {}
-        for name, (parameter, transform) in make_transforms(pl_module, targets, temperatures).items():
-            sites[name] = (parameter, partial(_given, transform))
-        moves = self.learnable or bool(self.transition)
-        _check_optimizers(trainer.optimizers, targets, {name: site[0] for name, site in sites.items()}, moves)
-        return Plan(sites, change)
+        made = make_transforms(pl_module, targets, temperatures)
+        moving = self.learnable or bool(self.transition)
+        parameters = {canonical_name(name): p for name, p in pl_module.named_parameters()}
+        if moving:
+            _check_optimizers(trainer.optimizers, targets, {name: parameter for name, (parameter, _) in made.items()})
+        trained = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+        names = [name for name, p in parameters.items() if id(p) in trained]
+        self._carriers = carriers(targets, list(targets.adapters) if moving else [], names, made)
+        for site, name in self._carriers.items():
+            made[name] = (parameters[name], ScaleTransform(temperatures[site], ()))
+        plan = Plan(change=targets.change())
+        plan.sites.update(
+            {name: (parameter, partial(_given, transform)) for name, (parameter, transform) in made.items()}
+        )
+        return plan
 
     def _temperatures(self, targets: Targets) -> dict[str, Temperature]:
-        """One per group of attentions that share a weight, under every name of the group."""
+        """One for each adapter and each group of attentions that share a weight, under the first name of the group."""
         made: dict[str, Temperature] = {}
-        for group in targets.groups():
-            tau = targets.laws[group[0]].tau
-            heads = targets.sites[group[0]].heads if self.options.per_head else 1
-            if self.transition:
-                made[group[0]] = Temperature(self._schedule(tau))
-            else:
-                made[group[0]] = Temperature(tau, heads or 1, self.learnable)
+        for site in [*(group[0] for group in targets.groups()), *targets.adapters]:
+            tau, heads = targets.laws[site].tau, targets.sites[site].heads if self.options.per_head else 1
+            if heads is None:
+                raise TempScaleError(
+                    f"`per_head=True`: the logits of {site!r} do not say which axis holds the heads. Exclude it "
+                    f"(exclude=[{site!r}]), or learn one temperature for all heads."
+                )
+            made[site] = Temperature(self._schedule(tau) if self.transition else tau, heads, self.learnable)
         return made
+
+    def _begin(self, pl_module: LightningModule, boundary: Boundary) -> None:
+        super()._begin(pl_module, boundary)
+        self._adapt(pl_module)
+
+    def _adapt(self, pl_module: LightningModule) -> None:
+        """Put the adapters on, or on again, with the temperatures that the optimizers hold."""
+        targets = cast(Targets, self._targets)
+        for site in targets.adapters:
+            module, law = module_at(pl_module, site), targets.laws[site]
+            if site in self._carriers:
+                transform = cast(ScaleTransform, self._transforms[self._carriers[site]])
+                law = replace(law, tau=1.0, log_tau=transform.temperature.log_tau)
+            if installed(module) is not None:
+                remove(module)
+            if law != Law() or law.log_tau is not None:
+                install(pl_module, module, law, saved=True)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Average the gradients of the adapters' temperatures over the processes, as DDP does the model's.
+
+        After every backward: the mean of what is a mean already and of what a further micro-batch adds to it is right.
+        """
+        if self._boundary is None or trainer.world_size == 1 or not self.learnable:
+            return
+        thetas = [cast(nn.Parameter, self._transforms[name].theta) for name in self._carriers.values()]
+        if thetas:
+            parts = [torch.zeros_like(theta) if theta.grad is None else theta.grad for theta in thetas]
+            mean = cast(Tensor, trainer.strategy.reduce(torch.cat(parts), reduce_op="mean"))
+            for theta, grad in zip(thetas, torch.split(mean, [len(theta) for theta in thetas]), strict=True):
+                theta.grad = grad.clone()
 
     def _schedule(self, tau: float) -> Callable[[int], float]:
         def at(step: int) -> float:
@@ -206,6 +257,8 @@ class TempScale(WeightSpaceCallback):
         self._layout = mine[0].config.get("layout") if mine else None
         if mine and trainer.state.fn == "fit":
             self._steps = mine[0].config.get("steps")
+        if self._boundary is not None:  # a tuner's, in the middle of a fit
+            self._adapt(pl_module)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -244,7 +297,7 @@ class TempScale(WeightSpaceCallback):
         if held is not None:
             self._say_held(held.config)
             return
-        targets = self._find(trainer, pl_module, stage, batch)
+        targets = self._find(example_of(trainer, pl_module, stage, batch))
         install_targets(pl_module, targets)
         self._applied = True
         rank_zero_info(targets.change().report())
@@ -254,12 +307,12 @@ class TempScale(WeightSpaceCallback):
         if changed := [name for name in ("tau", "mode") if held.get(name) != now[name]]:
             said = "; ".join(f"`{name}`: {held.get(name)!r} then, {now[name]!r} now" for name in changed)
             rank_zero_warn(
-                f"TempScale: the weights hold the temperature that they were trained with, and that is used ({said}). "
-                "To evaluate at another one, call `lightning_efficient.functional.apply_temp_scale` on the module with "
-                "the ratio of the two."
+                f"TempScale: the module holds the temperature that it was trained with, and that is used ({said}). "
+                "To evaluate at another one, where no forward adapter holds it, call "
+                "`lightning_efficient.functional.apply_temp_scale` on the module with the ratio of the two."
             )
         else:
-            rank_zero_info("TempScale: the weights were trained with their temperature and hold it.")
+            rank_zero_info("TempScale: the module was trained with its temperature and holds it.")
 
     def _take_off(self, pl_module: LightningModule) -> None:
         if self._applied:
@@ -268,10 +321,9 @@ class TempScale(WeightSpaceCallback):
 
     # -- both ----------------------------------------------------------------------------------------------------
 
-    def _find(self, trainer: Trainer, pl_module: LightningModule, stage: Stage, batch: Any) -> Targets:
-        example = example_of(trainer, pl_module, stage, batch)
+    def _find(self, example: Example, fixed: Collection[str] = ()) -> Targets:
         with torch.random.fork_rng([]):
-            return find_targets(example.model, example.args, self.options, self.include, self.exclude)
+            return find_targets(example.model, example.args, self.options, self.include, self.exclude, fixed)
 
 
 def _given(transform: Transform) -> Transform:
@@ -287,6 +339,7 @@ def _as_plain(targets: Targets) -> dict[str, Any]:
                 [knob.parameter, [[b.start, b.length, b.dim] for b in knob.blocks], knob.heads and list(knob.heads)]
                 for knob in site.knobs
             ],
+            "adapter": targets.adapters.get(name),
         }
         for name, site in targets.sites.items()
     }
@@ -300,27 +353,22 @@ def _from_plain(layout: Mapping[str, Any], options: TempScaleConfig) -> Targets:
             for parameter, blocks, heads in site["knobs"]
         )
         sites[name] = AttentionSite(name, "resumed", heads=site["heads"], knobs=knobs)
-    return Targets(sites, options.laws(list(sites)))
+    adapters = {name: site["adapter"] for name, site in layout.items() if site.get("adapter") is not None}
+    return Targets(sites, options.laws(list(sites)), adapters=adapters)
 
 
 def _check_optimizers(
-    optimizers: Sequence[Optimizer], targets: Targets, parameters: Mapping[str, nn.Parameter], moves: bool
+    optimizers: Sequence[Optimizer], targets: Targets, parameters: Mapping[str, nn.Parameter]
 ) -> None:
-    """All weights behind one attention's logits must be scaled: each by an optimizer, one with a shared temperature.
+    """All weights behind one attention's logits share a temperature, which moves with one optimizer.
 
     Raises:
-        TempScaleError: Naming what is frozen, or in several optimizers.
+        TempScaleError: Naming those in several.
     """
     owner = {id(p): i for i, o in enumerate(optimizers) for group in o.param_groups for p in group["params"]}
     for group in targets.groups():
         names = list(dict.fromkeys(knob.parameter for site in group for knob in targets.sites[site].knobs))
-        idle = [name for name in names if id(parameters[name]) not in owner]
-        if idle:
-            raise TempScaleError(
-                f"{idle} scale {group[0]!r} and are in no optimizer (frozen?), so in training the temperature could "
-                f"not live there. Exclude the attention (exclude=[{group[0]!r}]), or train the weights."
-            )
-        if moves and len({owner[id(parameters[name])] for name in names}) > 1:
+        if len({owner.get(id(parameters[name])) for name in names}) > 1:
             raise TempScaleError(
                 f"{names} scale {group[0]!r} together and are in different optimizers, which step at different times. "
                 f"Give them to one, or exclude=[{group[0]!r}]."

@@ -269,7 +269,7 @@ def _only_optimized(
     """Drop the weights that no optimizer moves: they are as good as frozen."""
     held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
     kept = {name: site for name, site in plan.sites.items() if id(site[0]) in held}
-    if not kept:
+    if plan.sites and not kept:
         raise ValueError(
             f"{who}: none of the {len(plan.sites)} matched weights is in an optimizer ({list(plan.sites)[:3]} ...). "
             "Does `configure_optimizers` use other parameters, or does the optimizer step inside backward?"

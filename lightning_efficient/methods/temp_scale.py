@@ -8,7 +8,8 @@ included, where that is exact, and into a forward adapter where not; it is prove
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from lightning_efficient.methods.temp_targets import (
     Targets,
     TempScaleConfig,
     TempScaleError,
+    check_gradients,
     find_targets,
 )
 from lightning_efficient.surgery.change import Change
@@ -36,6 +38,8 @@ __all__ = [
     "TempScaleConfig",
     "TempScaleError",
     "apply_temp_scale",
+    "carriers",
+    "check_gradients",
     "find_targets",
     "install_targets",
     "make_transforms",
@@ -139,7 +143,7 @@ def make_transforms(
 
     Args:
         model: The model.
-        targets: What was found in it; attentions that need an adapter are left out.
+        targets: What was found in it; attentions that need an adapter are left out: see :func:`carriers`.
         temperatures: Site -> temperature; sites of one group (:meth:`Targets.groups`) share the first one's.
 
     Raises:
@@ -149,10 +153,9 @@ def make_transforms(
     made: dict[str, tuple[nn.Parameter, ScaleTransform]] = {}
     for group in targets.groups():
         temperature = temperatures[group[0]]
-        moves = temperature.schedule is not None or temperature.log_tau.requires_grad
         for knob in (knob for site in group for knob in targets.sites[site].knobs):
             parameter = parameters[knob.parameter]
-            if moves and not parameter.requires_grad:
+            if temperature.moves and not parameter.requires_grad:
                 raise TempScaleError(
                     f"{knob.parameter!r} is frozen, so a learned or scheduled temperature of {group[0]!r} could not "
                     "reach it. Unfreeze it, exclude the attention, or use a constant `tau`."
@@ -160,3 +163,37 @@ def make_transforms(
             heads = knob.heads if len(temperature.log_tau) > 1 else None
             made.setdefault(knob.parameter, (parameter, ScaleTransform(temperature, knob.blocks, heads)))
     return made
+
+
+def carriers(targets: Targets, sites: Sequence[str], trained: Sequence[str], taken: Collection[str]) -> dict[str, str]:
+    """The weight with which the temperature of each adapter is stepped, saved and resumed, at its learning rate.
+
+    Args:
+        targets: What was found.
+        sites: Those of its adapters whose temperature moves.
+        trained: Names of the parameters in optimizers.
+        taken: Those that have a temperature already.
+
+    Returns:
+        Site -> a parameter of its own: one that makes its logits where there is one, else the nearest in the model.
+
+    Raises:
+        TempScaleError: There are not enough.
+    """
+    free, found = [name for name in trained if name not in taken], {}
+    for site in sites:
+        own = [knob.parameter for knob in targets.sites[site].knobs]
+        if not free:
+            raise TempScaleError(
+                f"every trained weight drives a temperature already, and that of {site!r} would need one more to learn "
+                f"or move with. Train more weights, use a constant `tau`, or exclude=[{site!r}]."
+            )
+        found[site] = max(free, key=lambda name: (name in own, _shared(site, name)))
+        free.remove(found[site])
+    return found
+
+
+def _shared(one: str, two: str) -> int:
+    """How many modules two names share."""
+    pairs = zip(one.split("."), two.split("."), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_efficient.attention.adapter import installed
+from lightning_efficient.attention.adapter import compiled, installed
+from lightning_efficient.attention.gradients import wrong_gradients
 from lightning_efficient.attention.sites import Attention, AttentionSite, as_probe, find_attention
 from lightning_efficient.attention.temper import Law, Mode
-from lightning_efficient.attention.verify import Verdict, verify
+from lightning_efficient.attention.verify import Verdict, module_at, verify
 from lightning_efficient.surgery.change import Change
 from lightning_efficient.surgery.match import NoMatchError, canonical_name, covers, near_names
 from lightning_efficient.surgery.probes import Probe
@@ -101,6 +102,11 @@ class Targets:
             groups.append((mine, names))
         return [sites for sites, _ in groups]
 
+    def held_by(self, names: Collection[str]) -> dict[str, str]:
+        """Sites whose temperature one of these parameters would hold, and the parameter."""
+        knobs = [(s, knob) for s in self.sites if s not in self.adapters for knob in self.sites[s].knobs]
+        return {site: knob.parameter for site, knob in knobs if knob.parameter in names}
+
     def change(self) -> Change:
         """The record of it."""
         change = Change(method=METHOD, skipped=dict(self.skipped))
@@ -118,6 +124,7 @@ def find_targets(
     config: TempScaleConfig | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
+    fixed: Collection[str] = (),
 ) -> Targets:
     """Find every attention, decide where its temperature goes, and prove on float64 copies that it is exact.
 
@@ -128,6 +135,7 @@ def find_targets(
         config: Hyper-parameters.
         include: Globs over the names of attention modules; None: all.
         exclude: Globs over names left alone.
+        fixed: Names of parameters that are not to be written to: what they scale gets an adapter.
 
     Raises:
         NoMatchError: The model has no attention, or the globs leave none.
@@ -151,7 +159,38 @@ def find_targets(
         elif not site.knobs:
             targets.adapters[name] = site.why
     _prove(model, probe, attention, targets, by_head)
+    if frozen := targets.held_by(fixed):
+        targets.adapters |= {site: f"{name!r} is in no optimizer" for site, name in frozen.items()}
+        _prove(model, probe, attention, targets, by_head)
+    for name in targets.adapters:
+        if compiled(module_at(model, name)):
+            raise TempScaleError(
+                f"the forward of {name!r} was replaced by a compiled function, around which an adapter cannot work. "
+                "Compile the module (`module.compile()` or `torch.compile(model)`) instead."
+            )
     return targets
+
+
+def check_gradients(model: nn.Module, example: Any, targets: Targets) -> None:
+    """Refuse adapters that would train with wrong gradients.
+
+    Args:
+        model: Not touched; in the mode that it trains in.
+        example: See :func:`find_targets`.
+        targets: What that returned.
+
+    Raises:
+        TempScaleError: Naming them.
+    """
+    if not targets.adapters:
+        return
+    if wrong := wrong_gradients(model, as_probe(model, example), list(targets.adapters)):
+        raise TempScaleError(
+            "the temperature would be right in the forward and wrong in the gradient of "
+            + "; ".join(f"{name!r} ({why})" for name, why in list(wrong.items())[:4])
+            + ". Does its forward checkpoint its own attention, or use an autograd.Function? To train with the others: "
+            f"exclude={list(wrong)}."
+        )
 
 
 # -- choosing ----------------------------------------------------------------------------------------------------------
@@ -160,9 +199,11 @@ def find_targets(
 def _refuse(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if MARK in vars(module) or installed(module) is not None:
+            trained = not any(MARK in vars(m) for m in model.modules())
             raise ValueError(
-                f"the temperature of {canonical_name(name) or 'this model'!r} was changed before. Undo that with "
-                "`remove_temp_scale` first: two temperatures would multiply."
+                f"the temperature of {canonical_name(name) or 'this model'!r} was changed before"
+                + (", when it was trained. " if trained else ". Undo that with `remove_temp_scale` first: ")
+                + "Two temperatures would multiply."
             )
         packed = "_packed_params" in vars(module)
         for attribute, parameter in module.named_parameters(recurse=False):

@@ -45,6 +45,11 @@ class Temperature:
         self._sum: Tensor | None = None
 
     @property
+    def moves(self) -> bool:
+        """Whether it is scheduled or learned."""
+        return self.schedule is not None or self.log_tau.requires_grad
+
+    @property
     def tau(self) -> Tensor:
         """The temperatures now, shape ``(heads,)``."""
         return self.log_tau.detach().clamp(-_LARGEST_LOG, _LARGEST_LOG).exp()
@@ -91,7 +96,8 @@ class ScaleTransform(Transform):
 
     Args:
         temperature: What divides; shared with the other parameters that it drives.
-        blocks: The blocks, without overlap.
+        blocks: The blocks, without overlap. None at all: a forward reads the temperature itself, and autograd gives its
+            gradient; it steps, moves, is saved and is resumed with this parameter, which stays as it is.
         heads: Which of the temperatures each block takes. None: the first.
     """
 
@@ -128,7 +134,7 @@ class ScaleTransform(Transform):
                 g = block.of(grad)
                 share[head] -= (g * block.of(weight)).sum()
                 g.mul_(self._factors[head])
-            if self.theta is not None:
+            if self.theta is not None and self.blocks:
                 self.temperature.add_gradient(self, share)
         for block, head in zip(self.blocks, self.heads, strict=True):
             block.of(weight).div_(self._factors[head])

@@ -31,6 +31,34 @@ CASES: dict[str, tuple[str, Any]] = {
 CELLS = [(c, s) for c in CASES for s in SCENARIOS if s not in ("ddp", "ddp_spawn") or c in tuple(CASES)[:2]]
 
 
+# What no weight can scale: a forward adapter, beside an attention that a weight scales.
+ADAPTED: dict[str, Any] = {
+    "constant": partial(TempScale, tau=0.6),
+    "per-head": partial(TempScale, tau=0.6, learnable=True, per_head=True),
+    "transition": partial(TempScale, tau=0.5, transition=4),
+    "ssmax": partial(TempScale, mode="ssmax", learnable=True),
+}
+REFUSED = {
+    "plain": "no plain form",  # the export, after everything else in the scenario
+    "ddp": "would take over the weights alone",
+    "ddp_spawn": "would take over the weights alone",
+}
+
+
+ADAPTED_CELLS = [("per-head", scenario) for scenario in SCENARIOS] + [
+    ("constant", "plain"), ("constant", "compile"), ("transition", "accumulation"), ("transition", "resume"),
+    ("ssmax", "plain"), ("ssmax", "resume"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "scenario"), ADAPTED_CELLS)
+def test_contract_of_adapters(case: str, scenario: str) -> None:
+    refused = {name: REFUSED[name] for name in [scenario] if name in REFUSED}
+    options: dict[str, Any] = {"folds": False, "scenarios": [scenario], "refused": refused}
+    table = assert_method_contract(ADAPTED[case], variants("capped"), data, **options)
+    assert table[scenario].startswith("refused" if refused else "passed")
+
+
 @pytest.mark.parametrize(("case", "scenario"), CELLS)
 def test_contract(case: str, scenario: str) -> None:
     net, make = CASES[case]

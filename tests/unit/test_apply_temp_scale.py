@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from attention_models import MODELS, Cross, Encoder, Split, benchmark, build, call, cast, first
 from torch import Tensor, nn
 
-from lightning_efficient.attention.adapter import installed
+from lightning_efficient.attention.adapter import install, installed
+from lightning_efficient.attention.temper import Law
+from lightning_efficient.attention.verify import module_at
 from lightning_efficient.methods.temp_scale import (
     Targets,
     TempScaleConfig,
@@ -32,8 +34,8 @@ from lightning_efficient.weightspace import Temperature
 TAU = 0.6
 
 
-def reference(model: nn.Module, example: Any, sites: Any, tau: float = TAU) -> Tensor:
-    """Float64 output with the attention of ``sites`` from its definition."""
+def reference(model: nn.Module, example: Any, sites: Any, tau: float | list[Tensor] = TAU) -> Tensor:
+    """Float64 output with the attention of ``sites`` from its definition, tau one number or ``(heads, 1, 1)`` a site."""
     definition = benchmark("attention_definition").Definition([model.get_submodule(s) for s in sites], tau)
     with Float64(), definition.watching():
         out = call(model, cast(example, torch.float64))
@@ -93,7 +95,7 @@ def test_output_and_gradients_in_every_mode(name: str) -> None:
     torch.testing.assert_close(call(model, example), plain, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["vit", "swin", "swin v2", "tied", "encoder", "bert", "mpnet", "gemma3"])
+@pytest.mark.parametrize("name", MODELS)
 def test_in_bfloat16_the_error_is_that_of_bfloat16(name: str) -> None:
     model, example = build(name)
     wide = copy.deepcopy(model).double()
@@ -106,12 +108,29 @@ def test_in_bfloat16_the_error_is_that_of_bfloat16(name: str) -> None:
     assert error < 3 * ordinary
 
 
-@pytest.mark.parametrize("name", ["vit", "swin v2", "tied", "encoder", "gemma3"])
-def test_compiled_and_exported(name: str) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_exported(name: str) -> None:
     model, example = build(name)
     wide = copy.deepcopy(model).double()
     change = apply_temp_scale(model, TAU, example)
     expected = reference(wide, example, change.targets).detach()
+    args = example if isinstance(example, tuple) else () if isinstance(example, dict) else (example,)
+    kwargs = example | {"use_cache": False} if isinstance(example, dict) else {}
+    program = torch.export.export(model, args, kwargs)
+    exported = first(program.module()(*args, **kwargs))
+    torch.testing.assert_close(exported.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+# Every way that an adapter takes, and of those held by weights, whose model is as plain as any, one of each library.
+@pytest.mark.parametrize("name", ["vit", "swin v2", "tied", "encoder", "encoder, adapted", "bert", "gemma3"])
+def test_compiled(name: str) -> None:
+    model, example = build(name.removesuffix(", adapted"))
+    wide = copy.deepcopy(model).double()
+    fixed = {n for n, _ in model.named_parameters()} if name.endswith("adapted") else ()
+    targets = find_targets(model, example, TempScaleConfig(TAU), fixed=fixed)
+    install_targets(model, targets)
+    assert bool(targets.adapters) == (name.endswith("adapted") or MODELS[name][1] == "adapter")
+    expected = reference(wide, example, targets.sites).detach()
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager")
     out = call(compiled, example)
@@ -125,11 +144,43 @@ def test_compiled_and_exported(name: str) -> None:
         assert (mine is None) == (theirs is None)
         if mine is not None:
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
-    args = example if isinstance(example, tuple) else () if isinstance(example, dict) else (example,)
-    kwargs = example | {"use_cache": False} if isinstance(example, dict) else {}
-    program = torch.export.export(model, args, kwargs)
-    exported = first(program.module()(*args, **kwargs))
-    torch.testing.assert_close(exported.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # torch's own, in its fused path
+@pytest.mark.parametrize("how", ["a number", "learned", "per head"])
+@pytest.mark.parametrize("name", MODELS)
+def test_adapters_of_every_attention(name: str, how: str) -> None:
+    """Every way of writing attention by an adapter, as where its weights are frozen, at all kinds of temperature."""
+    model, example = build(name)
+    wide = copy.deepcopy(model).double()
+    targets = find_targets(model, example, TempScaleConfig(TAU), fixed={n for n, _ in model.named_parameters()})
+    assert set(targets.adapters) == set(targets.sites)
+    assert not targets.factors
+    heads = [targets.sites[site].heads or 1 if how == "per head" else 1 for site in targets.sites]
+    thetas = [nn.Parameter(torch.linspace(TAU, 1.4, n).log()) for n in heads]
+    for site, theta in zip(targets.sites, thetas, strict=True):
+        law = Law(TAU) if how == "a number" else Law(log_tau=theta)
+        install(model, module_at(model, site), law)
+    before = values(wide)
+    logs = [theta.detach().double().requires_grad_() for theta in thetas]
+    expected = reference(wide, example, targets.sites, [log.exp().view(-1, 1, 1) for log in logs])
+    for training in (True, False):
+        model.train(training)
+        out = call(model, example)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    cotangent = torch.randn_like(expected)
+    learned = [] if how == "a number" else thetas
+    wanted = torch.autograd.grad(expected, [*wide.parameters(), *(logs if learned else [])], cotangent, allow_unused=True)
+    found = torch.autograd.grad(out, [*model.parameters(), *learned], cotangent.float(), allow_unused=True)
+    overall = max(float(g.abs().max()) for g in wanted if g is not None)
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None and theirs is not None:
+            bound = 2e-5 * float(theirs.abs().max()) + 2e-6 * overall
+            assert float((mine.double() - theirs).abs().max()) < bound
+    with torch.no_grad():
+        torch.testing.assert_close(call(model, example).double(), expected, rtol=1e-5, atol=1e-5)
+    assert unchanged(wide, before)
 
 
 @pytest.mark.parametrize("mode", ["constant", "log_n", "ssmax"])

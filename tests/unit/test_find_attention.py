@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_models import Split, build
+from attention_models import MODELS, Split, build, call
 from torch import Tensor, nn
 
+from lightning_efficient.attention import AttentionProbe
 from lightning_efficient.attention.knobs import Knob
 from lightning_efficient.attention.sites import AttentionSite, find_attention
+from lightning_efficient.attention.trace import Trace
 from lightning_efficient.weightspace import Block
 
 SDPA, MHA = "scaled_dot_product_attention", "multi_head_attention_forward"
@@ -207,3 +209,24 @@ def test_queries_without_weights_of_their_own_leave_it_to_the_keys() -> None:
     (site,) = find_attention(Elsewhere(), (torch.randn(2, 5, 8), torch.randn(2, 6, 8))).sites.values()
     assert site.cross is None
     assert cut(site) == {"kv.weight": [(0, 8, 0)], "kv.bias": [(0, 8, 0)]}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_monitors_probe_sees_the_same_attentions(name: str) -> None:
+    """Under the same names, in the same order, with as many heads and the same entropies."""
+    model, example = build(name)
+    found = find_attention(model, example).sites
+    with torch.no_grad():
+        with AttentionProbe(model) as probe:
+            call(model, example)
+        with Trace(model) as trace:
+            call(model, example)
+    assert [c.site.partition("#")[0] for c in probe.calls] == [c.site for c in trace.calls]
+    assert list(dict.fromkeys(c.site for c in trace.calls)) == list(found)
+    for one, two in zip(probe.calls, trace.calls, strict=True):
+        if two.logits.dim() == 4:
+            assert one.rows.entropy.shape[1] == found[two.site].heads
+            weights = torch.softmax(two.logits, -1)
+            seen = two.logits.amax(-1) > -torch.inf
+            entropy = torch.special.entr(weights).sum(-1)[seen]
+            torch.testing.assert_close(one.rows.entropy[seen], entropy, rtol=1e-4, atol=1e-4)
