@@ -35,7 +35,7 @@ TAU = 0.6
 
 
 def reference(model: nn.Module, example: Any, sites: Any, tau: float | list[Tensor] = TAU) -> Tensor:
-    """Float64 output with the attention of ``sites`` from its definition, tau one number or ``(heads, 1, 1)`` a site."""
+    """Float64 output with the attention of ``sites`` from its definition; ``tau``: one, or ``(heads, 1, 1)`` a site."""
     definition = benchmark("attention_definition").Definition([model.get_submodule(s) for s in sites], tau)
     with Float64(), definition.watching():
         out = call(model, cast(example, torch.float64))
@@ -170,7 +170,9 @@ def test_adapters_of_every_attention(name: str, how: str) -> None:
         torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
     cotangent = torch.randn_like(expected)
     learned = [] if how == "a number" else thetas
-    wanted = torch.autograd.grad(expected, [*wide.parameters(), *(logs if learned else [])], cotangent, allow_unused=True)
+    wanted = torch.autograd.grad(
+        expected, [*wide.parameters(), *(logs if learned else [])], cotangent, allow_unused=True
+    )
     found = torch.autograd.grad(out, [*model.parameters(), *learned], cotangent.float(), allow_unused=True)
     overall = max(float(g.abs().max()) for g in wanted if g is not None)
     for mine, theirs in zip(found, wanted, strict=True):
