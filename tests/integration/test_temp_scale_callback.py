@@ -333,7 +333,7 @@ def test_frozen_queries_get_an_adapter_in_training(tmp_path: Any) -> None:
     frozen = module.net.blocks[0].attn.qkv.weight.detach().clone()
     trainer(tmp_path, callback).fit(module, loader(6), loader(1))
     assert callback.change is not None
-    assert "adapter ('blocks.0.attn.qkv.weight' is in no optimizer)" in callback.change.targets["net.blocks.0.attn"]
+    assert "adapter ('net.blocks.0.attn.qkv.weight' is in no optimizer)" in callback.change.targets["net.blocks.0.attn"]
     assert callback.change.targets["net.blocks.1.attn"] == "tau = 0.5, in qkv.weight, qkv.bias"
     assert torch.equal(module.net.blocks[0].attn.qkv.weight, frozen)
     assert trainer(tmp_path, TempScale(tau=0.5)).test(Frozen(), loader(2), verbose=False)
