@@ -21,6 +21,7 @@ from lightning_efficient.attention.sites import AttentionSite
 from lightning_efficient.attention.temper import Law
 from lightning_efficient.attention.verify import module_at
 from lightning_efficient.callbacks.attach import attachment, carry
+from lightning_efficient.callbacks.base import peers
 from lightning_efficient.callbacks.example import Example, Stage, example_of, first_batch
 from lightning_efficient.callbacks.structural import spawned
 from lightning_efficient.callbacks.weightspace import Plan, WeightSpaceCallback
@@ -140,7 +141,7 @@ class TempScale(WeightSpaceCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fix the schedule; from here on the weights hold the temperature."""
-        if self.enabled:
+        if self.enabled and self._boundary is not None:  # a tuner's loop runs before `on_fit_start` reaches us
             # A run that goes on has the steps that it had, whatever its length is now.
             if self.transition and (self._steps is None or METHOD not in attachment(pl_module).held):
                 estimate = trainer.estimated_stepping_batches
@@ -248,6 +249,11 @@ class TempScale(WeightSpaceCallback):
         super().setup(trainer, pl_module, stage)
         self._layout = None
         if self.enabled:
+            if sum(isinstance(callback, TempScale) for callback in peers(trainer)) > 1:
+                raise ValueError(
+                    "more than one TempScale is enabled, and two temperatures would multiply. One takes a temperature "
+                    "for each attention: `tau=[...]`, in the order of the forward."
+                )
             carry(pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -255,6 +261,8 @@ class TempScale(WeightSpaceCallback):
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         mine = [e for e in recipe.read(checkpoint) if e.method == METHOD and e.key == self.state_key]
         self._layout = mine[0].config.get("layout") if mine else None
+        if mine and mine[0].config.get("layout", "held") is None:  # a tuner's file, from before anything was changed
+            attachment(pl_module).held.pop(METHOD, None)
         if mine and trainer.state.fn == "fit":
             self._steps = mine[0].config.get("steps")
         if self._boundary is not None:  # a tuner's, in the middle of a fit

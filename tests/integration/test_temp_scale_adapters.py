@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from zoo import Classifier, loader
@@ -120,6 +121,34 @@ def test_the_modes_by_length_train(tmp_path: Any) -> None:
     by_hand.load_state_dict({k: v for k, v in module.state_dict().items() if "temp_scale" not in k})
     tau = law.law.log_tau.exp() / torch.tensor(8.0).log()
     torch.testing.assert_close(module(x), by_hand.net(x, tau), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:LearningRateFinder runs before TempScale", "ignore:.*lr_find.*")
+@pytest.mark.parametrize("net", ["capped", "timm_vit"])
+def test_after_a_tuner(tmp_path: Any, net: str) -> None:
+    """Its loop runs, and its file is restored, before anything has been put on: a fit begins as if there were none."""
+    results = []
+    for tune in (False, True):
+        module, t = Classifier(net), trainer(tmp_path, TempScale(tau=0.4, learnable=True))
+        if tune:
+            Tuner(t).lr_find(module, loader(8), loader(1), min_lr=1e-4, max_lr=1e-2, num_training=4, update_attr=False)
+            assert not any(installed(m) for m in module.modules())
+        t.fit(module, loader(6), loader(1))
+        results.append(module.state_dict())
+    assert_equal(results[0], results[1])
+
+
+@pytest.mark.filterwarnings("ignore:Found 2 module.s. in eval mode")
+def test_what_is_in_evaluation_mode_when_a_fit_starts_stays_there(tmp_path: Any) -> None:
+    module, modes = capped(), []
+
+    class Modes(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+            modes.append((pl_module.net.training, pl_module.net.plain.training))
+
+    module.net.plain.eval()
+    trainer(tmp_path, TempScale(tau=0.4), Modes(), max_steps=1).fit(module, loader(1), loader(1))
+    assert modes == [(True, False)]
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

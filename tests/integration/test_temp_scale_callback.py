@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
 from zoo import CLASSES, Classifier, loader
 
-from lightning_efficient import TempScale
+from lightning_efficient import SigmaReparam, TempScale
 from lightning_efficient.methods.temp_scale import apply_temp_scale
 from lightning_efficient.surgery.match import NoMatchError
 from lightning_efficient.testing.case import ResumableLoader
@@ -353,3 +353,51 @@ def test_a_list_goes_by_the_order_of_the_forward(tmp_path: Any) -> None:
         name = f"net.blocks.{i}.attn.qkv.weight"
         torch.testing.assert_close(first[name][:24] * tau, before[name][:24], rtol=1e-6, atol=0)
         assert torch.equal(first[name][24:], before[name][24:])
+
+
+@pytest.mark.parametrize("run", ["fit", "test"])
+def test_twice_in_one_trainer(tmp_path: Any, run: str) -> None:
+    module = Classifier("timm_vit")
+    before = weights(module)
+    both = TempScale(tau=0.5, include=["net.blocks.0.*"]), TempScale(tau=0.8, include=["net.blocks.1.*"])
+    t = trainer(tmp_path, *both)
+    with pytest.raises(ValueError, match=r"more than one TempScale is enabled.*tau=\[...\]"):
+        t.fit(module, loader(6), loader(1)) if run == "fit" else t.test(module, loader(1), verbose=False)
+    assert same(before, weights(module))
+    both[1].enabled = False
+    t = trainer(tmp_path, *both)
+    t.fit(module, loader(6), loader(1)) if run == "fit" else t.test(module, loader(1), verbose=False)
+
+
+@pytest.mark.parametrize("run", ["fit", "test"])
+def test_quantized_weights_are_refused(tmp_path: Any, run: str) -> None:
+    class Quantized(Classifier):
+        def __init__(self) -> None:
+            super().__init__("timm_vit")
+            self.net.blocks[0].attn.qkv.weight.requires_grad_(False)
+            self.net.codes = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
+
+    module = Quantized()
+    before = weights(module)
+    t = trainer(tmp_path, TempScale(tau=0.5))
+    with pytest.raises(ValueError, match=r"'net.codes' is quantized \(torch.int8.*then quantize"):
+        t.fit(module, loader(6), loader(1)) if run == "fit" else t.test(module, loader(1), verbose=False)
+    assert same(before, weights(module))
+
+
+@pytest.mark.parametrize("net", ["timm_vit", "capped"])
+def test_with_sigma_reparam_on_the_same_queries_in_either_order(tmp_path: Any, net: str) -> None:
+    """Both lists train the same network, which is neither method's alone."""
+    results = []
+    for make in (
+        lambda: [TempScale(tau=0.6, learnable=True), SigmaReparam()],
+        lambda: [SigmaReparam(), TempScale(tau=0.6, learnable=True)],
+        lambda: [SigmaReparam()],
+        lambda: [TempScale(tau=0.6, learnable=True)],
+    ):
+        module = Classifier(net)
+        trainer(tmp_path, *make()).fit(module, loader(6), loader(1))
+        results.append(weights(module))
+    assert same(results[0], results[1])
+    name = "net.head.weight"
+    assert not any(torch.allclose(results[0][name], other[name]) for other in results[2:])
