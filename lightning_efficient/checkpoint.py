@@ -5,7 +5,7 @@ Weight-space methods never come here: their ``state_dict`` is plain at all times
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar, cast, runtime_checkable
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_efficient import recipe
 from lightning_efficient.attention.adapter import set_laws, take_laws, write_laws
 from lightning_efficient.attention.temper import Law
+from lightning_efficient.pruning.slim import Cuts, replay_slim
 from lightning_efficient.recipe import Entry, RecipeError
 from lightning_efficient.surgery.change import Change
 from lightning_efficient.surgery.match import canonical_name
@@ -28,6 +29,10 @@ STRUCTURAL: dict[str, str] = {
     "norm_swap": "lightning_efficient.methods.norms.swap:apply_norm_swap",
     "linear_attention": "lightning_efficient.methods.linear_attention:apply_linear_attention",
 }
+
+# Keys of the entries of method "slim": what has been cut out of the weights in the file, and what lies in them as
+# zeros, to be cut out by `export`.
+CUT, PROMISED = "cut", "promised"
 
 # `current_model_state` is where Lightning's WeightAveraging keeps the weights being trained.
 _STATES = ("state_dict", "current_model_state")
@@ -151,6 +156,51 @@ def _take(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key[len(prefix) :]: state.pop(key) for key in keys}
 
 
+def write_cuts(checkpoint: dict[str, Any], key: str, cuts: Cuts | None) -> None:
+    """Put cuts into a checkpoint's recipe.
+
+    Args:
+        checkpoint: The checkpoint.
+        key: :data:`CUT` or :data:`PROMISED`.
+        cuts: None: there are none.
+    """
+    if cuts is not None and cuts.kept:
+        tensors = {name: {str(dim): mask for dim, mask in masks.items()} for name, masks in cuts.kept.items()}
+        recipe.write(checkpoint, Entry("slim", key, {"attributes": cuts.attributes, "units": cuts.units}, tensors))
+
+
+def read_cuts(checkpoint: Mapping[str, Any], key: str) -> Cuts | None:
+    """The cuts that a checkpoint's recipe holds under a key; None if there are none.
+
+    Raises:
+        RecipeError: They are malformed.
+    """
+    entry = next((e for e in recipe.read(checkpoint) if (e.method, e.key) == ("slim", key)), None)
+    if entry is None:
+        return None
+    kept: dict[str, dict[int, Tensor]] = {}
+    for name, masks in entry.tensors.items():
+        for dim, mask in masks.items():
+            if not dim.isdecimal() or mask.dtype != torch.bool or mask.ndim != 1:
+                raise RecipeError(
+                    f"the checkpoint's cuts of {name!r} should be flags along an axis; got {dim!r}: {mask.dtype}."
+                )
+            kept.setdefault(name, {})[int(dim)] = mask
+    return Cuts(kept, dict(entry.config.get("attributes", {})), dict(entry.config.get("units", {})))
+
+
+def make_cuts(model: nn.Module, cuts: Cuts) -> None:
+    """Cut a model as a checkpoint says, before its weights load; one that is cut already stays as it is.
+
+    Raises:
+        RecipeError: The model was built with other widths.
+    """
+    try:
+        replay_slim(model, cuts)
+    except ValueError as error:
+        raise RecipeError(f"the checkpoint holds a smaller model: {error}") from error
+
+
 def load_from_checkpoint(cls: type[M], path: str | Path | IO[bytes], map_location: Any = None, **kwargs: Any) -> M:
     """``cls.load_from_checkpoint`` for files whose modules were changed: the changes are made before weights load.
 
@@ -171,7 +221,8 @@ def load_from_checkpoint(cls: type[M], path: str | Path | IO[bytes], map_locatio
     if hasattr(path, "seek"):
         cast(IO[bytes], path).seek(0)
     entries = [entry for entry in recipe.read(content) if entry.method in STRUCTURAL]
-    if not entries and not take_laws(dict(content["state_dict"])):
+    cut, promised = read_cuts(content, CUT), read_cuts(content, PROMISED)
+    if not (entries or cut or promised or take_laws(dict(content["state_dict"]))):
         return cls.load_from_checkpoint(path, map_location=map_location, **kwargs)
     if "_class_path" in content.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}):
         kwargs.setdefault("_class_path", None)  # written by a CLI; it would have to name a subclass of the loader below
@@ -180,6 +231,8 @@ def load_from_checkpoint(cls: type[M], path: str | Path | IO[bytes], map_locatio
         cls.configure_model(self)
         for entry in entries:
             _replay(self, entry)
+        if cut is not None:
+            make_cuts(self, cut)
 
     def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
         cls.on_load_checkpoint(self, checkpoint)
@@ -193,6 +246,10 @@ def load_from_checkpoint(cls: type[M], path: str | Path | IO[bytes], map_locatio
     )
     model = loader.load_from_checkpoint(path, map_location=map_location, **kwargs)
     model.__class__ = cls
+    if cut is not None or promised is not None:
+        attach = import_module("lightning_efficient.callbacks.attach")  # which builds upon this module
+        attach.attachment(model).cut, attach.attachment(model).promised = cut, promised
+        attach.carry(model)
     return model
 
 

@@ -29,6 +29,7 @@ from lightning_efficient.inference import (
 )
 from lightning_efficient.methods.norms.recalibrate import recalibrate as recalibrate_norms
 from lightning_efficient.plain import check_foreign, detached_copy, plain_copy
+from lightning_efficient.pruning.slim import Cuts, replay_slim
 from lightning_efficient.semi_structured import to_semi_structured
 from lightning_efficient.surgery.affine import Affine
 from lightning_efficient.surgery.fold import fold_affines
@@ -44,6 +45,7 @@ def export(
     tolerance: float = 1e-5,
     fold: bool = True,
     recalibrate: Iterable[Any] | None = None,
+    slim: bool = True,
 ) -> nn.Module:
     """A plain copy of ``model`` in evaluation mode, verified on ``example_inputs``; ``model`` stays as it is.
 
@@ -61,6 +63,7 @@ def export(
             around them; what cannot fold stays that multiply-add. The report is logged.
         recalibrate: Training batches, a data loader for instance, over which running statistics of swapped norms are
             averaged first; for weights that have none of their own, such as averaged ones. All batches are read.
+        slim: Cut out the units that structured pruning has set to zero, so that the copy is smaller.
 
     Returns:
         The copy. It shares no tensor with ``model``.
@@ -86,6 +89,8 @@ def export(
     check_foreign(plain)
     if fold and (affines := _channel_affines(model)):
         rank_zero_info(f"export: {fold_affines(plain, affines, lambda: call.run(plain))}")
+    if slim and (promised := getattr(vars(model).get(NAME), "promised", None)) is not None:
+        _cut(plain, promised)
     with evaluating(plain):
         try:
             found = call.run(plain)
@@ -95,6 +100,16 @@ def export(
     apart.check(tolerance, "the exported copy")
     rank_zero_info(f"export: {type(model).__name__} on [{call}]: {apart}")
     return plain
+
+
+def _cut(plain: nn.Module, promised: Cuts) -> None:
+    before = sum(p.numel() for p in plain.parameters())
+    try:
+        replay_slim(plain, promised.of(plain))
+    except ValueError as error:
+        raise ExportError(f"the pruned units cannot be cut out ({error}) Export with `slim=False`.") from error
+    after = sum(p.numel() for p in plain.parameters())
+    rank_zero_info(f"export: pruned units cut out: {before:,} -> {after:,} parameters ({after / before:.1%}).")
 
 
 def _recalibrated(model: nn.Module, batches: Iterable[Any]) -> nn.Module:

@@ -20,9 +20,13 @@ from lightning_efficient.metrics.functional import (
     spectral_norms,
     uniformity,
 )
+from lightning_efficient.pruning.graph import find_groups
+from lightning_efficient.pruning.slim import apply_slim
 
 __all__ = [
     "alignment",
+    "apply_slim",
+    "find_groups",
     "apply_norm_swap",
     "apply_sigma_reparam",
     "apply_temp_scale",

@@ -18,7 +18,8 @@ from torch import nn
 
 from lightning_efficient import checkpoint as codec
 from lightning_efficient import recipe
-from lightning_efficient.recipe import Entry
+from lightning_efficient.pruning.slim import Cuts
+from lightning_efficient.recipe import Entry, RecipeError
 from lightning_efficient.surgery.change import Change
 from lightning_efficient.surgery.match import NoMatchError
 from lightning_efficient.surgery.optimizer import plain_view
@@ -56,12 +57,18 @@ class Attachment:
         example_batch: Two samples of the first training batch.
         held: Methods whose effect the weights hold since they were trained, so that it must not be given twice: method
             -> entry of the recipe. Written to every file, read from it.
+        cut: What has been cut out of the module since it was built. Written to every file; a model that loads such a
+            file is cut first.
+        promised: Units that are zero and can be cut out: :func:`~lightning_efficient.export` does. Written to every
+            file, read from it.
     """
 
     requests: list[Request] = field(default_factory=list)
     held: dict[str, Entry] = field(default_factory=dict)
     previous: dict[str, Any] = field(default_factory=dict)
     example_batch: Any = None
+    cut: Cuts | None = None
+    promised: Cuts | None = None
 
     @property
     def changes(self) -> list[Change]:
@@ -172,15 +179,30 @@ def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
     written = {entry.method for entry in recipe.read(checkpoint)}
     for entry in (entry for method, entry in attachment(self).held.items() if method not in written):
         recipe.write(checkpoint, entry)
+    codec.write_cuts(checkpoint, codec.CUT, attachment(self).cut)
+    codec.write_cuts(checkpoint, codec.PROMISED, attachment(self).promised)
     _previous(self, "on_save_checkpoint", checkpoint)
 
 
 def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
     """The user's hook, which sees the keys it knows, then the tensors of the changed modules."""
     _previous(self, "on_load_checkpoint", checkpoint)
+    _load_cuts(self, checkpoint)
     codec.unfold(self, attachment(self).requests, checkpoint)
     saved = {entry.method: entry for entry in recipe.read(checkpoint) if entry.method in HELD}
     attachment(self).held = {m: Entry(m, entry.key, entry.config) for m, entry in saved.items()}
+
+
+def _load_cuts(self: LightningModule, checkpoint: dict[str, Any]) -> None:
+    mine, cut = attachment(self), codec.read_cuts(checkpoint, codec.CUT)
+    if cut is not None:
+        codec.make_cuts(self, cut)
+    elif mine.cut is not None:
+        raise RecipeError(
+            f"the checkpoint was written before {type(self).__name__} was cut, so its weights are larger. Load it into "
+            "a model that has not been cut."
+        )
+    mine.cut, mine.promised = cut, codec.read_cuts(checkpoint, codec.PROMISED)
 
 
 # Methods that multiply weights by something that is not read off them again.

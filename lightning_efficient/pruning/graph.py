@@ -7,7 +7,7 @@ Everything is done on that copy; the model is never touched.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from lightning_efficient.attention.sites import as_probe, perturbed, run_float64
 from lightning_efficient.pruning.groups import Groups, Slice, UnitGroup
+from lightning_efficient.pruning.heads import find_heads
 from lightning_efficient.pruning.slim import tensors_by_name
 from lightning_efficient.pruning.trial import Trial
 from lightning_efficient.pruning.widths import UntraceableError, Width, Widths
@@ -64,7 +65,7 @@ def find_groups(
     except Exception as why:
         raise ValueError(f"{METHOD}: {type(model).__name__} cannot be copied to be tried on: {why}") from why
     with torch.random.fork_rng(devices=_devices(model)):
-        ran = _ran(twin, probe)
+        ran, modules = _ran(twin, probe), modules_by_name(model)
         try:
             widths = list(Widths(twin, lambda: run_float64(twin, probe)))
         except UntraceableError as why:
@@ -81,8 +82,15 @@ def find_groups(
             if group is not None
         ]
         refused |= {width.root: width.refused for width in widths if width.refused}
-        groups = _chosen(groups, refused, include, exclude, modules_by_name(model))
-        found = Trial(twin, probe).judge(groups, refused)
+        trial = Trial(twin, probe)
+        found = _heads(trial, model, refused, lambda group: _chosen([group], refused, include, exclude, modules))
+        held = {(part.name, part.dim) for group in found for part in group.produced}
+        # Channels of heads go as heads.
+        groups = [group for group in groups if not any((s.name, s.dim) in held for s in group.produced)]
+        for width in widths:
+            if any((tensor, dim) in held for tensor, dim, _ in width.axes):
+                refused.pop(width.root, None)
+        found += trial.judge(_chosen(groups, refused, include, exclude, modules), refused)
     if not inexact:
         for group in [group for group in found if not group.exact]:
             refused[group.name] = f"zeroing its units is not removing them: {group.note} (`inexact=True` allows it)"
@@ -196,6 +204,27 @@ def _group(width: Width, model: nn.Module, refused: dict[str, str]) -> UnitGroup
         refused[width.root] = "no layer that can be cut reads it"
         return None
     return UnitGroup(width.root, len(units), tuple(slices))
+
+
+def _heads(
+    trial: Trial, model: nn.Module, refused: dict[str, str], chosen: Callable[[UnitGroup], list[UnitGroup]]
+) -> list[UnitGroup]:
+    """Attention heads that stand the trial, and what they are refused for."""
+    bad = _bad_tensors(model)
+    versions: dict[str, tuple[UnitGroup, UnitGroup]] = {}
+    for sure, more in find_heads(trial.model, lambda: run_float64(trial.model, trial.probe)):
+        wrong = [f"{part.name!r} is {bad[part.name]}" for part in sure.slices if part.name in bad]
+        if wrong:
+            refused[sure.name] = wrong[0]
+        elif chosen(sure):
+            versions[sure.name] = (sure, more)
+    reasons: dict[str, str] = {}
+    found = trial.judge([sure for sure, _ in versions.values()], reasons)
+    again = [more for name, (sure, more) in versions.items() if name in reasons and more.counts != sure.counts]
+    for group in again:
+        del reasons[group.name]
+    refused |= reasons
+    return [*found, *trial.judge(again, refused)]
 
 
 def _chosen(

@@ -52,6 +52,34 @@ class Cuts:
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     units: dict[str, list[int]] = field(default_factory=dict)
 
+    def then(self, later: Cuts) -> Cuts:
+        """These cuts and others made on what they left, as one.
+
+        Args:
+            later: Planned on the smaller model.
+        """
+        kept = {name: dict(masks) for name, masks in self.kept.items()}
+        for name, masks in later.kept.items():
+            for dim, mask in masks.items():
+                before = kept.setdefault(name, {}).get(dim)
+                kept[name][dim] = mask if before is None else before.clone().masked_scatter_(before, mask)
+        attributes = {name: dict(values) for name, values in self.attributes.items()}
+        for name, values in later.attributes.items():
+            attributes.setdefault(name, {}).update(values)
+        units = dict(self.units)
+        for name, stay in later.units.items():
+            units[name] = [units[name][unit] for unit in stay] if name in units else stay
+        return Cuts(kept, attributes, units)
+
+    def of(self, model: nn.Module) -> Cuts:
+        """Those of tensors and modules that a model has (others were folded into their neighbours)."""
+        tensors, modules = tensors_by_name(model), modules_by_name(model)
+        kept = {name: masks for name, masks in self.kept.items() if name in tensors}
+        attributes = {
+            n: {a: v for a, v in values.items() if hasattr(modules.get(n), a)} for n, values in self.attributes.items()
+        }
+        return Cuts(kept, attributes, self.units)
+
 
 def plan_slim(model: nn.Module, keep: Mapping[str, Iterable[int]], groups: Groups) -> Cuts:
     """What cutting would do; nothing is changed.

@@ -29,7 +29,7 @@ from lightning_efficient.surgery.tags import tensors_behind
 Role = Literal["produce", "consume"]
 Entry = Callable[[int], int]
 
-_MOST_PAIRS = 2_000_000
+_VISITS = 6
 
 
 class UntraceableError(ValueError):
@@ -133,7 +133,8 @@ class Widths:
         pairs: dict[tuple[int, Any], dict[tuple[int, int], None]] = {}
         trigger = self._graph.get_pruner_of_module(root).prune_out_channels
         stack = [(self.nodes[id(root)], trigger, [_HybridIndex(c, c) for c in channels])]
-        total = 0
+        # Rotations of queries send torch-pruning's indices around in circles that never close.
+        budget = _VISITS * len(channels) * len(self.nodes)
         while stack:
             node, function, found = stack.pop()
             seen = pairs.setdefault((id(node), function), {})
@@ -141,8 +142,8 @@ class Widths:
             if not new:
                 continue
             seen.update(dict.fromkeys((pair.idx, pair.root_idx) for pair in new))
-            total += len(new)
-            if total > _MOST_PAIRS or any(pair.root_idx is None for pair in new):
+            budget -= len(new)
+            if budget < 0 or any(pair.root_idx is None for pair in new):
                 width.refused = width.refused or "its channels are coupled in a way that cannot be followed"
                 return width
             makes = self._graph.is_out_channel_pruning_fn(function)

@@ -56,6 +56,14 @@ def cut_states(optimizers: Iterable[Optimizer], cuts: Mapping[nn.Parameter, Kept
     counts = {"state_cut": 0, "state_dropped": 0}
     names = set()
     for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS):  # one flat memory of all parameters, kept with the first
+            members = [p for group in optimizer.param_groups for p in group["params"]]
+            if optimizer.state and any(p in cuts for p in members):
+                optimizer.state.clear()
+                optimizer._numel_cache = None
+                names.add("LBFGS")
+                counts["state_dropped"] += sum(p in cuts for p in members)
+            continue
         for parameter, kept in cuts.items():
             state = optimizer.state.get(parameter)
             if not state or _fits(state, parameter):

@@ -12,7 +12,8 @@ from types import MappingProxyType
 # - temp_scale after sigma_reparam: W / sigma(W) divides any factor inside it out again, so a temperature inside would
 #   do nothing and a learned one would get a zero gradient;
 # - structured pruning and masks last: what they zero stays zero. They act on the raw weight, so that a spectral norm is
-#   that of what is left.
+#   that of what is left;
+# - slim, the cutting out of what they zeroed, after everything.
 STRUCTURED = ("hesso_pruning", "pagcp_pruning")
 MASKS = ("magnitude_pruning", "sap_pruning")
 ORDER: tuple[str, ...] = (
@@ -23,6 +24,7 @@ ORDER: tuple[str, ...] = (
     "temp_scale",
     *STRUCTURED,
     *MASKS,
+    "slim",
 )
 
 CONFLICTS: Mapping[frozenset[str], str] = MappingProxyType(
