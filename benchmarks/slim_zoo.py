@@ -135,7 +135,7 @@ def _tokens() -> dict[str, Tensor]:
 CASES = {
     "ResNet-18": Case(_timm("resnet18"), _images(64)),
     "MobileNetV2 0.5": Case(_timm("mobilenetv2_050"), _images(64)),
-    "DenseNet (2, 2, 2)": Case(lambda: DenseNet(16, (2, 2, 2), num_init_features=32, num_classes=10), _images()),
+    "DenseNet (2, 2, 2)": Case(lambda: DenseNet(growth_rate=16, block_config=(2, 2, 2), num_classes=10), _images()),
     "SE-ResNet-18": Case(_timm("seresnet18"), _images(64)),
     "ViT, FFN": Case(_vit, _images(), ["blocks.*.mlp"]),
     "ViT, heads": Case(_vit, _images(), ["blocks.*.attn"]),

@@ -11,9 +11,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_efficient import recipe
+from lightning_efficient.callbacks.attach import carry
 from lightning_efficient.callbacks.base import peers
 from lightning_efficient.callbacks.example import example_of, first_batch
 from lightning_efficient.callbacks.pruning import averaged_copies
+from lightning_efficient.callbacks.slim import promise
 from lightning_efficient.callbacks.weightspace import Plan, WeightSpaceCallback
 from lightning_efficient.pruning.cost import Cost
 from lightning_efficient.pruning.graph import find_groups
@@ -74,6 +76,8 @@ class UnitPruningCallback(WeightSpaceCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, and forget what a run that failed has left."""
         super().setup(trainer, pl_module, stage)
+        if self.enabled:
+            carry(pl_module)  # a checkpoint may hold a smaller model
         if stage == "fit":
             self._loaded = False
 
@@ -140,6 +144,7 @@ class UnitPruningCallback(WeightSpaceCallback):
         }
         forget(trainer.optimizers, dropped)
         self._mask_copies(trainer, pl_module)
+        promise(pl_module, self.keep, self.groups)
 
     @torch.no_grad()
     def _mask_copies(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_efficient import MagnitudePruning, export, load_from_checkpoint
+from lightning_efficient import HESSOPruning, MagnitudePruning, export, load_from_checkpoint
 from lightning_efficient.callbacks.attach import carry
 from lightning_efficient.callbacks.slim import cut, promise
 from lightning_efficient.export import ExportError
@@ -189,6 +189,28 @@ def test_export_cuts_out_what_is_zero(tmp_path: Path) -> None:
         model.net.a[1].bias.add_(1.0)
     with pytest.raises(ExportError, match="differs from the model"):
         export(model, x)
+
+
+def test_a_run_with_hesso_exports_a_smaller_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Module()
+    trainer = _trainer(tmp_path, 4, HESSOPruning(target=0.5, start=0.1, duration=0.5, periods=2))
+    trainer.fit(model)
+    trainer.save_checkpoint(tmp_path / "end.ckpt", weights_only=True)
+    small = export(model, images())
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (model, small)]
+    assert sizes[1] < 0.7 * sizes[0]
+    again = export(load_from_checkpoint(Module, tmp_path / "end.ckpt"), images())
+    torch.testing.assert_close(again(images()), small(images()), rtol=0, atol=0)
+    # Cut between two fits, it trains on; a run resumed from its file, with the callback, is as small.
+    callback = trainer.callbacks[0]  # type: ignore[attr-defined]
+    cut(model, callback.keep, callback.groups)
+    second = _trainer(tmp_path, 1, HESSOPruning(target=0.2, start=0, duration=4, periods=1))
+    second.fit(model)
+    second.save_checkpoint(tmp_path / "second.ckpt")
+    third, resumed = Module(), _trainer(tmp_path, 2, HESSOPruning(target=0.2, start=0, duration=4, periods=1))
+    resumed.fit(third, ckpt_path=tmp_path / "second.ckpt", weights_only=True)
+    assert {n: p.shape for n, p in third.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
 
 
 def test_cutting_while_others_train_is_refused(tmp_path: Path) -> None:
