@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_efficient.callbacks.hesso_cric import Cycles
 from lightning_efficient.callbacks.units import UnitPruningCallback
 from lightning_efficient.callbacks.weightspace import Plan as WeightPlan
 from lightning_efficient.pruning.cost import Cost
+from lightning_efficient.pruning.cric import CricPlan
 from lightning_efficient.pruning.held import scale_entries
 from lightning_efficient.pruning.hesso import PRUNED, SHRINKING, HessoConfig, HessoState, Plan, Pruner, shrink_factor
 from lightning_efficient.pruning.saliency import all_sums, saliency
@@ -46,6 +48,9 @@ class HESSOPruning(UnitPruningCallback):
         duration: How long it takes until the last are gone, likewise.
         periods: In how many portions.
         group_divisible: As many units as a multiple of this stay in every group that loses any.
+        cric: Find out what is redundant in cycles that are tried and undone (Corrective Redundancy Identification):
+            ``periods`` are then the most cycles there are, all within ``duration``, and what was chosen goes at once
+            after the last. Costs a copy of the training state, the steps that are undone, and three forwards a group.
         saliency: Criterion → weight, of ``magnitude``, ``avg_magnitude``, ``cosine``, ``taylor1`` and ``taylor2``;
             ``None``: 0.2 each.
         inexact: Also prune groups whose zeros are not gone (LayerNorm over the residual width, ...).
@@ -69,12 +74,16 @@ class HESSOPruning(UnitPruningCallback):
         duration: int | float = 0.2,
         periods: int = 10,
         group_divisible: int = 1,
+        cric: bool = False,
         saliency: dict[str, float] | None = None,
         inexact: bool = False,
     ) -> None:
         super().__init__(enabled, include, exclude, inexact)
         self.options = HessoConfig(target, unit, start, duration, periods, group_divisible, saliency)
+        self.cric = cric
         self.hesso = HessoState()
+        self._cycles: Cycles | None = None
+        self._saved_cycles: dict[str, Any] | None = None
         self._plan: Plan | None = None
         self._pruner: Pruner | None = None
         self._saved_plan: tuple[int, int, int] | None = None
@@ -87,7 +96,8 @@ class HESSOPruning(UnitPruningCallback):
     def config(self) -> dict[str, Any]:
         """The arguments of this callback as plain data."""
         weights = self.options.saliency
-        return super().config() | vars(self.options) | {"saliency": None if weights is None else dict(weights)}
+        own = {"saliency": None if weights is None else dict(weights), "cric": self.cric}
+        return super().config() | vars(self.options) | own
 
     def wants_macs(self) -> bool:
         """Whether multiply-accumulates have to be counted."""
@@ -106,7 +116,10 @@ class HESSOPruning(UnitPruningCallback):
         if not self.enabled:
             return super().state_dict()
         plan = None if self._plan is None else [self._plan.first, self._plan.span, self._plan.periods]
-        return super().state_dict() | {"hesso": self.hesso.as_plain(), "plan": plan, "sums": self._sums}
+        return super().state_dict() | {
+            "hesso": self.hesso.as_plain(), "plan": plan, "sums": self._sums,
+            "cycles": self._saved_cycles if self._cycles is None else self._cycles.as_plain(),
+        }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the run that is resumed was."""
@@ -114,6 +127,7 @@ class HESSOPruning(UnitPruningCallback):
         if self.enabled:
             self.hesso = HessoState.from_plain(state_dict["hesso"])
             self._sums = {name: dict(sums) for name, sums in state_dict["sums"].items()}
+            self._saved_cycles = state_dict["cycles"]
             self._saved_plan = state_dict["plan"] and tuple(state_dict["plan"])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -121,6 +135,12 @@ class HESSOPruning(UnitPruningCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._plan, self._saved_plan, self._sums = None, None, {}
+            self._cycles, self._saved_cycles = None, None
+            if self.enabled and self.cric and not pl_module.automatic_optimization:
+                raise ValueError(
+                    "cric=True compares losses that `training_step` returns, and under manual optimization it steps "
+                    "instead. Use cric=False."
+                )
             self.hesso.release()
             self.hesso.chosen, self.hesso.shrunk = 0, 0
 
@@ -163,11 +183,23 @@ class HESSOPruning(UnitPruningCallback):
                 f"steps, periods), now it is {now}: the length of the run was changed, and the schedule is given as a "
                 "fraction of it. Resume with the same length, or give steps, as int."
             )
+        if self.cric:
+            self._cycles = Cycles(CricPlan(self._plan.first, self._plan.span, self._plan.periods))
+            if self._saved_cycles is not None:
+                self._cycles.load(self._saved_cycles)
+                self._saved_cycles = None
+                self._follow()
+
+    def _follow(self) -> None:
+        """Find the entries of the units that shrink now."""
+        cycles = self._cycles
+        trying = cycles is not None and cycles.decided is None
+        self._active = self._entries(cycles.state.active if trying and cycles else self.hesso.marked(SHRINKING))
 
     def _begin(self, pl_module: LightningModule, boundary: Boundary) -> None:
         super()._begin(pl_module, boundary)
         trainer = pl_module.trainer
-        self._active = self._entries(self.hesso.marked(SHRINKING))
+        self._follow()
 
         def after_step(*_: Any) -> None:
             self._shrink(trainer, pl_module)
@@ -184,9 +216,11 @@ class HESSOPruning(UnitPruningCallback):
     # -- pruning ---------------------------------------------------------------------------------------------------
 
     def _due(self, step: int) -> int | None:
-        """The period whose units are to be chosen at this step, if any."""
+        """The period whose units are to be judged at this step, if any."""
         if self._boundary is None or self._plan is None:
             return None
+        if self._cycles is not None:
+            return 0 if self._cycles.looking(step) else None
         period = min(self._plan.period(step), self._plan.periods - 1)
         return period if period >= self.hesso.chosen else None
 
@@ -215,35 +249,66 @@ class HESSOPruning(UnitPruningCallback):
         self._sums = {}
         # Infinite in a step that the gradient scaler will skip: try the next one.
         if all(bool(torch.isfinite(score).all()) for score in scores.values()):
-            self._pick(trainer, scores, period)
+            if self._cycles is not None:
+                self._cycles.state.observe(scores, self._lowest(scores, 1.0))
+            else:
+                self._pick(trainer, scores, period)
+
+    def _lowest(self, scores: Mapping[str, Tensor], part: float) -> dict[str, Tensor]:
+        """The units to go beside those gone, so that a part of the target is reached."""
+        assert self._pruner is not None
+        return self._pruner.choose(scores, self.hesso.marked(SHRINKING, PRUNED), self.options.target * part)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """CRIC: begin a cycle, or decide."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        step, cycles = trainer.global_step, self._cycles
+        if self._boundary is None or cycles is None or not cycles.due(step):
+            return
+        if cycles.snapshot is None:
+            cycles.keep(trainer, pl_module, self._sites())
+            cycles.probe(trainer, pl_module, batch, self.groups, self._params)
+        else:
+            cycles.go_back(trainer, pl_module, self._sites())
+        cycles.state.trial = trainer.strategy.broadcast(cycles.state.trial)  # as for single choices: one decides
+        if cycles.state.over(self.options.periods):
+            self._pick(trainer, cycles.decide(step), self.options.periods - 1)
+            cycles.say(self.options.periods)
+        else:
+            cycles.state.begin()
+            self.hesso.shrunk = step
+            self._follow()
 
     def _pick(self, trainer: Trainer, scores: Mapping[str, Tensor], period: int) -> None:
-        assert self._pruner is not None
-        share = self.options.target * (period + 1) / self.options.periods
-        gone = self.hesso.marked(SHRINKING, PRUNED)
         # Weights are equal on all processes, and scores almost surely: one of them decides.
-        units = trainer.strategy.broadcast(self._pruner.choose(scores, gone, share))
+        units = trainer.strategy.broadcast(self._lowest(scores, (period + 1) / self.options.periods))
         self.hesso.choose(units, period, trainer.global_step)
-        self._active = self._entries(self.hesso.marked(SHRINKING))
+        self._follow()
 
     @torch.no_grad()
     def _shrink(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After an optimizer's step: redundant units are multiplied by their factor, and those at zero are pruned."""
         if not self._active or self._plan is None:
             return
-        period, done = self.hesso.chosen - 1, trainer.global_step + 1
-        end = self._plan.begin(period + 1)
-        factor = shrink_factor(self._plan.begin(period), end, self.hesso.shrunk, done)
+        begin, end = self._interval(self._plan)
+        factor = shrink_factor(begin, end, self.hesso.shrunk, done := trainer.global_step + 1)
         if factor == 1.0:
             return
         for name, axes in self._active.items():
             scale_entries(self._sites()[name], axes, factor)
         self.hesso.shrunk = done
         if factor == 0.0:
-            units = self.hesso.marked(SHRINKING)
-            self.hesso.commit()
             self._active = {}
-            self._drop(trainer, pl_module, units)
+            if self._cycles is None or self._cycles.decided is not None:
+                units = self.hesso.marked(SHRINKING)
+                self.hesso.commit()
+                self._drop(trainer, pl_module, units)
+
+    def _interval(self, plan: Plan) -> tuple[int, int]:
+        """Steps done when the present shrinking begins and ends."""
+        if self._cycles is not None:
+            return self._cycles.interval()
+        return plan.begin(self.hesso.chosen - 1), plan.begin(self.hesso.chosen)
 
     def quantities(self, transforms: Mapping[str, Transform]) -> dict[str, Tensor]:
         """The share that is gone, and how many units are on their way."""

@@ -21,7 +21,7 @@ from lightning_efficient.pruning.rewind import Snapshot, rewind, take
 from lightning_efficient.pruning.targets import Target, find_targets
 from lightning_efficient.recipe import RecipeError
 from lightning_efficient.surgery.change import Change
-from lightning_efficient.surgery.order import MASKS
+from lightning_efficient.surgery.order import MASKS, STRUCTURED
 from lightning_efficient.weightspace import Boundary, Site, Transform
 
 PREFIX = "efficient/pruning"
@@ -142,8 +142,8 @@ class PruningCallback(WeightSpaceCallback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Masks of another method would be lost, as zeros that grow again: refuse."""
         if self.enabled and trainer.state.fn == "fit":
-            present = [cb.method for cb in peers(trainer)]
-            lost = [e.key for e in recipe.read(checkpoint) if e.method in MASKS and e.method not in present]
+            present, masks = [cb.method for cb in peers(trainer)], (*MASKS, *STRUCTURED)
+            lost = [e.key for e in recipe.read(checkpoint) if e.method in masks and e.method not in present]
             if lost:
                 raise RecipeError(
                     f"the checkpoint holds masks of {lost}; this run has {self.state_key}, which would not keep them. "

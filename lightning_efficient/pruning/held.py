@@ -101,8 +101,8 @@ def drop_entries(site: Site, transform: UnitMask, entries: Mapping[int, Tensor],
         site: The weight.
         transform: Its mask.
         entries: Axis → positions on it.
-        advance: Let the other transforms of the weight take a step too (a power iteration on what is left). For
-            changes outside the optimizer's step; inside, the step itself does.
+        advance: Let the other transforms of the weight follow (a power iteration on what is left). For changes outside
+            the optimizer's step; inside, the step itself does.
     """
     window = site.pulled  # the parameter holds W already, and will be pushed after the step
     if not window:
@@ -113,12 +113,12 @@ def drop_entries(site: Site, transform: UnitMask, entries: Mapping[int, Tensor],
     if site.param.grad is not None:
         transform.push(site.param.grad)
     if not window:
-        site.push(advance=advance)
+        site.push(advance=False, follow=advance)
 
 
 @torch.no_grad()
 def scale_entries(site: Site, entries: Mapping[int, Tensor], factor: float) -> None:
-    """Multiply entries of a weight, in ``W`` and so in ``Ŵ``, between two steps.
+    """Multiply entries of a weight, in ``W`` and so in ``Ŵ``, between two steps; other transforms of the weight follow.
 
     Args:
         site: The weight.
@@ -132,4 +132,4 @@ def scale_entries(site: Site, entries: Mapping[int, Tensor], factor: float) -> N
             weight.index_fill_(dim, where, 0)
         else:
             weight.index_copy_(dim, where, weight.index_select(dim, where).mul_(factor))
-    site.push(advance=False)
+    site.push(advance=False, follow=True)

@@ -134,8 +134,8 @@ def set_mask(site: Site, transform: MaskTransform, mask: Tensor, *, advance: boo
         site: The weight.
         transform: Its mask.
         mask: True where the weight is kept; may also bring weights back, as zeros.
-        advance: Let the other transforms of the weight take a step too (a power iteration on what is left). For
-            changes outside the optimizer's step; inside, the step itself does.
+        advance: Let the other transforms of the weight follow (a power iteration on what is left). For changes outside
+            the optimizer's step; inside, the step itself does.
     """
     window = site.pulled  # the parameter holds W already, and will be pushed after the step
     if not window:
@@ -145,7 +145,7 @@ def set_mask(site: Site, transform: MaskTransform, mask: Tensor, *, advance: boo
     if site.param.grad is not None:
         site.param.grad.masked_fill_(transform.dropped, 0)
     if not window:
-        site.push(advance=advance)
+        site.push(advance=False, follow=advance)
 
 
 def forget(optimizers: Iterable[Optimizer], dropped: Mapping[nn.Parameter, Tensor]) -> None:

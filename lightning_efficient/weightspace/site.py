@@ -100,12 +100,14 @@ class Site:
         if grad is not None and gradient is not None and gradient is not grad:
             grad.copy_(gradient)
 
-    def push(self, advance: bool) -> None:
-        """``W → Ŵ`` in place, after advancing every transform's state if asked to."""
+    def push(self, advance: bool, follow: bool = False) -> None:
+        """``W → Ŵ`` in place, after advancing every transform's state, or having it follow a changed ``W``."""
         work = self._work(self.param.data)
         for transform in self.chain:
             if advance:
                 transform.advance(work)
+            elif follow:
+                transform.follow(work)
             transform.push(work)
         self._settle(work)
 

@@ -153,6 +153,10 @@ class SpectralTransform(Transform):
             self.left[i], self.sigma[i], self.right[i] = _power_step(as_matrix(block.of(weight)), self.right[i])
         self._rescale()
 
+    def follow(self, weight: Tensor) -> None:
+        """One power iteration on what is left."""
+        self.advance(weight)
+
     def push(self, weight: Tensor) -> None:
         """Multiply by ``c = γ / σ``."""
         self._rescale()

@@ -73,6 +73,9 @@ class Transform(ABC):
     def advance(self, weight: Tensor) -> None:
         """Move the state one optimizer step on, from the new ``W``."""
 
+    def follow(self, weight: Tensor) -> None:  # noqa: B027
+        """Take note that ``W`` was changed between two steps (pruned, shrunk); the default does not depend on it."""
+
     @abstractmethod
     def push(self, weight: Tensor) -> None:
         """Turn ``W`` into ``Ŵ`` in place."""
