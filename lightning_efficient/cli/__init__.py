@@ -83,8 +83,12 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("logdir", nargs="+", type=Path, help="folder of a run, or of several")
-    parser.add_argument("--metrics", nargs="+", metavar="NAME", help="which scalars; default: all they share")
+    parser.add_argument(
+        "--metrics", nargs="+", metavar="NAME",
+        help="which scalars, the one to judge by first, with :min or :max where its name does not tell; default: shared",
+    )  # fmt: skip
     parser.add_argument("--baseline", metavar="NAME", help="compare the others with this one")
+    parser.add_argument("--judge", choices=("final", "best"), default="final", help="verdicts are about this value")
     parser.add_argument("--png", type=Path, metavar="FILE", help="also draw the curves")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers")
 

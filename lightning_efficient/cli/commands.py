@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from rich.console import Console
+from rich.markup import escape
 from torch import nn
 
 from lightning_efficient.checkpoint import load_from_checkpoint
@@ -106,13 +107,16 @@ def run_compare(options: Namespace) -> None:
     """``compare``: a table of runs from their logs, a picture and the numbers on request.
 
     Args:
-        options: ``logdir``, ``metrics``, ``baseline``, ``png``, ``json``.
+        options: ``logdir``, ``metrics``, ``baseline``, ``judge``, ``png``, ``json``.
     """
     from lightning_efficient.compare import compare
 
     with short_errors():
-        comparison = compare(options.logdir, options.metrics, options.baseline)
-        Console().print(comparison.table())
+        comparison = compare(options.logdir, options.metrics, options.baseline, options.judge)
+        console = Console()
+        console.print(comparison.table())
+        for verdict in comparison.verdicts():
+            console.print(f"[bold]{escape(verdict.variant)}[/]  {escape(verdict.text)}", highlight=False)
         if options.png is not None:
             options.png.parent.mkdir(parents=True, exist_ok=True)
             comparison.figure().savefig(options.png, dpi=150)

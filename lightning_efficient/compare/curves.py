@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from lightning_efficient.compare.logs import Run, Series, direction
+from lightning_efficient.compare.logs import Run, Series
 
 # Okabe and Ito's palette (jfly.uni-koeln.de/color) without yellow, which is too light for lines on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -22,13 +22,17 @@ _BETTER = {"min": " (lower is better)", "max": " (higher is better)", None: ""}
 
 
 def learning_curves(
-    variants: Mapping[str, Sequence[Run]], metrics: Sequence[str], titles: Mapping[str, str] | None = None
+    variants: Mapping[str, Sequence[Run]],
+    metrics: Sequence[str],
+    better: Mapping[str, str | None],
+    titles: Mapping[str, str] | None = None,
 ) -> Figure:
     """Draw each metric over optimizer steps, a line per run, a colour and dash pattern per variant.
 
     Args:
         variants: Name → its runs.
         metrics: Names of logged quantities; runs that lack one have no line in its panel.
+        better: Metric → ``"min"`` or ``"max"``.
         titles: Metric → what to call it in the picture. ``None``: by its name.
 
     Returns:
@@ -45,7 +49,7 @@ def learning_curves(
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, metric in zip(panels, metrics, strict=False):
         _panel(axes, variants, metric)
-        axes.set_title((titles or {}).get(metric, f"{metric}{_BETTER[direction(metric)]}"), fontsize=10)
+        axes.set_title((titles or {}).get(metric, f"{metric}{_BETTER[better.get(metric)]}"), fontsize=10)
     for axes in panels[len(metrics) :]:
         axes.remove()
     figure.legend(

@@ -8,7 +8,7 @@ import re
 import statistics
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,10 +18,13 @@ _EVENTS = "events.out.tfevents.*"
 _CSV = "metrics.csv"
 _REPLICA = re.compile(r"(seed|version)[_-]?\d+", re.IGNORECASE)
 _SEED = re.compile(r"seed[_-]?(\d+)", re.IGNORECASE)
+_NOTED_SEED = re.compile(r"^(?:seed_everything|seed)\s*:\s*(\d+)\s*$", re.MULTILINE)
 # Lightning's TensorBoardLogger writes this once, as a placeholder.
 _NOT_LOGGED_BY_THE_USER = frozenset({"hp_metric"})
 _LOWER = re.compile("loss|err|error|mse|mae|rmse|nll|ppl|perplexity|bpc|bpb|wer|cer|fid")
-_HIGHER = re.compile("acc|accuracy|f1|auc|auroc|iou|miou|map|bleu|rouge|precision|recall|psnr|ssim|r2|top1|top5")
+_HIGHER = re.compile(
+    "acc|accuracy|f1|auc|auroc|iou|miou|map|bleu|rouge|precision|recall|psnr|ssim|r2|top1|top5|dice|kappa|mcc|r2score|ndcg|mrr|rouge1|rouge2|rougel"
+)
 
 
 def direction(metric: str) -> str | None:
@@ -56,18 +59,20 @@ class Run:
         variant: What was trained: the name of the folder above ``seed_<n>`` or ``version_<k>``.
         replica: The part of the path that tells the runs of a variant apart; empty if there is one run only.
         series: Name → what was logged under it.
+        noted_seed: What ``config.yaml`` or ``hparams.yaml`` beside the log say; ``None``: nothing.
     """
 
     path: Path
     variant: str
     replica: str
     series: dict[str, Series]
+    noted_seed: int | None = None
 
     @property
     def seed(self) -> int | None:
-        """The number in ``seed_<n>``: runs of two variants with the same one form a pair."""
+        """The number in ``seed_<n>``, or the one noted: runs of two variants with the same one form a pair."""
         found = _SEED.search(self.replica)
-        return int(found[1]) if found else None
+        return int(found[1]) if found else self.noted_seed
 
     @property
     def last_step(self) -> int:
@@ -106,7 +111,7 @@ def read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Run]:
             raise ValueError(f"the logs hold no scalars: {', '.join(empty)}.")
         warnings.warn(f"no scalars logged in {', '.join(empty)}: left out.", stacklevel=2)
     variants = _variants([folder for folder in folders if series[folder]])
-    runs = [Run(folder, variant, replica, series[folder]) for folder, (variant, replica) in variants.items()]
+    runs = [Run(f, variant, replica, series[f], _noted_seed(f)) for f, (variant, replica) in variants.items()]
     return sorted(_last_version_of_each_seed(runs), key=lambda run: (run.variant, _natural(run.replica)))
 
 
@@ -191,6 +196,14 @@ def _split(folder: Path) -> tuple[Path, str]:
     return folder, "/".join(replica)
 
 
+def _noted_seed(folder: Path) -> int | None:
+    for name in ("config.yaml", "hparams.yaml"):
+        file = folder / name
+        if file.is_file() and (found := _NOTED_SEED.search(file.read_text(encoding="utf-8"))):
+            return int(found[1])
+    return None
+
+
 def _hparams(folder: Path) -> str:
     file = folder / "hparams.yaml"
     lines = file.read_text().splitlines() if file.is_file() else []
@@ -206,10 +219,11 @@ def _names(folders: set[Path]) -> dict[Path, str]:
 def _last_version_of_each_seed(runs: list[Run]) -> list[Run]:
     kept: dict[tuple[str, object], Run] = {}
     for run in sorted(runs, key=lambda run: _natural(run.replica)):
-        key = (run.variant, run.replica if run.seed is None else run.seed)
+        seed = _SEED.search(run.replica)
+        key = (run.variant, seed[1] if seed else run.replica)
         if key in kept:
             warnings.warn(f"{run.variant}: {kept[key].replica} left out, {run.replica} is newer.", stacklevel=3)
-        kept[key] = run if run.seed is None else replace(run, replica=run.replica)
+        kept[key] = run
     return list(kept.values())
 
 

@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_efficient.compare import ENTROPY, Comparison, compare
 from lightning_efficient.compare.curves import _COLOURS
-from lightning_efficient.compare.estimate import Estimate
+from lightning_efficient.compare.estimate import Difference, Estimate
 from lightning_efficient.compare.logs import direction, read_runs
 
 
@@ -43,7 +43,7 @@ def row(comparison: Comparison, quantity: str, variant: str) -> Estimate:
     return next(r for r in comparison.rows() if (r.quantity, r.variant) == (quantity, variant)).estimate
 
 
-def gap(comparison: Comparison, quantity: str, variant: str) -> Estimate | None:
+def gap(comparison: Comparison, quantity: str, variant: str) -> Difference | None:
     return next(r for r in comparison.rows() if (r.quantity, r.variant) == (quantity, variant)).difference
 
 
@@ -143,8 +143,10 @@ def test_differences_pair_equal_seeds_only(tmp_path: Path) -> None:
             log(tmp_path / variant / f"seed_{seed}", {"val_loss": [1.0 + seed**2 + (variant == "b")]})
     found = compare(tmp_path)
     assert gap(found, "val_loss, final", "b").values == pytest.approx((1.0, 1.0))
-    assert gap(found, "val_loss, final", "c") is None
     assert "+1 ± 0 (2 pairs)" in text_of(found)
+    unpaired = gap(found, "val_loss, final", "c")  # no seed in common: two independent groups
+    assert (unpaired.paired, unpaired.values) == (False, ())
+    assert "(unpaired)" in text_of(found)
 
 
 def test_median_step_time_ignores_pauses_and_late_loggers(tmp_path: Path) -> None:
@@ -233,6 +235,36 @@ def test_variants_in_several_places_keep_distinct_names(tmp_path: Path) -> None:
     assert names(tmp_path / "x", tmp_path / "y") == [("x/base", "seed_0"), ("y/base", "seed_0")]
 
 
+def test_seeds_noted_beside_the_log_make_pairs(tmp_path: Path) -> None:
+    for variant, shift in {"baseline": 0.0, "b": 1.0}.items():
+        for version, seed in enumerate((5, 3, 4) if shift else (3, 4, 5)):
+            folder = log(tmp_path / variant / f"version_{version}", {"val_loss": [seed + shift]})
+            (folder / "hparams.yaml").write_text("a: 1\n" if version else f"a: 1\nseed: {seed}\n")
+            if version:
+                (folder / "config.yaml").write_text(f"seed_everything: {seed}\ntrainer:\n  seed: 99\n")
+    found = compare(tmp_path)
+    assert [run.seed for run in found.runs] == [5, 3, 4, 3, 4, 5]
+    assert gap(found, "val_loss, final", "b").values == pytest.approx((1.0, 1.0, 1.0))
+
+
+def test_equal_seeds_within_a_variant_make_no_pairs(tmp_path: Path) -> None:
+    for variant in ("baseline", "b"):
+        for version in range(3):
+            folder = log(tmp_path / variant / f"version_{version}", {"val_loss": [1.0 + version]})
+            (folder / "config.yaml").write_text("seed_everything: 0\n")
+    assert not gap(compare(tmp_path), "val_loss, final", "b").paired
+
+
+def test_a_direction_the_name_does_not_tell(three_seeds: Path) -> None:
+    log(three_seeds / "baseline" / "seed_0", {"score": [1.0, 3.0, 2.0]})
+    assert "score, best" not in text_of(compare(three_seeds, ["score"]))
+    found = compare(three_seeds, ["score:max", "val_loss"], judge="best")
+    assert found.headline.name == "score, best (max)"
+    assert row(found, "score, best (max)", "baseline").mean == 3.0
+    with pytest.raises(ValueError, match=r"`judge` is 'last'; expected 'final' or 'best'"):
+        compare(three_seeds, judge="last")
+
+
 def test_a_resumed_run_is_read_as_one(tmp_path: Path) -> None:
     log(tmp_path / "a", {"val_loss": [5.0, 4.0, 3.0]}, start=1e9)
     with SummaryWriter(str(tmp_path / "a"), filename_suffix=".resumed") as writer:
@@ -261,7 +293,7 @@ def test_what_lightnings_own_loggers_write(tmp_path: Path) -> None:
     tables = []
     for kind in ("tb", "csv"):
         found = compare(tmp_path / kind)
-        assert found.metrics == ["train_loss", "val_acc", "val_loss"]
+        assert found.metrics == ["val_acc", "val_loss", "train_loss"]
         assert row(found, "train_loss, final", "sigma").mean == pytest.approx(0.5 / 12)
         tables.append({(r.quantity, r.variant): r.estimate.mean for r in found.rows()})
     timed = ("ms per step, median", "baseline"), ("ms per step, median", "sigma")
