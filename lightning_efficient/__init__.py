@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_efficient.callbacks.linear_attention import SimplifiedLinearAttention
     from lightning_efficient.callbacks.magnitude_pruning import MagnitudePruning
     from lightning_efficient.callbacks.prepbn import PRepBN
+    from lightning_efficient.callbacks.run_cost import RunCost
     from lightning_efficient.callbacks.sap_pruning import SAPPruning
     from lightning_efficient.callbacks.sigma_reparam import SigmaReparam
     from lightning_efficient.callbacks.temp_scale import TempScale
@@ -32,6 +33,7 @@ __all__ = [
     "HESSOPruning",
     "MagnitudePruning",
     "PRepBN",
+    "RunCost",
     "SAPPruning",
     "SigmaReparam",
     "SimplifiedLinearAttention",
@@ -46,6 +48,7 @@ _HOMES = {
     "HESSOPruning": "lightning_efficient.callbacks.hesso_pruning",
     "MagnitudePruning": "lightning_efficient.callbacks.magnitude_pruning",
     "PRepBN": "lightning_efficient.callbacks.prepbn",
+    "RunCost": "lightning_efficient.callbacks.run_cost",
     "SAPPruning": "lightning_efficient.callbacks.sap_pruning",
     "SigmaReparam": "lightning_efficient.callbacks.sigma_reparam",
     "SimplifiedLinearAttention": "lightning_efficient.callbacks.linear_attention",

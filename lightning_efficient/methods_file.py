@@ -31,6 +31,7 @@ METHODS: dict[str, str] = {
     "sap_pruning": "SAPPruning",
     "hesso_pruning": "HESSOPruning",
     "collapse_monitor": "CollapseMonitor",
+    "run_cost": "RunCost",
 }
 
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_efficient.callbacks.attach import attachment
+from lightning_efficient.callbacks.tensorboard import write_hparams, write_layout
 from lightning_efficient.surgery.order import ORDER, check_methods
 
 HPARAM_PREFIX = "efficient/"
 # Every run logs a switch for each of these, on or off, so that runs compare column by column.
 SUITE = (
     "sigma_reparam", "norm_swap", "linear_attention", "temp_scale", "magnitude_pruning", "sap_pruning",
-    "hesso_pruning", "collapse_monitor",
+    "hesso_pruning", "collapse_monitor", "run_cost",
 )  # fmt: skip
 
 
@@ -31,6 +34,7 @@ class EfficientCallback(Callback):
     """
 
     method: ClassVar[str]
+    _autolog_paused = False
 
     def __init__(
         self, enabled: bool = True, include: list[str] | None = None, exclude: list[str] | None = None
@@ -67,9 +71,13 @@ class EfficientCallback(Callback):
         everyone = [cb for cb in trainer.callbacks if isinstance(cb, EfficientCallback)]  # type: ignore[attr-defined]
         if everyone[0] is self and trainer.enable_autolog_hparams:
             log_hparams(trainer, pl_module, everyone)
+            # Lightning's own record, which comes next, would be a second one of half the keys.
+            trainer.enable_autolog_hparams, self._autolog_paused = False, True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep two samples of the first batch, for an :func:`~lightning_efficient.export` without example inputs."""
+        if self._autolog_paused:
+            trainer.enable_autolog_hparams, self._autolog_paused = True, False
         if self.enabled and attachment(pl_module).example_batch is None:
             attachment(pl_module).example_batch = apply_to_collection(batch, Tensor, _two_samples)
 
@@ -100,9 +108,10 @@ def check_strategy(trainer: Trainer, who: str) -> None:
 
 
 def log_hparams(trainer: Trainer, pl_module: LightningModule, callbacks: list[EfficientCallback]) -> None:
-    """Log the user's hyper-parameters together with ours, before Lightning logs the user's alone.
+    """Log the user's hyper-parameters together with ours, in place of Lightning's record of the user's alone.
 
-    TensorBoard keeps the first record of a run only. Every run gets the same keys: one switch and one text a method.
+    TensorBoard keeps the first record of a run only. Every run gets the same keys: one switch and one text a method,
+    and ``seed`` where ``seed_everything`` has set one. TensorBoard also gets the charts of the enabled methods.
     """
     ours: dict[str, Any] = {}
     for method in dict.fromkeys((*SUITE, *(cb.method for cb in callbacks))):
@@ -114,8 +123,17 @@ def log_hparams(trainer: Trainer, pl_module: LightningModule, callbacks: list[Ef
         # `save_hyperparameters(logger=False)` keeps them out of the logs; Lightning has no public name for that.
         if source is not None and getattr(source, "_log_hyperparams", True):
             users |= dict(source.hparams_initial or {})
+    if (seed := os.environ.get("PL_GLOBAL_SEED")) is not None:
+        ours["seed"] = int(seed)
+    active_methods = [cb.method for cb in callbacks if cb.enabled]
     for logger in trainer.loggers:
-        logger.log_hyperparams({**users, **ours})
+        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            write_hparams(logger, {**ours, **users})
+            write_layout(logger, active_methods)
+        else:
+            logger.log_hyperparams({**ours, **users})
+        logger.log_graph(pl_module)
+        logger.save()
 
 
 def _summary(callback: EfficientCallback) -> str:

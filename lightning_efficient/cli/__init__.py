@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=text)
     commands.add_parser("targets", help="what each method would change in a model, and why not the rest")
     _add_export(commands.add_parser("export", help="turn a checkpoint into a plain model, checked"))
-    _add_compare(commands.add_parser("compare", help="a table and a picture of runs, from their logs"))
+    _add_compare(commands.add_parser("compare", help="a table, a page and a picture of runs, from their logs"))
     _add_demo(commands.add_parser("demo", help="train a small ViT with and without sigmaReparam, in two minutes"))
     return parser
 
@@ -85,10 +85,11 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("logdir", nargs="+", type=Path, help="folder of a run, or of several")
     parser.add_argument(
         "--metrics", nargs="+", metavar="NAME",
-        help="which scalars, the one to judge by first, with :min or :max where its name does not tell; default: shared",
+        help="which scalars, the one to judge by first, with :min or :max where its name does not tell",
     )  # fmt: skip
     parser.add_argument("--baseline", metavar="NAME", help="compare the others with this one")
     parser.add_argument("--judge", choices=("final", "best"), default="final", help="verdicts are about this value")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page to read and to share")
     parser.add_argument("--png", type=Path, metavar="FILE", help="also draw the curves")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers")
 

@@ -104,12 +104,13 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
 
 
 def run_compare(options: Namespace) -> None:
-    """``compare``: a table of runs from their logs, a picture and the numbers on request.
+    """``compare``: a table of runs from their logs, a page, a picture and the numbers on request.
 
     Args:
-        options: ``logdir``, ``metrics``, ``baseline``, ``judge``, ``png``, ``json``.
+        options: ``logdir``, ``metrics``, ``baseline``, ``judge``, ``html``, ``png``, ``json``.
     """
     from lightning_efficient.compare import compare
+    from lightning_efficient.compare.html import to_html
 
     with short_errors():
         comparison = compare(options.logdir, options.metrics, options.baseline, options.judge)
@@ -121,6 +122,10 @@ def run_compare(options: Namespace) -> None:
             options.png.parent.mkdir(parents=True, exist_ok=True)
             comparison.figure().savefig(options.png, dpi=150)
             print(options.png)
+        if options.html is not None:
+            options.html.parent.mkdir(parents=True, exist_ok=True)
+            options.html.write_text(to_html(comparison), encoding="utf-8")
+            print(options.html)
         if options.json is not None:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(comparison.to_dict(), indent=1), encoding="utf-8")

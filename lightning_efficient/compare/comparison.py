@@ -121,10 +121,10 @@ class Comparison:
         for row in self.rows():
             if previous not in (None, row.quantity):
                 table.add_section()
-            cells = [row.quantity if row.quantity != previous else "", row.variant, _shown_count(row)]
+            cells = [row.quantity if row.quantity != previous else "", row.variant, shown_count(row)]
             cells.append(row.estimate.show())
             if self.baseline is not None:
-                cells.append(_shown_difference(row))
+                cells.append(shown_difference(row))
             table.add_row(*cells)
             previous = row.quantity
         return table
@@ -177,14 +177,16 @@ CAPTION = (
 )
 
 
-def _shown_count(row: Row) -> str:
+def shown_count(row: Row) -> str:
+    """How many runs of a variant have the quantity."""
     n = len(row.estimate.values)
     if n < row.runs:
         return f"{n} of {row.runs}"
     return f"{n}" if n > 1 else "1 seed: no interval"
 
 
-def _shown_difference(row: Row) -> str:
+def shown_difference(row: Row) -> str:
+    """The difference, and how many pairs it is from if those are fewer than the runs."""
     if row.difference is None:
         return "–"
     if not row.difference.paired:

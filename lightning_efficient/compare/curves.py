@@ -14,9 +14,9 @@ from matplotlib.ticker import MaxNLocator
 from lightning_efficient.compare.logs import Run, Series
 
 # Okabe and Ito's palette (jfly.uni-koeln.de/color) without yellow, which is too light for lines on white.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_DASHES = ("-", "--", "-.", ":")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "<")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v", "P", "<")
 _FEW_POINTS = 25
 _BETTER = {"min": " (lower is better)", "max": " (higher is better)", None: ""}
 
@@ -49,11 +49,11 @@ def learning_curves(
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, metric in zip(panels, metrics, strict=False):
         _panel(axes, variants, metric)
-        axes.set_title((titles or {}).get(metric, f"{metric}{_BETTER[better.get(metric)]}"), fontsize=10)
+        axes.set_title((titles or {}).get(metric, title_of(metric, better)), fontsize=10)
     for axes in panels[len(metrics) :]:
         axes.remove()
     figure.legend(
-        handles=[Line2D([], [], label=label, linewidth=2, **_style(i)) for i, label in enumerate(labels)],
+        handles=[Line2D([], [], label=label, linewidth=2, **style(i)) for i, label in enumerate(labels)],
         loc="outside lower center",
         ncols=legend_columns,
         frameon=False,
@@ -63,11 +63,33 @@ def learning_curves(
     return figure
 
 
-def _style(index: int) -> dict[str, Any]:
+def single(variants: Mapping[str, Sequence[Run]], metric: str, title: str) -> Figure:
+    """One metric as a picture of its own, without a legend.
+
+    Args:
+        variants: Name → its runs.
+        metric: Name of the scalar.
+        title: Above it.
+    """
+    figure = Figure(figsize=(4.6, 3.0), layout="constrained", dpi=150)
+    axes = figure.subplots()
+    _panel(axes, variants, metric)
+    axes.set_title(title, fontsize=10)
+    return figure
+
+
+def title_of(metric: str, better: Mapping[str, str | None]) -> str:
+    """A metric's name, and which way is better."""
+    return f"{metric}{_BETTER[better.get(metric)]}"
+
+
+def style(index: int) -> dict[str, Any]:
+    """Colour, dashes and marker of the variant at this place."""
+
     def turn(choices: tuple[str, ...]) -> str:
         return choices[index % len(choices)]
 
-    return {"color": turn(_COLOURS), "linestyle": turn(_DASHES), "marker": turn(_MARKERS), "markersize": 3.5}
+    return {"color": turn(COLOURS), "linestyle": turn(DASHES), "marker": turn(MARKERS), "markersize": 3.5}
 
 
 def _panel(axes: Axes, variants: Mapping[str, Sequence[Run]], metric: str) -> None:
@@ -78,9 +100,9 @@ def _panel(axes: Axes, variants: Mapping[str, Sequence[Run]], metric: str) -> No
         if metric in run.series
     ]
     for index, series in lines:
-        style = _style(index) | ({} if len(series.steps) <= _FEW_POINTS else {"marker": ""})
-        axes.plot(series.steps, series.values, linewidth=1.3, alpha=0.85, **style)
-        _mark_divergence(axes, series, style["color"])
+        look = style(index) | ({} if len(series.steps) <= _FEW_POINTS else {"marker": ""})
+        axes.plot(series.steps, series.values, linewidth=1.3, alpha=0.85, **look)
+        _mark_divergence(axes, series, look["color"])
     finite = [value for _, series in lines for value in series.values if math.isfinite(value)]
     # A run that blows up must not press every other line onto the axis.
     if finite and min(finite) > 0 and max(finite) > 100 * min(finite):

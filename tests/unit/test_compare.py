@@ -17,7 +17,7 @@ from scipy import stats
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_efficient.compare import ENTROPY, Comparison, compare
-from lightning_efficient.compare.curves import _COLOURS
+from lightning_efficient.compare.curves import COLOURS
 from lightning_efficient.compare.estimate import Difference, Estimate
 from lightning_efficient.compare.logs import direction, read_runs
 
@@ -371,7 +371,7 @@ def test_colours_differ_for_the_colour_blind() -> None:
         "protanopia": [[0.11238, 0.88762, 0], [0.11238, 0.88762, 0], [0.00401, -0.00401, 1]],
         "deuteranopia": [[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]],
     }
-    linear = [[c**2.2 for c in matplotlib.colors.to_rgb(colour)] for colour in _COLOURS]
+    linear = [[c**2.2 for c in matplotlib.colors.to_rgb(colour)] for colour in COLOURS]
     for matrix in simulations.values():
         seen = [[sum(w * c for w, c in zip(r, rgb, strict=True)) for r in matrix] for rgb in linear]
         for a, b in pairwise(seen):

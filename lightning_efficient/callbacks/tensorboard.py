@@ -1,0 +1,80 @@
+"""What a run writes once for TensorBoard: its hyper-parameters, and which of its scalars belong in one chart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from lightning.pytorch.loggers import TensorBoardLogger
+
+_MASKS = {"sparsity": "efficient/pruning/(sparsity|left)"}
+# Method → chart → regular expression for the names of the scalars in it.
+CHARTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "norm_swap": {
+            "lambda, share of the old norm": "efficient/norm_swap/lam",
+            "validation loss: blend, and finished form": "(efficient/norm_swap/finished/)?val.*loss",
+            "validation accuracy: blend, and finished form": "(efficient/norm_swap/finished/)?val.*acc.*",
+        },
+        "sigma_reparam": {
+            "spectral norms of the raw weights": "efficient/sigma_reparam/sigma_(max|mean)",
+            "gains": "efficient/sigma_reparam/gain_(min|mean|max)",
+        },
+        "temp_scale": {"temperature": "efficient/temp_scale/tau_(min|mean|max)"},
+        "magnitude_pruning": _MASKS,
+        "sap_pruning": {**_MASKS, "PQ index": "efficient/pruning/pqi(_scope)?"},
+        "collapse_monitor": {
+            "attention entropy, nats": "efficient/collapse_monitor/entropy_(min|mean)",
+            "share of heads": "efficient/collapse_monitor/(collapsed|sink)_fraction",
+            "largest spectral norm": "efficient/collapse_monitor/spectral_norm_max",
+        },
+        "run_cost": {
+            "time a step, ms": "efficient/run_cost/step_ms",
+            "peak memory, MiB": "efficient/run_cost/peak_memory_mib",
+        },
+    }
+)
+
+
+def write_hparams(logger: TensorBoardLogger, hparams: Mapping[str, Any]) -> None:
+    """Write the record of the HParams tab.
+
+    ``TensorBoardLogger.log_hyperparams`` would also write an experiment, which makes ``hp_metric`` the only metric of
+    the table and the keys of the first run its only columns. Without one TensorBoard takes the keys of all runs, and
+    every scalar with its last value.
+
+    Args:
+        logger: On the process that writes.
+        hparams: Nested as the user has them; what is no bool, number or text is written as text.
+    """
+    from torch.utils.tensorboard.summary import hparams as summaries
+
+    logger.log_hyperparams(dict(hparams), {})  # for hparams.yaml; without metrics nothing goes to the event file
+    _experiment, start, end = summaries(dict(_flat(hparams)), {})
+    for summary in (start, end):
+        logger.experiment.file_writer.add_summary(summary)
+
+
+def _flat(hparams: Mapping[Any, Any], parent: str = "") -> Iterable[tuple[str, bool | int | float | str]]:
+    for key, value in hparams.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{parent}{key}/")
+        else:
+            yield f"{parent}{key}", value if isinstance(value, bool | int | float | str) else str(value)
+
+
+def write_layout(logger: TensorBoardLogger, methods: Iterable[str]) -> None:
+    """Write the layout of the Custom Scalars tab; TensorBoard merges those of all runs.
+
+    Args:
+        logger: On the process that writes.
+        methods: Names of the methods that are on.
+    """
+    layout = {
+        method: {title: ["Multiline", [f"^{pattern}$"]] for title, pattern in CHARTS[method].items()}
+        for method in dict.fromkeys(methods)
+        if method in CHARTS
+    }
+    if layout:
+        logger.experiment.add_custom_scalars(layout)
