@@ -71,7 +71,7 @@ def single(variants: Mapping[str, Sequence[Run]], metric: str, title: str) -> Fi
         metric: Name of the scalar.
         title: Above it.
     """
-    figure = Figure(figsize=(4.6, 3.0), layout="constrained", dpi=150)
+    figure = Figure(figsize=(3.7, 2.6), layout="constrained", dpi=150)
     axes = figure.subplots()
     _panel(axes, variants, metric)
     axes.set_title(title, fontsize=10)

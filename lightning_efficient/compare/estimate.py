@@ -141,8 +141,8 @@ class Difference:
         if self.interval is None or self.constant:
             return f"× {self.mean:.3f}"
         low, high = self.interval
-        places = _decimals((high - low) / 2)
-        return f"× {self.mean:.{places}f} ({low:.{places}f} to {high:.{places}f})"
+        places = min(3, _decimals((high - low) / 2))
+        return f"× {self.mean:.{places}f} ({low:.{places}f}–{high:.{places}f})"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; what is not finite is ``None``."""
@@ -213,7 +213,7 @@ def plus_minus(mean: float, half_width: float | None, sign: str = "") -> str:
         sign: ``"+"`` also signs positive means.
     """
     if not half_width:
-        return f"{mean:{sign}.4g}" + ("" if half_width is None else " ± 0")
+        return f"{mean:{sign}{',.0f' if abs(mean) >= 1e4 else '.4g'}}" + ("" if half_width is None else " ± 0")
     if (places := _decimals(half_width)) > 6:
         return f"{mean:{sign}.3e} ± {half_width:.1e}"
     return f"{mean:{sign}.{places}f} ± {half_width:.{places}f}"

@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lightning_efficient.compare.comparison import shown_count, shown_difference
-from lightning_efficient.compare.curves import COLOURS, DASHES, single, title_of
+from lightning_efficient.compare.curves import COLOURS, DASHES, MARKERS, single, title_of
 from lightning_efficient.compare.pictures import differences, pareto, pareto_costs, svg
 from lightning_efficient.compare.quantities import ENTROPY, ENTROPY_NAME, Quantity
 
@@ -23,6 +23,7 @@ _BADGES = {
     "open": "Too few runs",
 }  # fmt: skip
 _DASH_LENGTHS = {"-": "", "--": "7 4", "-.": "7 3 2 3", ":": "2 3"}
+_GLYPHS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "<": "◀"}
 _WAYS = {"min": "lower", "max": "higher"}
 
 
@@ -122,6 +123,7 @@ def _legend(comparison: Comparison) -> list[dict[str, str]]:
         {
             "name": name,
             "colour": _colour(index),
+            "marker": _GLYPHS[MARKERS[index % len(MARKERS)]],
             "dashes": _DASH_LENGTHS[DASHES[index % len(DASHES)]],
             "runs": _count(len(runs), "run"),
         }

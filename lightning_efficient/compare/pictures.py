@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from lightning_efficient.compare.curves import COLOURS, MARKERS
 from lightning_efficient.compare.quantities import Quantity
@@ -42,7 +43,7 @@ def pareto(comparison: Comparison, costs: Sequence[Quantity] | None = None) -> F
     costs = pareto_costs(comparison) if costs is None else costs
     if not costs:
         return None
-    figure = Figure(figsize=(4.6 * len(costs), 3.4), layout="constrained", dpi=150)
+    figure = Figure(figsize=(3.7 * len(costs), 2.7), layout="constrained", dpi=150)
     for axes, cost in zip(figure.subplots(1, len(costs), squeeze=False).flat, costs, strict=True):
         _pareto_panel(axes, comparison, cost)
     return figure
@@ -60,11 +61,10 @@ def _pareto_panel(axes: Axes, comparison: Comparison, cost: Quantity) -> None:
             x.mean, y.mean, xerr=x.half_width, yerr=y.half_width, color=COLOURS[index % len(COLOURS)],
             marker=MARKERS[index % len(MARKERS)], markersize=7, linewidth=1.2, capsize=3,
         )  # fmt: skip
-        axes.annotate(variant, (x.mean, y.mean), (6, 6), textcoords="offset points", fontsize=8)
     axes.plot(
         *zip(*front(points, headline.better), strict=True), color="#888888", linestyle="--", linewidth=1, zorder=0
     )
-    axes.margins(0.25, 0.2)
+    axes.margins(0.12, 0.12)
     axes.set_xlabel(f"{cost.name} (lower is better)", fontsize=9)
     axes.set_ylabel(headline.name, fontsize=9)
     _tidy(axes)
@@ -92,7 +92,7 @@ def differences(comparison: Comparison) -> Figure | None:
     shown = {n: d for n, d in found.items() if d is not None and math.isfinite(d.mean)}
     if not shown:
         return None
-    figure = Figure(figsize=(5.4, 0.9 + 0.42 * len(shown)), layout="constrained", dpi=150)
+    figure = Figure(figsize=(3.7, 0.9 + 0.36 * len(shown)), layout="constrained", dpi=150)
     axes = figure.subplots()
     order = list(comparison.variants)
     for place, (name, difference) in enumerate(shown.items()):
@@ -107,13 +107,15 @@ def differences(comparison: Comparison) -> Figure | None:
     axes.set_yticks(range(len(shown)), list(shown))
     axes.set_ylim(len(shown) - 0.5, -0.5)
     way = {"min": " (left is better)", "max": " (right is better)"}.get(headline.better or "", "")
-    axes.set_xlabel(f"{headline.name}: difference to {comparison.baseline}{way}", fontsize=9)
+    axes.set_title(headline.name, fontsize=10)
+    axes.set_xlabel(f"difference to {comparison.baseline}{way}", fontsize=9)
     _tidy(axes)
     return figure
 
 
 def _tidy(axes: Axes) -> None:
     axes.tick_params(labelsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
 

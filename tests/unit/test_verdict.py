@@ -50,7 +50,7 @@ def test_ratios_are_scipys_on_logarithms() -> None:
     assert found.mean == pytest.approx(stats.gmean(B) / stats.gmean(A))
     assert found.interval == pytest.approx((math.exp(reference.low), math.exp(reference.high)), rel=1e-9)
     assert found.half_width is None
-    assert found.show() == "× 1.043 (1.006 to 1.082)"
+    assert found.show() == "× 1.043 (1.006–1.082)"
     assert Difference((2.0, 3.0), (4.0, 6.0), paired=True, ratio=True).show() == "× 2.000"
     assert Difference((0.0, 3.0), (4.0, 6.0), paired=True, ratio=True).show() == "nan"
 
