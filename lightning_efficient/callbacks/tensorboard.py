@@ -38,7 +38,7 @@ CHARTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
 
 
 def write_hparams(logger: TensorBoardLogger, hparams: Mapping[str, Any]) -> None:
-    """Write the record of the HParams tab.
+    """Write the record of the HParams tab, a trial named ``<variant>/<seed>`` as the run's folder is.
 
     ``TensorBoardLogger.log_hyperparams`` would also write an experiment, which makes ``hp_metric`` the only metric of
     the table and the keys of the first run its only columns. Without one TensorBoard takes the keys of all runs, and
@@ -48,12 +48,13 @@ def write_hparams(logger: TensorBoardLogger, hparams: Mapping[str, Any]) -> None
         logger: On the process that writes.
         hparams: Nested as the user has them; what is no bool, number or text is written as text.
     """
-    from torch.utils.tensorboard.summary import hparams as summaries
+    # tensorboard.plugins.hparams.api is the same behind an import of TensorFlow
+    from tensorboard.plugins.hparams.summary_v2 import hparams_pb  # type: ignore[import-untyped]
 
     logger.log_hyperparams(dict(hparams), {})  # for hparams.yaml; without metrics nothing goes to the event file
-    _experiment, start, end = summaries(dict(_flat(hparams)), {})
-    for summary in (start, end):
-        logger.experiment.file_writer.add_summary(summary)
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    trial = f"{logger.name}/{version}" if logger.name else version
+    logger.experiment.file_writer.add_summary(hparams_pb(dict(_flat(hparams)), trial_id=trial))
 
 
 def _flat(hparams: Mapping[Any, Any], parent: str = "") -> Iterable[tuple[str, bool | int | float | str]]:
