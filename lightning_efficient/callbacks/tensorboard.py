@@ -24,6 +24,10 @@ CHARTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "temp_scale": {"temperature": "efficient/temp_scale/tau_(min|mean|max)"},
         "magnitude_pruning": _MASKS,
         "sap_pruning": {**_MASKS, "PQ index": "efficient/pruning/pqi(_scope)?"},
+        "hesso_pruning": {
+            "share removed": "efficient/hesso/removed",
+            "units that shrink": "efficient/hesso/shrinking",
+        },
         "collapse_monitor": {
             "attention entropy, nats": "efficient/collapse_monitor/entropy_(min|mean)",
             "share of heads": "efficient/collapse_monitor/(collapsed|sink)_fraction",
