@@ -17,6 +17,7 @@ from lightning_efficient.attention import AttentionProbe
 from lightning_efficient.callbacks.base import EfficientCallback
 from lightning_efficient.callbacks.collapse_monitor import CollapseMonitor
 from lightning_efficient.callbacks.prepbn import PRepBN
+from lightning_efficient.callbacks.run_cost import RunCost
 from lightning_efficient.callbacks.weightspace import WeightSpaceCallback
 from lightning_efficient.cli.efficient_cli import EfficientCLI, add_method_arguments
 from lightning_efficient.inference import as_call, evaluating
@@ -87,6 +88,8 @@ def show_targets(args: Sequence[str], console: Console | None = None) -> None:
     refused = []
     for method in METHODS:
         callback: EfficientCallback = cli.config_init[method]
+        if isinstance(callback, RunCost):  # of the run, whatever its modules
+            continue
         console.print(
             Text.assemble((f"\n{method}", "bold"), "" if callback.enabled else "  (off in this configuration)")
         )
