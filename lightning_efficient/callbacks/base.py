@@ -122,7 +122,8 @@ def log_hparams(trainer: Trainer, pl_module: LightningModule, callbacks: list[Ef
     for source in (pl_module, getattr(trainer, "datamodule", None)):
         # `save_hyperparameters(logger=False)` keeps them out of the logs; Lightning has no public name for that.
         if source is not None and getattr(source, "_log_hyperparams", True):
-            users |= dict(source.hparams_initial or {})
+            # LightningCLI notes `_class_path` and `_instantiator` for itself.
+            users |= {k: v for k, v in dict(source.hparams_initial or {}).items() if not str(k).startswith("_")}
     if (seed := os.environ.get("PL_GLOBAL_SEED")) is not None:
         ours["seed"] = int(seed)
     active_methods = [cb.method for cb in callbacks if cb.enabled]

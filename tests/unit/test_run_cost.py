@@ -149,7 +149,9 @@ def test_hparams_that_are_no_numbers(tmp_path: Path) -> None:
     class Nested(Slow):
         def __init__(self) -> None:
             super().__init__()
-            self.save_hyperparameters({"optimizer": {"betas": [0.9, 0.99], "name": "adam"}, "none": None, "seed": 3})
+            self.save_hyperparameters(
+                {"optimizer": {"betas": [0.9, 0.99], "name": "adam"}, "none": None, "seed": 3, "_class_path": "x"}
+            )
 
     fit(tmp_path, RunCost(), module=Nested(), max_steps=1)
     content = plugin(tmp_path / "tb" / "seed_0", "_hparams_/session_start_info")
@@ -157,6 +159,7 @@ def test_hparams_that_are_no_numbers(tmp_path: Path) -> None:
     assert keys["optimizer/betas"].string_value == "[0.9, 0.99]"
     assert (keys["optimizer/name"].string_value, keys["none"].string_value) == ("adam", "None")
     assert keys["seed"].number_value == 3  # the user's own
+    assert "_class_path" not in keys  # LightningCLI's own
 
 
 def test_charts_of_the_methods_that_are_on(tmp_path: Path) -> None:
