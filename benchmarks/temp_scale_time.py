@@ -112,6 +112,20 @@ def measure(title: str, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def write(rows: list[dict[str, Any]], rounds: int) -> None:
+    """The JSON and the table."""
+    columns = {
+        "model": "model", "variant": "variant", "untouched_ms": "untouched, ms", "ratio": "ratio",
+        "quartiles": "quartiles",
+    }  # fmt: skip
+    head = (
+        f"# TempScale at inference\n\nCPU time of one forward ÷ that of the untouched model in the same round, medians "
+        f"of {rounds} rounds in shuffled order; tau = {TAU}.\n\n`{machine()}`\n\n"
+    )
+    save("temp_scale_time_cpu", rows)
+    (RESULTS / "temp_scale_time_cpu.md").write_text(head + markdown(rows, columns) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=31)
@@ -122,18 +136,7 @@ def main() -> None:
     for title in MODELS:
         if not args.only or any(title.startswith(only) for only in args.only):
             rows += measure(title, args.rounds)
-    columns = {
-        "model": "model", "variant": "variant", "untouched_ms": "untouched, ms", "ratio": "ratio",
-        "quartiles": "quartiles",
-    }  # fmt: skip
-    head = (
-        f"# TempScale at inference\n\nCPU time of one forward ÷ that of the untouched model in the same round, medians "
-        f"of {args.rounds} rounds in shuffled order; tau = {TAU}.\n\n`{machine()}`\n\n"
-    )
-    table = markdown(rows, columns)
-    print(table)
-    save("temp_scale_time_cpu", rows)
-    (RESULTS / "temp_scale_time_cpu.md").write_text(head + table + "\n")
+            write(rows, args.rounds)  # as they come
 
 
 if __name__ == "__main__":
