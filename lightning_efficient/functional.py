@@ -22,6 +22,7 @@ from lightning_efficient.metrics.functional import (
 )
 from lightning_efficient.pruning.graph import find_groups
 from lightning_efficient.pruning.slim import apply_slim
+from lightning_efficient.tuning import classification_scores, retrieval_scores, tune_temperature
 
 __all__ = [
     "alignment",
@@ -32,6 +33,7 @@ __all__ = [
     "apply_temp_scale",
     "attention_entropy",
     "attention_filter_rate",
+    "classification_scores",
     "cosine_by_length",
     "entropy_lower_bound",
     "filter_rate",
@@ -41,8 +43,10 @@ __all__ = [
     "rankme",
     "recalibrate",
     "remove_temp_scale",
+    "retrieval_scores",
     "row_logit_norm",
     "sparsity",
     "spectral_norms",
+    "tune_temperature",
     "uniformity",
 ]

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     args = list(sys.argv[1:] if argv is None else argv)
     command = args[0] if args else ""
-    if command not in (*_TRAINER, "targets"):
+    if command not in (*_TRAINER, "targets", "tune-temperature"):
         options = build_parser().parse_args(args)
         command = options.command
     _import_from_here()
@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         commands.train(None if argv is None else args)
     elif command == "targets":
         commands.run_targets(args[1:])
+    elif command == "tune-temperature":
+        commands.run_tune_temperature(args[1:])
     else:
         getattr(commands, f"run_{command}")(options)
 
@@ -60,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, text in _TRAINER.items():
         commands.add_parser(name, help=text)
     commands.add_parser("targets", help="what each method would change in a model, and why not the rest")
+    commands.add_parser("tune-temperature", help="attention's temperature against a validation metric, with intervals")
     _add_export(commands.add_parser("export", help="turn a checkpoint into a plain model, checked"))
     _add_compare(commands.add_parser("compare", help="a table, a page and a picture of runs, from their logs"))
     _add_demo(commands.add_parser("demo", help="train a small ViT with and without sigmaReparam, in two minutes"))

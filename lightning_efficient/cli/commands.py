@@ -18,8 +18,9 @@ from lightning_efficient.checkpoint import load_from_checkpoint
 from lightning_efficient.cli.efficient_cli import EfficientCLI
 from lightning_efficient.cli.errors import short_errors
 from lightning_efficient.cli.targets import show_targets
+from lightning_efficient.cli.tune import tune
 
-__all__ = ["run_compare", "run_demo", "run_export", "run_targets", "train"]
+__all__ = ["run_compare", "run_demo", "run_export", "run_targets", "run_tune_temperature", "train"]
 
 
 def train(args: Sequence[str] | None) -> None:
@@ -40,6 +41,16 @@ def run_targets(args: Sequence[str]) -> None:
     """
     with short_errors():
         show_targets(args)
+
+
+def run_tune_temperature(args: Sequence[str]) -> None:
+    """``tune-temperature``.
+
+    Args:
+        args: Arguments after the command.
+    """
+    with short_errors():
+        tune(args)
 
 
 def run_export(options: Namespace) -> None:

@@ -1,0 +1,16 @@
+"""Choosing attention's temperature on data, and saying when the data do not tell."""
+
+from lightning_efficient.tuning.bootstrap import Paired, compare_paired
+from lightning_efficient.tuning.scores import classification_scores, retrieval_scores
+from lightning_efficient.tuning.sweep import TAUS, Row, TemperatureSweep, tune_temperature
+
+__all__ = [
+    "TAUS",
+    "Paired",
+    "Row",
+    "TemperatureSweep",
+    "classification_scores",
+    "compare_paired",
+    "retrieval_scores",
+    "tune_temperature",
+]
