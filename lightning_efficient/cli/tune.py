@@ -39,11 +39,7 @@ class _TuneCLI(EfficientCLI):
 
     def __init__(self, args: Sequence[str]) -> None:
         prog = {"prog": "lightning-efficient tune-temperature"}
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        quiet |= {"enable_model_summary": False}
-        super().__init__(
-            save_config_callback=None, trainer_defaults=quiet, parser_kwargs=prog, args=list(args), run=False
-        )
+        super().__init__(save_config_callback=None, parser_kwargs=prog, args=list(args), run=False)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_core_arguments_to_parser(parser)
@@ -58,6 +54,11 @@ class _TuneCLI(EfficientCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = parser.parse_args(cast(list[str], args))
+
+    def before_instantiate_classes(self) -> None:
+        # Every batch is a validation of its own here: nothing to log, and no bar for each.
+        for unwanted in ("logger", "enable_progress_bar", "enable_model_summary"):
+            self.config["trainer"][unwanted] = False
 
 
 def tune(args: Sequence[str], console: Console | None = None) -> None:
@@ -81,6 +82,8 @@ def tune(args: Sequence[str], console: Console | None = None) -> None:
             "`temp_scale` asks for a temperature that depends on the length or is learned, and a sweep sets a constant "
             "one: leave its `mode` and `learnable` out."
         )
+    if (path := options["ckpt_path"]) and "://" not in path and not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint {path!r}.")
     ours.enabled = False  # the sweep sets the temperature; of the method's key, only what it covers is used
     found = tune_on_validation(
         cli.trainer, cli.model, options["metric"], options["taus"], datamodule=cli.datamodule,

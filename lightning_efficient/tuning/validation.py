@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -18,13 +19,15 @@ from torch import Tensor, nn
 from lightning_efficient.callbacks.attach import attachment
 from lightning_efficient.callbacks.example import Example, example_of, undisturbed
 from lightning_efficient.callbacks.temp_scale import TempScale
+from lightning_efficient.compare.logs import direction
 from lightning_efficient.inference import device_of
-from lightning_efficient.logs import direction
 from lightning_efficient.methods.temp_scale import METHOD, Targets, TempScaleConfig, find_targets
 from lightning_efficient.tuning.sweep import TAUS, TemperatureSweep, checked_taus, sweep
 
 # Of the metric of all batches and the mean over batches: beyond float32 rounding they are different things.
 _SAME = 1e-4
+_LEAVES = (Tensor, np.ndarray, str, bytes, int, float, type(None))
+_PARTS = 50  # at least so many are resampled, if there are so many samples
 
 
 def tune_on_validation(
@@ -45,8 +48,9 @@ def tune_on_validation(
 ) -> TemperatureSweep:
     """Run ``trainer.validate`` at several temperatures, batch by batch, so that intervals can be given.
 
-    A mean over samples (a loss, an accuracy) is the weighted mean over its batches; that is checked, and any other
-    metric is taken from whole passes, one number per τ without intervals. The module is left as it was, to the bit.
+    A mean over samples (a loss, an accuracy) is the weighted mean over batches, or over parts of them where there are
+    few; that is checked, and any other metric is taken from whole passes, one number per τ without intervals. The
+    module is left as it was, to the bit.
 
     Args:
         trainer: On one device; its callbacks run and its logger logs at every batch, so make one without logger.
@@ -81,11 +85,11 @@ def tune_on_validation(
             "the weights were trained with a TempScale and hold its temperature: the τ of a sweep would multiply it. "
             "Use `tune_temperature` if that is what you want."
         )
-    by_batch = passes.by_batch(module)
-    mean = sum(v * n for v, n in zip(by_batch, passes.sizes, strict=True)) / sum(passes.sizes)
+    values = passes.by_part(module)
+    mean = sum(v * n for v, n in zip(values, passes.sizes, strict=True)) / sum(passes.sizes)
     is_mean = math.isclose(mean, whole, rel_tol=_SAME, abs_tol=_SAME)
     note = (
-        f"({metric!r} of the whole validation set, {whole:.4g}, is not the mean over its batches, {mean:.4g}, so that "
+        f"({metric!r} of the whole validation set, {whole:.4g}, is not the mean over its parts, {mean:.4g}, so that "
         "there are no intervals.)"
     )
 
@@ -94,14 +98,14 @@ def tune_on_validation(
         return find_targets(example.model, args, TempScaleConfig(tau), include, exclude)
 
     return sweep(
-        module, passes.by_batch if is_mean else passes.whole, find, chosen,
-        maximize=maximize, metric=metric, unit="batches", weights=(lambda: passes.sizes) if is_mean else None,
+        module, passes.by_part if is_mean else passes.whole, find, chosen,
+        maximize=maximize, metric=metric, unit=passes.unit, weights=(lambda: passes.sizes) if is_mean else None,
         note="" if is_mean else note, resamples=resamples, confidence=confidence, seed=seed,
     )  # fmt: skip
 
 
 class _Passes:
-    """Validation of one module: all batches at once, or one by one."""
+    """Validation of one module: all batches at once, or in parts, each a batch or less."""
 
     def __init__(self, trainer: Trainer, module: LightningModule, metric: str) -> None:
         self.trainer, self.module, self.metric = trainer, module, metric
@@ -134,15 +138,25 @@ class _Passes:
         with undisturbed(self.loader) as batches:
             return self._value(self.trainer.validate(self.module, dataloaders=batches, verbose=False))
 
-    def by_batch(self, _: nn.Module) -> list[float]:
-        """The metric of each batch."""
+    def by_part(self, _: nn.Module) -> list[float]:
+        """The metric of each part."""
         values, sizes = [], []
         with undisturbed(self.loader) as batches:
-            for batch in islice(batches, self.count):
-                values.append(self._value(self.trainer.validate(self.module, dataloaders=_One(batch), verbose=False)))
-                sizes.append(extract_batch_size(batch))
+            for part in (part for batch in islice(batches, self.count) for part in _parts(batch, self.split)):
+                values.append(self._value(self.trainer.validate(self.module, dataloaders=_One(part), verbose=False)))
+                sizes.append(extract_batch_size(part))
         self.sizes = sizes
         return values
+
+    @property
+    def split(self) -> int:
+        """Into how many parts a batch is cut, so that there are enough to resample."""
+        return math.ceil(_PARTS / self.count) if self.count else 1
+
+    @property
+    def unit(self) -> str:
+        """What the parts are called."""
+        return "batches" if self.split == 1 else "groups of samples"
 
     def _value(self, results: Sequence[Any]) -> float:
         logged = results[0] if results else {}
@@ -167,6 +181,17 @@ class _Look(Callback):
     ) -> None:
         if self.example is None:
             self.example = example_of(trainer, pl_module, "validate", batch)
+
+
+def _parts(batch: Any, count: int) -> list[Any]:
+    """A batch cut along its first axis, or whole if it holds anything but tensors of one length."""
+    kinds: list[int | None] = []
+    apply_to_collection(batch, _LEAVES, lambda x: kinds.append(len(x) if isinstance(x, Tensor) and x.ndim else None))
+    size = kinds[0] if kinds else None
+    if size is None or set(kinds) != {size}:
+        return [batch]
+    edges = torch.linspace(0, size, min(count, size) + 1).round().long().tolist()
+    return [apply_to_collection(batch, Tensor, lambda x, a=a, b=b: x[a:b]) for a, b in pairwise(edges)]
 
 
 class _One:
