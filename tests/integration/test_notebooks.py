@@ -1,0 +1,34 @@
+"""Every notebook runs from top to bottom, and what is committed of it says nothing about the machine it ran on."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+MACHINE = re.compile(r"(?:^|[\s\"'(=:])/(?:root|home|Users|tmp|work|opt|usr|private|var)/|[A-Z]:\\\\|site-packages")
+
+
+def test_there_are_notebooks() -> None:
+    assert NOTEBOOKS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(path: Path, tmp_path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    place = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=place).execute()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_names_no_machine(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        for text in (cell.source, *map(str, cell.get("outputs", []))):
+            assert not (found := MACHINE.search(text)), text[max(0, found.start() - 80) : found.end() + 80]
