@@ -33,6 +33,8 @@ from scipy import stats
 
 from lightning_efficient import MagnitudePruning, SAPPruning
 
+# (model, arm, scope) -> seed -> points
+Curves = dict[tuple[str, str, str], dict[int, list[dict[str, float]]]]
 RUNS = Path(__file__).parent / "runs"
 # Share pruned by the arms that reach one amount a run.
 AMOUNTS = (0.9, 0.98)
@@ -55,6 +57,7 @@ class Plan:
     Args:
         models: Keys of ``MODELS``.
         seeds: How many.
+        first: The first of them, to share the work among processes.
         rounds: Prunings of the iterated arms; the lottery ticket ends at ``FINAL``.
         epochs: Of one training; the other arms get twice as many.
         batch: Images a batch.
@@ -62,16 +65,18 @@ class Plan:
 
     models: Sequence[str] = tuple(MODELS)
     seeds: int = 5
+    first: int = 0
     rounds: int = 8
     epochs: int = 3
     batch: int = 50
 
     def cells(self) -> Iterator[tuple[str, str, str, float, int]]:
         # Seeds outermost: an interrupted study has whole seeds.
-        for seed, model in itertools.product(range(self.seeds), self.models):
+        for seed, model in itertools.product(range(self.first, self.first + self.seeds), self.models):
             cells = [(arm, scope, 0.0) for arm, scope in itertools.product(ITERATED, SCOPES)]
             cells += itertools.product(SINGLE, SCOPES, AMOUNTS)
-            cells.append(("small dense", "global", 0.0))  # as many epochs as the others of its kind, nothing pruned
+            if "small dense" in SINGLE:  # as many epochs as the others of its kind, nothing pruned
+                cells.append(("small dense", "global", 0.0))
             for arm, scope, amount in cells:
                 if arm not in UNSCOPED or scope == "global":
                     yield model, arm, scope, amount, seed
@@ -127,7 +132,7 @@ def run(data: Data, plan: Plan, model: str, arm: str, scope: str, amount: float,
 
 
 def study(data: Data, plan: Plan, budget: float = math.inf) -> list[dict[str, Any]]:
-    """Every run of the plan, those finished earlier read from disk; stops after ``budget`` seconds."""
+    """Every run of the plan, those finished earlier read from disk; after ``budget`` seconds no other is begun."""
     RUNS.mkdir(exist_ok=True)
     (RUNS / ".gitignore").write_text("*\n")
     path = RUNS / "pruning_study.jsonl"
@@ -139,7 +144,7 @@ def study(data: Data, plan: Plan, budget: float = math.inf) -> list[dict[str, An
             key = (data.name, len(data.train[0]), plan.rounds, plan.epochs, plan.batch, *cell)
             if key not in done:
                 if time.perf_counter() - start > budget:
-                    break
+                    continue
                 done[key] = run(data, plan, *cell)
                 file.write(json.dumps({"key": key, **done[key]}) + "\n")
                 file.flush()
@@ -150,9 +155,9 @@ def study(data: Data, plan: Plan, budget: float = math.inf) -> list[dict[str, An
 # -- report ----------------------------------------------------------------------------------------------------------
 
 
-def curves(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], dict[int, list[dict[str, float]]]]:
+def curves(rows: Sequence[dict[str, Any]]) -> Curves:
     """(model, arm, scope) → seed → points, from dense to sparse; single amounts together are a curve too."""
-    out: dict[tuple[str, str, str], dict[int, list[dict[str, float]]]] = {}
+    out: Curves = {}
     for row in rows:
         by_seed = out.setdefault((row["model"], row["arm"], row["scope"]), {})
         by_seed.setdefault(row["seed"], []).extend(row["points"])
@@ -166,8 +171,8 @@ def at_level(points: Sequence[dict[str, float]], level: float, key: str = "test_
     """A quantity at a share of weights left, between the two points around it, linear in its logarithm."""
     usable = [p for p in points if p["left"] > 0]
     left = np.log([p["left"] for p in reversed(usable)])
-    # Counts are rounded down, so a run to 5 % may end at 5.05 %.
-    if not usable or not left[0] - 0.03 <= math.log(level) <= left[-1] + 0.03:
+    # Counts are rounded down, in every neuron with that scope, so a run to 2 % may end at 2.1 %.
+    if not usable or not left[0] - 0.08 <= math.log(level) <= left[-1] + 0.08:
         return None
     return float(np.interp(math.log(level), left, [p[key] for p in reversed(usable)]))
 
@@ -176,31 +181,54 @@ def cell_text(values: Sequence[float | None]) -> str:
     """Mean and half of the 95 % interval over seeds, in per cent."""
     found = [100 * v for v in values if v is not None]
     if not found or len(found) < len(values):
-        return f"not reached ({len(found)}/{len(values)})"
+        return f"not reached ({len(found)}/{len(values)})" if values else "—"
     if len(found) == 1:
         return f"{found[0]:.1f}"
     half = stats.t.ppf(0.975, len(found) - 1) * np.std(found, ddof=1) / math.sqrt(len(found))
     return f"{np.mean(found):.1f} ± {half:.1f}"
 
 
+def compared(every: Curves) -> list[dict[str, Any]]:
+    """Differences in test accuracy to the lottery ticket of the same seed, model and scope, at equal weights left."""
+    table = []
+    for (model, arm, scope), by_seed in every.items():
+        ticket = every.get((model, "lottery ticket", scope), {})
+        if arm == "lottery ticket" or arm in UNSCOPED:
+            continue
+        line: dict[str, Any] = {"model": model, "scope": scope, "arm": arm}
+        for level in LEVELS:
+            pairs = [
+                (at_level(p, level), at_level(ticket[seed], level)) for seed, p in by_seed.items() if seed in ticket
+            ]
+            line[f"{level}"] = cell_text([None if a is None or b is None else a - b for a, b in pairs])
+        table.append(line)
+    return table
+
+
 def report(data: Data, plan: Plan, rows: Sequence[dict[str, Any]]) -> str:
     """The table; JSON and picture go to ``results``."""
-    table = []
-    for (model, arm, scope), by_seed in curves(rows).items():
+    table, every = [], curves(rows)
+    for (model, arm, scope), by_seed in every.items():
         epochs = max(point["epochs"] for points in by_seed.values() for point in points)
-        line: dict[str, Any] = {"model": model, "scope": scope, "arm": arm, "seeds": len(by_seed), "epochs": epochs}
+        shown = "any" if arm in UNSCOPED and arm != "SAP (.5, 1)" else scope
+        line: dict[str, Any] = {"model": model, "scope": shown, "arm": arm, "seeds": len(by_seed), "epochs": epochs}
         for level in LEVELS:
             line[f"{level}"] = cell_text([at_level(points, level) for points in by_seed.values()])
         table.append(line)
-    table.sort(key=lambda line: (line["model"], line["scope"]))
     heads = {"model": "model", "scope": "scope", "arm": "method", "seeds": "seeds", "epochs": "epochs, at most"}
-    heads |= {f"{level}": f"{level:.0%} left" for level in LEVELS}
+    levels = {f"{level}": f"{level:.0%} left" for level in LEVELS}
+    apart = compared(every)
+    for lines in (table, apart):
+        lines.sort(key=lambda line: (line["model"], line["scope"]))
     text = (
         f"# Pruning on {data.name}\n\nTest accuracy in per cent, mean and 95 % interval over seeds, at the share of "
         f"weights left (interpolated; 'not reached': a run ended or stalled before it). {len(data.train[0])} training "
-        f"images, {plan.epochs} epochs a training, {plan.rounds} rounds. `epochs` is the cost of reaching the sparsest "
-        "point of an iterated arm, and of each single point of the others. Masks speed up nothing.\n\n"
-        f"{common.markdown(table, heads)}\n"
+        f"images, {len(data.test[0])} test images, {plan.epochs} epochs a training, {plan.rounds} rounds. `epochs` is "
+        "the cost of reaching the sparsest point of an iterated arm, and of each single point of the others. Masks "
+        f"speed up nothing.\n\n{common.markdown(table, heads | levels)}\n\n# Against the lottery ticket\n\n"
+        "Test accuracy minus that of the lottery ticket of the same seed, model and scope at equal weights left, in "
+        "points; not reached: by one of the two.\n\n"
+        f"{common.markdown(apart, {k: heads[k] for k in ('model', 'scope', 'arm')} | levels)}\n"
     )
     name = f"pruning_study_{data.name.lower().replace('-', '_')}"
     common.save(name, list(rows), plan=vars(plan))
@@ -210,24 +238,25 @@ def report(data: Data, plan: Plan, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def picture(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Accuracy (top) and PQ index (bottom) against the weights left, a column for each model and scope."""
+    """Accuracy (left) and PQ index (right) against the weights left, a line for each model and scope."""
     every = curves(rows)
-    columns = sorted({(model, scope) for model, _, scope in every})
-    figure = Figure(figsize=(4 * len(columns), 6), layout="constrained")
-    for column, (model, scope) in enumerate(columns):
-        for line, key in enumerate(("test_acc", "pqi")):
-            axes = figure.add_subplot(2, len(columns), line * len(columns) + column + 1)
-            for index, arm in enumerate((*ITERATED, *SINGLE)):
-                for seed, points in every.get((model, arm, scope), {}).items():
+    panels = sorted({(model, scope) for model, _, scope in every})
+    figure = Figure(figsize=(13, 3.4 * len(panels)), layout="constrained")
+    for index, (model, scope) in enumerate(panels):
+        for column, (key, label) in enumerate((("test_acc", "test accuracy"), ("pqi", "PQ index (.5, 1)"))):
+            axes = figure.add_subplot(len(panels), 2, 2 * index + column + 1)
+            for colour, arm in enumerate((*ITERATED, *SINGLE)):
+                by_seed = every.get((model, arm, "global" if arm in UNSCOPED else scope), {})
+                for number, points in enumerate(by_seed.values()):
                     shown = [p for p in points if p["left"] > 0]
                     axes.plot(
                         [p["left"] for p in shown], [p[key] for p in shown], marker=".", lw=0.8, alpha=0.7,
-                        color=f"C{index}", label=arm if seed == 0 else None,
+                        color=f"C{colour}", label=None if number else arm,
                     )  # fmt: skip
-            axes.set(xscale="log", xlabel="share of weights left", ylabel=key, title=f"{model}, {scope}")
+            axes.set(xscale="log", xlabel="share of weights left", ylabel=label, title=f"{model}, {scope}")
             axes.invert_xaxis()
-    if figure.axes:
-        figure.axes[0].legend(fontsize=7)
+            if column == 0:
+                axes.legend(fontsize=7, loc="lower left")
     return figure
 
 
@@ -236,14 +265,14 @@ def main() -> None:
     parser.add_argument("--digits", action="store_true", help="scikit-learn's digits instead of Fashion-MNIST")
     parser.add_argument("--data", type=Path, help="folder with the idx files of Fashion-MNIST")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    for name in ("seeds", "rounds", "epochs", "batch"):
+    for name in ("seeds", "first", "rounds", "epochs", "batch"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Plan, name))
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no further run is begun")
     args = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     data = digits() if args.digits else fashion(args.data) if args.data else fashion()
-    plan = Plan(args.models, args.seeds, args.rounds, args.epochs, args.batch)
+    plan = Plan(args.models, args.seeds, args.first, args.rounds, args.epochs, args.batch)
     print(report(data, plan, study(data, plan, args.budget)))
 
 
