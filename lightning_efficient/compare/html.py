@@ -110,6 +110,7 @@ def _pictures(comparison: Comparison) -> dict[str, Any]:
         "curves": [
             _inline(single(comparison.variants, m, titles.get(m) or title_of(m, comparison.better)), f"{m} over steps")
             for m in comparison.curves
+            if any(len(run.series[m].steps) > 1 for run in comparison.runs if m in run.series)  # no test metrics
         ],
     }
 
