@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_efficient.ablate.run import ablate
     from lightning_efficient.callbacks.collapse_monitor import CollapseMonitor
     from lightning_efficient.callbacks.hesso_pruning import HESSOPruning
     from lightning_efficient.callbacks.linear_attention import SimplifiedLinearAttention
@@ -38,6 +39,7 @@ __all__ = [
     "SigmaReparam",
     "SimplifiedLinearAttention",
     "TempScale",
+    "ablate",
     "export",
     "load_from_checkpoint",
 ]
@@ -53,6 +55,7 @@ _HOMES = {
     "SigmaReparam": "lightning_efficient.callbacks.sigma_reparam",
     "SimplifiedLinearAttention": "lightning_efficient.callbacks.linear_attention",
     "TempScale": "lightning_efficient.callbacks.temp_scale",
+    "ablate": "lightning_efficient.ablate.run",
     "export": "lightning_efficient.export",
     "load_from_checkpoint": "lightning_efficient.checkpoint",
 }
@@ -60,7 +63,7 @@ _HOMES = {
 
 def _callbacks_from_environment() -> list[Any]:
     """What Lightning calls at every ``Trainer()``: here, so that a run without the switch reads one file of ours."""
-    if not os.environ.get("LIGHTNING_EFFICIENT"):
+    if not (os.environ.get("LIGHTNING_EFFICIENT") or os.environ.get("LIGHTNING_EFFICIENT_RUN")):
         return []
     from lightning_efficient._switch import callbacks_from_environment
 

@@ -13,23 +13,30 @@ if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
 
 VARIABLE = "LIGHTNING_EFFICIENT"
+RUN_VARIABLE = "LIGHTNING_EFFICIENT_RUN"  # set by `ablate` for the processes it starts
 
 
 def callbacks_from_environment() -> list[Callback]:
     """Callbacks for the methods in the YAML file that ``LIGHTNING_EFFICIENT`` names; none if it is unset or empty.
 
     A Trainer that has a callback of the same method and targets already makes Lightning raise "Found more than one
-    stateful callback": a factory is not told what the script itself passes.
+    stateful callback": a factory is not told what the script itself passes. A process that ``ablate`` started also
+    gets the callback that reports its progress, ahead of the methods.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file is not what :func:`lightning_efficient.methods_file.read_methods_file` expects.
     """
-    path = os.environ.get(VARIABLE)
-    if not path:
-        return []
-    from lightning_efficient.methods_file import announce, read_methods_file
+    callbacks: list[Callback] = []
+    if os.environ.get(RUN_VARIABLE):
+        from lightning_efficient.ablate.reporter import reporter_from_environment
 
-    callbacks = read_methods_file(path)
-    announce(callbacks, f"{VARIABLE}={path}")
+        callbacks.append(reporter_from_environment())
+    path = os.environ.get(VARIABLE)
+    if path:
+        from lightning_efficient.methods_file import announce, read_methods_file
+
+        methods = read_methods_file(path)
+        announce(methods, f"{VARIABLE}={path}")
+        callbacks += methods
     return callbacks

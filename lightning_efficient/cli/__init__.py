@@ -34,7 +34,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if argv is None else argv)
     command = args[0] if args else ""
     if command not in (*_TRAINER, "targets", "tune-temperature"):
-        options = build_parser().parse_args(args)
+        # What follows `--` is for the runs of `ablate`; argparse would give it to an option that takes several values.
+        end = args.index("--") if command == "ablate" and "--" in args else len(args)
+        options = build_parser().parse_args(args[:end])
+        options.rest = args[end + 1 :]
         command = options.command
     _import_from_here()
     from lightning_efficient.cli import commands
@@ -65,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("tune-temperature", help="attention's temperature against a validation metric, with intervals")
     _add_export(commands.add_parser("export", help="turn a checkpoint into a plain model, checked"))
     _add_compare(commands.add_parser("compare", help="a table, a page and a picture of runs, from their logs"))
+    _add_ablate(commands.add_parser("ablate", help="train with methods toggled, over seeds, and compare"))
     _add_demo(commands.add_parser("demo", help="train a small ViT with and without sigmaReparam, in two minutes"))
     return parser
 
@@ -95,6 +99,29 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page to read and to share")
     parser.add_argument("--png", type=Path, metavar="FILE", help="also draw the curves")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers")
+
+
+def _add_ablate(parser: argparse.ArgumentParser) -> None:
+    parser.usage = (
+        "%(prog)s (--methods METHOD ... | --variants FILE) [--script SCRIPT] [-c CONFIG] [options] [-- ARG ...]"
+    )
+    parser.epilog = "What follows -- goes to every run, such as -- --trainer.max_epochs=3. The same command continues."
+    add = parser.add_argument
+    add("--script", help="a LightningCLI script: file or module; default: `lightning-efficient fit`")
+    add("-c", "--config", action="append", default=[], metavar="FILE", help="config file of every run; several merge")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--methods", nargs="+", metavar="METHOD", help="a variant each; a+b for both in one")
+    which.add_argument("--variants", metavar="FILE", help="YAML: `variants: {name: {method: {argument: value}}}`")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
+    add("--out", type=Path, default=Path("ablation"), metavar="DIR", help="default: %(default)s")
+    add("--metrics", nargs="+", metavar="NAME", help="which scalars to compare; default: all validation metrics")
+    add("--test", action="store_true", help="also test the best checkpoint of each run")
+    add("--retry-failed", action="store_true", help="train failed runs anew; default: keep them as they are")
+    add("--jobs", type=int, metavar="N", help="runs at a time; default: cores / threads, or one a GPU")
+    add("--threads", type=int, default=1, metavar="N", help="CPU threads of a run; default: %(default)s")
+    add("--engine", choices=("local", "ray"), default="local", help="default: %(default)s")
+    add("--address", metavar="ADDRESS", help="of a Ray cluster; default: one on this machine")
+    add("--checkpoint-every", type=float, default=30.0, metavar="SECONDS", help="resume points; default: %(default)s")
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:

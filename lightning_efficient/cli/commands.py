@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from argparse import Namespace
 from collections.abc import Sequence
 from importlib import import_module
@@ -20,7 +21,7 @@ from lightning_efficient.cli.errors import short_errors
 from lightning_efficient.cli.targets import show_targets
 from lightning_efficient.cli.tune import tune
 
-__all__ = ["run_compare", "run_demo", "run_export", "run_targets", "run_tune_temperature", "train"]
+__all__ = ["run_ablate", "run_compare", "run_demo", "run_export", "run_targets", "run_tune_temperature", "train"]
 
 
 def train(args: Sequence[str] | None) -> None:
@@ -141,6 +142,35 @@ def run_compare(options: Namespace) -> None:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(comparison.to_dict(), indent=1), encoding="utf-8")
             print(options.json)
+
+
+def run_ablate(options: Namespace) -> None:
+    """``ablate``: exit code 1 if a run failed, 130 if it was interrupted.
+
+    Args:
+        options: As ``lightning-efficient ablate --help`` lists them, and ``rest``: arguments of every run.
+    """
+    from lightning_efficient.ablate.run import ablate
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+    with short_errors():
+        try:
+            done = ablate(
+                options.variants or options.methods,
+                options.script,
+                [*(f"--config={file}" for file in options.config), *options.rest],
+                seeds=options.seeds, out=options.out, metrics=options.metrics, test=options.test,
+                retry_failed=options.retry_failed, n_jobs=options.jobs, threads=options.threads,
+                engine=options.engine, address=options.address, checkpoint_every=options.checkpoint_every,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+    if not done.finished:
+        raise SystemExit(1)
 
 
 def run_demo(options: Namespace) -> None:

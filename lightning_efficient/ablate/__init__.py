@@ -1,0 +1,1 @@
+"""``ablate``: one configuration, methods toggled, over seeds. Imports nothing: runs load the reporter only."""

@@ -1,0 +1,163 @@
+"""One run as a process of its own: started, watched, its end recorded. The same function for every engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from lightning_efficient._switch import RUN_VARIABLE
+from lightning_efficient.ablate.errors import error_lines
+from lightning_efficient.ablate.files import CHECKPOINT, LOG, PROGRESS, STATUS, last_checkpoint, read_json, write_json
+
+_KILLED = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_GRACE = 5.0  # seconds between asking a process to end and ending it
+_POLL = 0.1
+_KEPT_YAML = ("methods.yaml", "hparams.yaml")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is left to do for one run, as plain data.
+
+    Args:
+        folder: The run's.
+        steps: Name → command line after ``python``: ``"fit"``, ``"test"`` or both, in this order.
+        environment: Added to that of the process which runs the job.
+        cwd: Where the command runs.
+        checkpoint_every: Least number of seconds between two resume points.
+    """
+
+    folder: str
+    steps: Mapping[str, Sequence[str]]
+    environment: Mapping[str, str]
+    cwd: str
+    checkpoint_every: float
+
+
+def run_job(
+    job: Job,
+    stopped: Callable[[], bool] = lambda: False,
+    environment: Mapping[str, str] | None = None,
+    inherited: Sequence[int] = (),
+) -> None:
+    """Run the steps of a job and record how each ended in its folder's ``status.json``.
+
+    A process that fails is recorded, not raised.
+
+    Args:
+        job: The job.
+        stopped: Asked ten times a second; ``True`` ends the process, and the job can be continued later.
+        environment: The engine's, such as the devices it may use.
+        inherited: File descriptors that the process keeps open: a lock lives as long as they do.
+    """
+    folder = Path(job.folder)
+    status: dict[str, Any] = {"done": [], "seconds": 0.0, "attempts": 0, **read_json(folder / STATUS)}
+    before = float(status["seconds"])
+    status |= {"state": "running", "started": time.time(), "host": platform.node(), "error": None}
+    status["attempts"] += 1
+    variables = {**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {}), **job.environment}
+    run = {"folder": job.folder, "parent": os.getpid(), "checkpoint_every": job.checkpoint_every}
+    variables[RUN_VARIABLE] = json.dumps(run)
+
+    def record(state: str, error: str | None = None) -> None:
+        status.update(state=state, error=error, seconds=before + time.time() - status["started"])
+        write_json(folder / STATUS, status)
+
+    record("running")
+    for step, argv in job.steps.items():
+        if step == "test":
+            if not read_json(folder / PROGRESS).get("has_test", True):
+                continue
+            argv = [*argv, f"--ckpt_path={_to_test(folder)}"]
+        _set_aside_configs(folder)
+        try:
+            code, text = _run([sys.executable, *argv], folder, variables, job.cwd, stopped, inherited)
+        except BaseException:
+            record("interrupted")
+            raise
+        if code is None:
+            return record("interrupted")
+        if code != 0:
+            killed = -code in _KILLED
+            return record(
+                "killed" if killed else "failed",
+                f"killed by {signal.Signals(-code).name}" if killed else _why(code, text),
+            )
+        if step == "fit" and not read_json(folder / PROGRESS).get("fitted"):
+            return record("failed", f"ended without an error and before training was over: see {LOG}.")
+        status["done"] = [*status["done"], step]
+    if any(file.name != CHECKPOINT for file in folder.rglob("*.ckpt")):
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+    return record("finished")
+
+
+def _why(code: int, text: str) -> str:
+    ended = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return f"{error_lines(text)}\n({ended})"
+
+
+def _to_test(folder: Path) -> str:
+    """The best checkpoint by the user's own ModelCheckpoint, chosen on validation data; else the last one."""
+    best = read_json(folder / PROGRESS).get("best")
+    return str(best or last_checkpoint(folder))
+
+
+def _set_aside_configs(folder: Path) -> None:
+    """LightningCLI refuses to overwrite the configuration that an earlier attempt, or ``fit``, saved in this folder."""
+    for file in folder.glob("*.yaml"):
+        if file.name not in _KEPT_YAML and not file.name.startswith("fit_"):
+            os.replace(file, folder / f"fit_{file.name}")
+
+
+def _run(
+    argv: Sequence[str],
+    folder: Path,
+    environment: Mapping[str, str],
+    cwd: str,
+    stopped: Callable[[], bool],
+    inherited: Sequence[int],
+) -> tuple[int | None, str]:
+    """Exit code, ``None`` if it was stopped, and what the process wrote to the end of the log."""
+    with (folder / LOG).open("a+", encoding="utf-8", errors="replace") as log:
+        log.write(f"$ {shlex.join(argv)}\n")
+        log.flush()
+        start = log.tell()
+        process = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=cwd, env=environment,
+            start_new_session=True, pass_fds=inherited,
+        )  # fmt: skip
+        try:
+            while process.poll() is None:
+                if stopped():
+                    return None, ""
+                time.sleep(_POLL)
+        finally:
+            _end(process)
+        return process.returncode, _from(log, start)
+
+
+def _from(log: IO[str], start: int) -> str:
+    log.seek(start)
+    return log.read()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and everything it started: data loading workers, DDP ranks."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
