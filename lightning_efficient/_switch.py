@@ -21,22 +21,22 @@ def callbacks_from_environment() -> list[Callback]:
 
     A Trainer that has a callback of the same method and targets already makes Lightning raise "Found more than one
     stateful callback": a factory is not told what the script itself passes. A process that ``ablate`` started also
-    gets the callback that reports its progress, ahead of the methods.
+    gets a callback that reports its progress, ahead of the methods, and one that keeps a point to resume from.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file is not what :func:`lightning_efficient.methods_file.read_methods_file` expects.
     """
     callbacks: list[Callback] = []
-    if os.environ.get(RUN_VARIABLE):
-        from lightning_efficient.ablate.reporter import reporter_from_environment
-
-        callbacks.append(reporter_from_environment())
     path = os.environ.get(VARIABLE)
     if path:
         from lightning_efficient.methods_file import announce, read_methods_file
 
-        methods = read_methods_file(path)
-        announce(methods, f"{VARIABLE}={path}")
-        callbacks += methods
+        callbacks = read_methods_file(path)
+        announce(callbacks, f"{VARIABLE}={path}")
+    if os.environ.get(RUN_VARIABLE):
+        from lightning_efficient.ablate.reporter import callbacks_of_the_run
+
+        first, last = callbacks_of_the_run()
+        callbacks = [first, *callbacks, last]
     return callbacks

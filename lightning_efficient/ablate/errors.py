@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_TRACEBACK = "Traceback (most recent call last)"
+_TRACEBACK = "Traceback (most recent call last):\n"
 _ARGPARSE = re.compile(r"^(?:[\w.\- ]+: )?error: ", re.MULTILINE)
 _LONGEST = 12
 

@@ -1,4 +1,4 @@
-"""What runs inside each training process: says how far it is, keeps a point to resume from, ends with its parent."""
+"""What runs inside each training process: says how far it is, and ends with its parent."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import hashlib
 import json
 import math
 import os
-import random
-import shutil
 import signal
 import threading
 import time
@@ -15,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -24,15 +21,15 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_efficient._switch import RUN_VARIABLE
-from lightning_efficient.ablate.files import CHECKPOINT, PROGRESS, START, read_json, write_json
+from lightning_efficient.ablate.files import PROGRESS, START, read_json, write_json
+from lightning_efficient.ablate.resume import ResumePoint
 
-_RANDOM = "lightning_efficient_random"
 _EVERY = 0.5  # seconds between two reports
 _POLL = 0.5  # seconds between two looks at the parent
 
 
-def reporter_from_environment() -> Reporter:
-    """The reporter that ``LIGHTNING_EFFICIENT_RUN`` describes, as JSON set by ``ablate``.
+def callbacks_of_the_run() -> tuple[Reporter, ResumePoint]:
+    """The callbacks that ``LIGHTNING_EFFICIENT_RUN`` describes, as JSON set by ``ablate``.
 
     Raises:
         RuntimeError: ``ablate`` asked for the configuration only, and the script builds a Trainer nevertheless.
@@ -43,29 +40,22 @@ def reporter_from_environment() -> Reporter:
             "this script builds its Trainer without reading `--print_config`: `ablate` runs LightningCLI scripts."
         )
     _end_with_parent(run["parent"])
-    return Reporter(run["folder"], run["checkpoint_every"])
+    return Reporter(run["folder"]), ResumePoint(run["folder"], run["checkpoint_every"])
 
 
 class Reporter(Callback):
-    """Reports progress and keeps a checkpoint to resume from. Draws no random numbers and logs nothing.
-
-    The resume point is written at the start of an epoch, when everything of the last one is done, with the state of
-    the random generators: a run that is killed and continued sees the batches and dropout masks it would have seen.
+    """Reports progress to a file. Draws no random numbers and logs nothing.
 
     Args:
         folder: The run's.
-        checkpoint_every: Least number of seconds between two resume points.
     """
 
-    def __init__(self, folder: str, checkpoint_every: float) -> None:
+    def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
-        self.checkpoint_every = checkpoint_every
-        self._saved = self._started = time.monotonic()
+        self._started = time.monotonic()
         self._reported = -math.inf
         self._first_step = 0
         self._total = math.inf
-        self._saving = False
-        self._random: dict[str, Any] | None = None
 
     # -- once, at the start
 
@@ -79,15 +69,6 @@ class Reporter(Callback):
             weights = {name: _digest(tensor) for name, tensor in pl_module.named_parameters()}
             write_json(self.folder / START, {"weights": weights, "batches": {}})
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take the generators' states out of a resume point."""
-        self._random = checkpoint.get(_RANDOM)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the generators as they were: the last moment before the first batch is drawn."""
-        if self._random is not None:
-            _set_random_state(self._random)
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._started, self._first_step = time.monotonic(), trainer.global_step
@@ -95,12 +76,6 @@ class Reporter(Callback):
         self._report(trainer)
 
     # -- at every epoch and step
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep a resume point, unless one was kept a moment ago."""
-        late = time.monotonic() - self._saved >= self.checkpoint_every
-        if trainer.current_epoch > 0 and trainer.strategy.broadcast(late):
-            self._save(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Digest the first batch of every epoch."""
@@ -122,9 +97,7 @@ class Reporter(Callback):
             self._report(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report the end; a Trainer without checkpoints gets one, so that the model can be tested."""
-        if not trainer.checkpoint_callbacks:
-            self._save(trainer)
+        """Report the end, and what a test needs to know."""
         paths = [getattr(callback, "best_model_path", "") for callback in trainer.checkpoint_callbacks]
         best = next(filter(None, paths), "")
         self._report(trainer, fitted=True, best=best, has_test=_has_test(trainer, pl_module))
@@ -136,27 +109,7 @@ class Reporter(Callback):
             report["metrics"] = {**report.get("metrics", {}), **_scalars(trainer.callback_metrics)}
             write_json(self.folder / PROGRESS, report)
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put the generators' states into resume points, and into no other checkpoint."""
-        if self._saving:
-            checkpoint[_RANDOM] = _random_state()
-
     # -- how
-
-    def _save(self, trainer: Trainer) -> None:
-        file = self.folder / CHECKPOINT
-        written = file.with_name(f"writing_{file.name}")
-        self._saving = True
-        try:
-            trainer.save_checkpoint(written)
-        finally:
-            self._saving = False
-        if trainer.is_global_zero:
-            if file.is_dir():  # a sharded strategy's
-                shutil.rmtree(file)
-            os.replace(written, file)
-        trainer.strategy.barrier()
-        self._saved = time.monotonic()
 
     def _report(self, trainer: Trainer, **more: Any) -> None:
         self._reported = time.monotonic()
@@ -203,26 +156,6 @@ def _digest(data: Any) -> str:
 
     apply_to_collection(data, Tensor, add)
     return digest.hexdigest()[:16]
-
-
-def _random_state() -> dict[str, Any]:
-    """The global generators' states as plain data and tensors, safe for ``torch.load(weights_only=True)``."""
-    name, keys, *rest = np.random.get_state(legacy=True)
-    state: dict[str, Any] = {"python": random.getstate(), "numpy": [str(name), keys.tolist(), *rest]}  # type: ignore[union-attr]
-    state["torch"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def _set_random_state(state: Mapping[str, Any]) -> None:
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(state["torch"].cpu())
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([generator.cpu() for generator in state["cuda"]])
 
 
 def _end_with_parent(parent: int) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any
 
 from lightning_efficient.ablate.files import START, read_json
 from lightning_efficient.ablate.plan import Planned
 from lightning_efficient.ablate.variants import BASELINE
+
+Start = Mapping[str, Mapping[str, str]]
 
 
 def started_alike(runs: Sequence[Planned]) -> list[str]:
@@ -20,38 +21,40 @@ def started_alike(runs: Sequence[Planned]) -> list[str]:
     Returns:
         Lines for people.
     """
-    starts = {(run.variant, run.seed): start for run in runs if (start := read_json(run.folder / START)).get("batches")}
-    notes = _seeds_that_do_nothing(starts)
-    weights, first, later = [], [], []
-    pairs = [(key, start, starts[BASELINE, key[1]]) for key, start in starts.items() if key[0] != BASELINE
-             and (BASELINE, key[1]) in starts]  # fmt: skip
-    for (variant, seed), start, base in pairs:
-        name = f"{variant} seed {seed}"
-        shared = start["weights"].keys() & base["weights"].keys()
-        if any(start["weights"][key] != base["weights"][key] for key in shared):
-            weights.append(name)
-        differs = sorted(int(e) for e in start["batches"].keys() & base["batches"].keys()
-                         if start["batches"][e] != base["batches"][e])  # fmt: skip
-        if differs and differs[0] == 0:
-            first.append(name)
-        elif differs:
-            later.append(f"{name} from epoch {differs[0]}")
-    if not pairs:
-        return notes
-    if not (weights or first):
-        notes.append("Every variant started from the baseline's weights and first batch, seed by seed.")
-    if weights:
-        notes.append(f"Other initial weights than the baseline of the same seed: {', '.join(weights)}.")
-    if first:
-        notes.append(f"Another first batch than the baseline of the same seed: {', '.join(first)}.")
-    if later:
-        notes.append(f"Another order of data than the baseline of the same seed: {', '.join(later)}.")
-    return notes
+    starts: dict[tuple[str, int], Start] = {
+        (run.variant, run.seed): start for run in runs if (start := read_json(run.folder / START)).get("batches")
+    }
+    notes = _seeds_that_do_nothing({seed: start for (variant, seed), start in starts.items() if variant == BASELINE})
+    apart: dict[str, list[str]] = {}
+    pairs = 0
+    for (variant, seed), start in starts.items():
+        base = starts.get((BASELINE, seed))
+        if variant != BASELINE and base is not None:
+            pairs += 1
+            for what in _apart(start, base):
+                apart.setdefault(what, []).append(f"{variant} seed {seed}")
+    if pairs and not apart:
+        notes.append("Every variant started from the baseline's weights and saw the same batches, seed by seed.")
+    return notes + [
+        f"Not as in the baseline of the same seed: {what}: {', '.join(who)}." for what, who in apart.items()
+    ]
 
 
-def _seeds_that_do_nothing(starts: Mapping[tuple[str, int], Mapping[str, Any]]) -> list[str]:
-    base = {seed: start for (variant, seed), start in starts.items() if variant == BASELINE}
-    same = [(a, b) for a, b in combinations(sorted(base), 2) if base[a] == base[b]]
+def _apart(start: Start, base: Start) -> list[str]:
+    found = []
+    if _differing(start["weights"], base["weights"]):
+        found.append("initial weights")
+    if epochs := sorted(map(int, _differing(start["batches"], base["batches"]))):
+        found.append(f"first batch of epoch {epochs[0]}" + (" and later" if len(epochs) > 1 else ""))
+    return found
+
+
+def _differing(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    return [key for key in one.keys() & other.keys() if one[key] != other[key]]
+
+
+def _seeds_that_do_nothing(baselines: Mapping[int, Start]) -> list[str]:
+    same = [pair for pair in combinations(sorted(baselines), 2) if baselines[pair[0]] == baselines[pair[1]]]
     if not same:
         return []
     first, second = same[0]
