@@ -21,9 +21,8 @@ def started_alike(runs: Sequence[Planned]) -> list[str]:
     Returns:
         Lines for people.
     """
-    starts: dict[tuple[str, int], Start] = {
-        (run.variant, run.seed): start for run in runs if (start := read_json(run.folder / START)).get("batches")
-    }
+    read = {(run.variant, run.seed): read_json(run.folder / START) for run in runs}
+    starts: dict[tuple[str, int], Start] = {key: start for key, start in read.items() if start.get("batches")}
     notes = _seeds_that_do_nothing({seed: start for (variant, seed), start in starts.items() if variant == BASELINE})
     apart: dict[str, list[str]] = {}
     pairs = 0
