@@ -27,9 +27,11 @@ from lightning_efficient.ablate.target import find_target
 from lightning_efficient.ablate.variants import BASELINE, VariantsLike, read_variants
 from lightning_efficient.ablate.view import RunRow, View, errors, row_of, shown_metric, table
 from lightning_efficient.compare import Comparison, compare
+from lightning_efficient.compare.html import to_html
 
 RESULT = "ablation.json"
 PICTURE = "curves.png"
+PAGE = "report.html"
 _LOOK = 0.5  # seconds between two looks at the runs' files
 
 
@@ -188,12 +190,15 @@ def _report(folder: Path, runs: Sequence[Planned], metrics: Sequence[str] | None
         console.print(text, style="red", **plain)
     if comparison is not None:
         console.print(comparison.table())
+        for verdict in comparison.verdicts():
+            console.print(f"{verdict.variant}  {verdict.text}", **plain)
         comparison.figure().savefig(folder / PICTURE, dpi=150)
+        (folder / PAGE).write_text(to_html(comparison), encoding="utf-8")
     for note in notes:
         console.print(note, **plain)
     if any(row.state == "failed" for row in rows):
         console.print("Failed runs are kept as they are: --retry-failed trains them anew.", **plain)
-    files = [RESULT, *([PICTURE] if comparison is not None else [])]
+    files = [RESULT, *([PICTURE, PAGE] if comparison is not None else [])]
     console.print(f"written   {', '.join(str(folder / file) for file in files)}", **plain)
     console.print(f"curves    tensorboard --logdir {folder}", **plain)
     return ablation
