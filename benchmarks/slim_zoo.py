@@ -32,6 +32,7 @@ from lightning_efficient.pruning.graph import find_groups
 from lightning_efficient.pruning.groups import Groups
 from lightning_efficient.pruning.slim import apply_slim
 from lightning_efficient.surgery.match import NoMatchError
+from lightning_efficient.surgery.tags import tensors_behind
 
 COLUMNS = {
     "model": "model", "groups": "groups", "units": "units", "refused": "refused", "params": "parameters kept",
@@ -170,13 +171,15 @@ def run(name: str, case: Case) -> dict[str, Any]:
     apply_slim(slim, keep, groups)
     call = as_call(example)
     with evaluating(zeroed, slim):
-        apart = difference(call.run(zeroed), call.run(slim))
+        expected = call.run(zeroed)
+        apart = difference(expected, call.run(slim))
+        scale = max(float(t.abs().max()) for t in tensors_behind(expected))
         macs = count_macs(slim, call) / count_macs(model, call)
     sizes = [sum(p.numel() for p in m.parameters()) for m in (model, slim)]
     return {
         "model": name, "groups": len(groups.found), "units": sum(g.units for g in groups.found.values()),
         "refused": len(groups.refused), "params": sizes[1] / sizes[0], "macs": macs,
-        "difference": f"{apart.absolute:.1e}", "scale": f"{apart.absolute / (apart.relative or 1):.2g}",
+        "difference": f"{apart.absolute:.1e}", "scale": f"{scale:.2g}",
         "exact": "yes" if all(g.exact for g in groups.found.values()) else "no", "seconds": seconds, "why": why,
     }  # fmt: skip
 

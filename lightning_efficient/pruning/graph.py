@@ -19,7 +19,7 @@ from lightning_efficient.pruning.groups import Groups, Slice, UnitGroup
 from lightning_efficient.pruning.heads import find_heads
 from lightning_efficient.pruning.slim import tensors_by_name
 from lightning_efficient.pruning.trial import Trial
-from lightning_efficient.pruning.widths import UntraceableError, Width, Widths
+from lightning_efficient.pruning.widths import Role, UntraceableError, Width, Widths
 from lightning_efficient.surgery.match import NoMatchError, canonical_name, covers, modules_by_name, near_names
 from lightning_efficient.surgery.probes import Probe, float64_copy
 from lightning_efficient.surgery.tags import mapped, tensors_in
@@ -137,17 +137,20 @@ def _ran(model: nn.Module, probe: Probe) -> set[str]:
 def _refusals(model: nn.Module, widths: Iterable[Width], ran: set[str]) -> dict[str, str]:
     """Root of a width → why it is not even tried."""
     reasons = _bad_tensors(model)
+    modules = modules_by_name(model)
+    # `nn.MultiheadAttention` reads its `out_proj` without calling it.
+    within = tuple(f"{name}." for name in ran if isinstance(modules.get(name), nn.MultiheadAttention))
     silent = {
         (name, size): module
-        for name, module in modules_by_name(model).items()
-        if name not in ran and not any(name.startswith(f"{done}.") for done in ran if _hides(model, done))
+        for name, module in modules.items()
+        if name not in ran and not name.startswith(within)
         for parameter in module.parameters(recurse=False)
         for size in parameter.shape[:2]
     }
     refused: dict[str, str] = {}
     for width in widths:
         for tensor, _, role in width.axes:
-            if tensor in reasons and not (role == "consume" and reasons[tensor].startswith("frozen")):
+            if _bars(tensor, role, reasons):
                 refused[width.root] = f"{tensor!r} is {reasons[tensor]}"
         unread = [name for name, size in silent if size == width.size and name not in width.readers]
         if unread and width.root not in refused:
@@ -157,9 +160,9 @@ def _refusals(model: nn.Module, widths: Iterable[Width], ran: set[str]) -> dict[
     return refused
 
 
-def _hides(model: nn.Module, name: str) -> bool:
-    """``nn.MultiheadAttention`` reads its ``out_proj`` without calling it."""
-    return isinstance(modules_by_name(model).get(name), nn.MultiheadAttention)
+def _bars(tensor: str, role: Role, bad: Mapping[str, str]) -> bool:
+    """Whether a tensor keeps its width as it is; what only reads it may be frozen."""
+    return tensor in bad and not (role == "consume" and bad[tensor].startswith("frozen"))
 
 
 def _bad_tensors(model: nn.Module) -> dict[str, str]:
@@ -213,7 +216,7 @@ def _heads(
     bad = _bad_tensors(model)
     versions: dict[str, tuple[UnitGroup, UnitGroup]] = {}
     for sure, more in find_heads(trial.model, lambda: run_float64(trial.model, trial.probe)):
-        wrong = [f"{part.name!r} is {bad[part.name]}" for part in sure.slices if part.name in bad]
+        wrong = [f"{part.name!r} is {bad[part.name]}" for part in sure.slices if _bars(part.name, part.role, bad)]
         if wrong:
             refused[sure.name] = wrong[0]
         elif chosen(sure):
