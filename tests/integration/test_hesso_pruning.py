@@ -327,3 +327,34 @@ def test_a_temperature_in_transition_counts_steps_not_shrinkings() -> None:
     scale = TempScale(tau=2.0, transition=6)
     trainer(hesso(include=["net.blocks.*"]), scale).fit(Vit(), loader())
     assert {int(t.step) for t in scale._transforms.values()} == {20}  # type: ignore[attr-defined]
+
+
+def test_with_sigma_reparam_and_prepbn_a_folded_smaller_verified_model() -> None:
+    """Three methods in one run: norms that fold, weights with a gain, units that go; then nothing of this package."""
+    from lightning_efficient import PRepBN, SigmaReparam, export
+
+    timm = pytest.importorskip("timm")
+
+    class Vit(Module):
+        def __init__(self) -> None:
+            super().__init__(lr=1e-3)
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                self.net = timm.models.VisionTransformer(
+                    img_size=8, patch_size=4, in_chans=1, embed_dim=24, depth=2, num_heads=2, mlp_ratio=2, num_classes=4
+                )
+
+    module, x = Vit(), next(iter(loader()))[0]
+    before = sum(p.numel() for p in module.parameters())
+    callback = hesso(include=["net.blocks.*"])
+    run = trainer(SigmaReparam(), PRepBN(transition=0.5), callback)
+    run.fit(module, loader())
+    assert sum(zeros(callback, module).values()) == sum(g.units for g in callback.groups.found.values()) // 2
+    small = export(module, x, tolerance=1e-4)
+    after = sum(p.numel() for p in small.parameters())
+    assert after < 0.8 * before
+    assert small.net.blocks[0].mlp.fc1.out_features < 48
+    assert not [m for m in small.modules() if type(m).__module__.startswith("lightning_efficient")]
+    assert not [m for m in small.modules() if isinstance(m, (nn.BatchNorm1d, nn.LayerNorm))]
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), module.eval()(x), rtol=1e-4, atol=1e-4)
