@@ -104,6 +104,9 @@ class Module(pl.LightningModule):
         super().__init__()
         self.net, self.rate = net, rate
 
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)  # type: ignore[no-any-return]
+
     def training_step(self, batch: Split, batch_idx: int) -> Tensor:
         return F.cross_entropy(self.net(batch[0]), batch[1])
 
@@ -145,7 +148,7 @@ class Study:
 
     def groups(self, module: Module, model: str) -> Groups:
         example = self.data.train[0][:2]
-        return find_groups(module, lambda m: m.net(example), INCLUDE[model])
+        return find_groups(module, example, INCLUDE[model])
 
     def hesso(self, model: str, target: float, seed: int, cric: bool = False) -> tuple[Module, dict[str, Any]]:
         more = {"cric": True} if cric else {}
