@@ -1,4 +1,4 @@
-"""The battery for pruning with masks: alone, and on weights that SigmaReparam or PRepBN work on too."""
+"""The battery for pruning with masks: alone, and where SigmaReparam, PRepBN or TempScale work too."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lightning_efficient.callbacks.magnitude_pruning import MagnitudePruning
 from lightning_efficient.callbacks.prepbn import PRepBN
 from lightning_efficient.callbacks.sap_pruning import SAPPruning
 from lightning_efficient.callbacks.sigma_reparam import SigmaReparam
+from lightning_efficient.callbacks.temp_scale import TempScale
 from lightning_efficient.testing import SCENARIOS, assert_method_contract
 
 # Something is pruned before the middle of six steps, where runs are cut, and something after it.
@@ -49,15 +50,37 @@ def test_contract_with_sigma_reparam(methods: str, net: str, scenario: str) -> N
     assert table == {scenario: "passed"}
 
 
-@pytest.mark.parametrize(
-    "scenario", [s for s in SCENARIOS if s not in ("manual", "prebuilt_optimizer", "ddp", "ddp_spawn", "ema_before")]
-)
-def test_contract_with_norm_swap(scenario: str) -> None:
+WITH_NORM_SWAP = [
+    *(
+        ("magnitude", s)
+        for s in SCENARIOS
+        if s not in ("manual", "prebuilt_optimizer", "ddp", "ddp_spawn", "ema_before")
+    ),
+    *(("sap", s) for s in ("plain", "checkpointing", "ema_after", "resume", "fit_twice_then_test", "weights_only")),
+]
+
+
+@pytest.mark.parametrize(("method", "scenario"), WITH_NORM_SWAP)
+def test_contract_with_norm_swap(method: str, scenario: str) -> None:
     """Dynamic tanh, as batch statistics make no two ways of batching equal; several processes refuse PRepBN."""
 
     def make() -> Any:
-        return PRepBN(target="dyt", transition=3, hold=1), MAGNITUDE()
+        return PRepBN(target="dyt", transition=3, hold=1), MAGNITUDE() if method == "magnitude" else SAP()
 
     options: dict[str, Any] = {"folds": False, "more_graphs": 2, "scenarios": [scenario]}
     table = assert_method_contract(make, variants("timm_vit"), data, **options)
+    assert table == {scenario: "passed"}
+
+
+@pytest.mark.parametrize(
+    "scenario", ["plain", "accumulation", "compile", "ema_before", "manual", "ddp", "resume", "weights_only"]
+)
+@pytest.mark.parametrize("method", ["magnitude", "sap"])
+def test_contract_with_temp_scale(method: str, scenario: str) -> None:
+    """The temperature scales rows of a weight whose zeros it leaves zero."""
+
+    def make() -> Any:
+        return TempScale(tau=0.8, learnable=True), MAGNITUDE() if method == "magnitude" else SAP()
+
+    table = assert_method_contract(make, variants("timm_vit"), data, scenarios=[scenario])
     assert table == {scenario: "passed"}

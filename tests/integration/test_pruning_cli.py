@@ -1,4 +1,4 @@
-"""A stock LightningCLI configures MagnitudePruning from YAML, with names and globs only."""
+"""A stock LightningCLI configures every kind of pruning from YAML, with names and globs only."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
 from zoo import Classifier, loader
 
-from lightning_efficient import MagnitudePruning
+from lightning_efficient import MagnitudePruning, SAPPruning
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
@@ -33,7 +34,12 @@ MAGNITUDE = [
     *({"criterion": criterion} for criterion in ("taylor", "random")),
     {"criterion": "wanda", "scope": "neuron"},
     *({"scope": scope} for scope in ("layer", "neuron")),
-    *({"granularity": cut} for cut in ("row", "channel", "2:4")),
+    *({"granularity": cut} for cut in ("row", "channel", "2:4", "4x1")),
+]
+SAP: list[dict[str, Any]] = [
+    {"p": 1.0, "q": 2.0, "eta": 0.01, "gamma": 1.5, "beta": 0.8, "scope": "layer", "epochs_per_iteration": 2},
+    {"p": 0.5, "q": 1.0, "scope": "neuron", "iterations": 1},
+    {"gamma": 2.0, "iterations": 3, "monitor": "val_loss", "mode": "min", "select": "best", "stop_at": "collapse"},
 ]
 
 
@@ -74,3 +80,23 @@ def test_magnitude_pruning(tmp_path: Path, arguments: dict[str, Any]) -> None:
     assert share(cli.model, ours.masks) == pytest.approx(0.5, abs=0.15 if whole_units else 0.01)
     others = [n for n, p in cli.model.named_parameters() if n not in ours.masks and p.ndim > 1 and p.numel() > 24]
     assert share(cli.model, others) == 0
+
+
+def test_heads_and_amounts_by_glob(tmp_path: Path) -> None:
+    glob = {"include": ["net.blocks.*.attn.proj"], "granularity": "head", "amounts": {"net.blocks.1": 0.0}}
+    cli = train(tmp_path, "MagnitudePruning", {"amount": 0.5, **glob})
+    first, second = (cli.model.net.blocks[i].attn.proj.weight for i in (0, 1))
+    heads = [bool((first[:, h : h + 12] == 0).all()) for h in (0, 12)]
+    assert sum(heads) == 1
+    assert bool((second != 0).all())
+
+
+@pytest.mark.parametrize("arguments", SAP, ids=str)
+def test_sap_pruning(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    cli = train(tmp_path, "SAPPruning", {"include": ["net.blocks.*"], "exclude": ["net.blocks.*.attn"], **arguments})
+    ours = next(cb for cb in cli.trainer.callbacks if isinstance(cb, SAPPruning))  # type: ignore[attr-defined]
+    assert list(ours.masks) == [f"net.blocks.{i}.mlp.fc{j}.weight" for i in (0, 1) for j in (1, 2)]
+    params = dict(cli.model.named_parameters())
+    assert all(torch.equal(params[name] != 0, mask) for name, mask in ours.masks.items())
+    assert 0 < share(cli.model, ours.masks) < 1
+    assert [row["iteration"] for row in ours.history] == list(range(len(ours.history)))
