@@ -69,8 +69,12 @@ def take(
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer of a model, under its name."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    """Every parameter and saved buffer of a model, under its name.
+
+    What a module does not save is not learned: where a schedule stands, for instance, which goes on by the step.
+    """
+    state = model.state_dict(keep_vars=True)
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 @torch.no_grad()
