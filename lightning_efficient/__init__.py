@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_efficient.callbacks.hesso_pruning import HESSOPruning
     from lightning_efficient.callbacks.linear_attention import SimplifiedLinearAttention
     from lightning_efficient.callbacks.magnitude_pruning import MagnitudePruning
+    from lightning_efficient.callbacks.pagcp_pruning import PAGCPPruning
     from lightning_efficient.callbacks.prepbn import PRepBN
     from lightning_efficient.callbacks.run_cost import RunCost
     from lightning_efficient.callbacks.sap_pruning import SAPPruning
@@ -33,6 +34,7 @@ __all__ = [
     "EfficientCLI",
     "HESSOPruning",
     "MagnitudePruning",
+    "PAGCPPruning",
     "PRepBN",
     "RunCost",
     "SAPPruning",
@@ -49,6 +51,7 @@ _HOMES = {
     "EfficientCLI": "lightning_efficient.cli.efficient_cli",
     "HESSOPruning": "lightning_efficient.callbacks.hesso_pruning",
     "MagnitudePruning": "lightning_efficient.callbacks.magnitude_pruning",
+    "PAGCPPruning": "lightning_efficient.callbacks.pagcp_pruning",
     "PRepBN": "lightning_efficient.callbacks.prepbn",
     "RunCost": "lightning_efficient.callbacks.run_cost",
     "SAPPruning": "lightning_efficient.callbacks.sap_pruning",

@@ -30,6 +30,7 @@ METHODS: dict[str, str] = {
     "magnitude_pruning": "MagnitudePruning",
     "sap_pruning": "SAPPruning",
     "hesso_pruning": "HESSOPruning",
+    "pagcp_pruning": "PAGCPPruning",
     "collapse_monitor": "CollapseMonitor",
     "run_cost": "RunCost",
 }

@@ -96,3 +96,37 @@ def _check(name: str, value: int | float, known: bool) -> None:
             f"`{name}`={value} is a fraction of the run, but the run's length is unknown. Set `max_steps` or "
             f"`max_epochs`, or give `{name}` in steps, as an int."
         )
+
+
+def moments(total: int | None, start: int | float, every: int | float, rounds: int) -> tuple[int, ...]:
+    """The steps before which something happens ``rounds`` times.
+
+    Args:
+        total: Optimizer steps in the run; None: unknown, which only works for steps. A run of none has no moments.
+        start: Of the first: steps (``int``) or a fraction of the run (``float``).
+        every: From one to the next, likewise; at least one step.
+        rounds: How often.
+
+    Returns:
+        Ascending steps, all before the end of the run.
+
+    Raises:
+        ValueError: A fraction is given for a run of unknown length, a value is out of range, or the last moment lies at
+            the end of the run or beyond it.
+    """
+    known = total is not None and math.isfinite(total) and total >= 0
+    _check("start", start, known)
+    if rounds > 1:
+        _check("every", every, known)
+    if total == 0:
+        return ()
+    run = total if known and total is not None else 0
+    first = start if isinstance(start, int) else math.floor(start * run + 1e-9)
+    apart = max(every if isinstance(every, int) else math.floor(every * run + 1e-9), 1)
+    steps = tuple(first + i * apart for i in range(rounds))
+    if known and steps[-1] >= run:
+        raise ValueError(
+            f"`start`={start!r}, `every`={every!r} and {rounds} rounds make the last one begin at step {steps[-1]}, "
+            f"but the run has {total}. Start earlier, or have fewer rounds."
+        )
+    return steps

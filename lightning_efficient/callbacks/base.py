@@ -20,7 +20,7 @@ HPARAM_PREFIX = "efficient/"
 # Every run logs a switch for each of these, on or off, so that runs compare column by column.
 SUITE = (
     "sigma_reparam", "norm_swap", "linear_attention", "temp_scale", "magnitude_pruning", "sap_pruning",
-    "hesso_pruning", "collapse_monitor", "run_cost",
+    "hesso_pruning", "pagcp_pruning", "collapse_monitor", "run_cost",
 )  # fmt: skip
 
 

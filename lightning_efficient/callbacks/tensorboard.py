@@ -28,6 +28,10 @@ CHARTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "share removed": "efficient/hesso/removed",
             "units that shrink": "efficient/hesso/shrinking",
         },
+        "pagcp_pruning": {
+            "units left": "efficient/pagcp/units_left",
+            "compute left": "efficient/pagcp/compute_left",
+        },
         "collapse_monitor": {
             "attention entropy, nats": "efficient/collapse_monitor/entropy_(min|mean)",
             "share of heads": "efficient/collapse_monitor/(collapsed|sink)_fraction",

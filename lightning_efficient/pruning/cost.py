@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_efficient.eager import uncompiled
 from lightning_efficient.pruning.groups import UnitGroup
 from lightning_efficient.surgery.match import canonical_name
+from lightning_efficient.surgery.tracking import evaluating
 
 
 class Cost:
@@ -63,7 +64,7 @@ class Cost:
         """Cost in multiply-accumulates of one run.
 
         Args:
-            model: In the mode it is counted in.
+            model: Counted in evaluation mode, and left in the modes it was in.
             groups: Name → group.
             run: Calls the model; the example decides the size of images and the length of sequences.
         """
@@ -88,7 +89,9 @@ class Cost:
 
 def _macs(model: nn.Module, run: Callable[[], object]) -> tuple[dict[str, float], float]:
     """Parameter → multiply-accumulates, and those of no parameter."""
-    with _countable(), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+    cuda = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    counter = FlopCounterMode(display=False)
+    with torch.random.fork_rng(cuda), evaluating(model), _countable(), torch.enable_grad(), counter:
         run()
     prefix = type(model).__name__
     whole = {name: sum(ops.values()) / 2 for name, ops in counter.get_flop_counts().items()}

@@ -301,3 +301,39 @@ class _Search:
             if best:
                 dropped[layer.name] = best
         return rows
+
+
+def spending(decision: Decision, budgets: Sequence[Budget]) -> dict[str, float]:
+    """Metric → share of its budget that a decision uses; negative where it became better.
+
+    Args:
+        decision: The decision.
+        budgets: Those it was made under.
+    """
+    return {b.metric: (b.cost(decision.values[b.metric], decision.baseline[b.metric]) - 1.0) / b.share for b in budgets}
+
+
+def table(decision: Decision, budgets: Sequence[Budget]) -> str:
+    """What was decided, for people: layers in the order of the search, then every budget in words.
+
+    Args:
+        decision: The decision.
+        budgets: Those it was made under.
+    """
+    width = max([len(row.name) for row in decision.rows] + [5])
+    lines = [f"  {'layer':{width}}  kept/units  budget spent  compute saved"]
+    for row in decision.rows:
+        left = row.units - (len(row.dropped) if row.chosen else 0)
+        fate = "" if row.chosen else "  given back" if row.name in decision.given_back else ""
+        fate = fate or ("" if row.chosen else "  not chosen" if row.dropped else "  nothing fits")
+        spent, saved = (f"{row.spent:.1%}", f"{row.saved:.1%}") if row.dropped else ("-", "-")
+        lines.append(f"  {row.name:{width}}  {f'{left}/{row.units}':>10}  {spent:>12}  {saved:>13}{fate}")
+    lines.append(f"  {decision.saved:.1%} of the compute goes, after {decision.evaluations} evaluations.")
+    for budget in budgets:
+        before, after = decision.baseline[budget.metric], decision.values[budget.metric]
+        worse = budget.cost(after, before) - 1.0
+        kept = "kept" if budget.within(after, before) else "NOT kept"
+        how = f"{worse:.2%} worse" if worse >= 0 else f"{-worse:.2%} better"
+        values = f"{before:.5g} before, {after:.5g} after"
+        lines.append(f"  Budget of {budget.metric} {kept}: {values}, {how}; {budget.share:.2%} allowed.")
+    return "\n".join(lines)

@@ -296,8 +296,18 @@ def test_the_cost_is_that_of_the_smaller_network(first: int, second: int) -> Non
     assert Cost.parameters(net, groups)(dropped) == pytest.approx(sum(p.numel() for p in small.parameters()))
 
 
+def test_counting_leaves_no_trace() -> None:
+    net, groups = conv_net()
+    net[4] = nn.Dropout(0.5)
+    before, state = {n: b.clone() for n, b in net.named_buffers()}, torch.get_rng_state()
+    Cost.macs(net, groups, lambda: net(torch.ones(2, 1, 5, 5)))
+    assert all(torch.equal(b, before[n]) for n, b in net.named_buffers())
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(module.training for module in net.modules())
+
+
 def test_attention_counts_too() -> None:
-    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).train()
     x = torch.zeros(1, 5, 8)
     cost = Cost.macs(layer, {}, lambda: layer(x))
     assert cost() == pytest.approx(5 * 8 * 24 + 2 * 5 * 5 * 8 + 5 * 8 * 8 + 2 * 5 * 8 * 16)
