@@ -111,7 +111,7 @@ def swap_norms(model: nn.Module, x: Tensor) -> dict[str, Affine]:
     return ran
 
 
-# Too large in float64 for 24 GiB beside its copies: fewer of its blocks, which are all alike.
+# Whole, it took over 25 minutes of a core, or died (of memory, beside other work): fewer of its blocks, all alike.
 SHORTENED = {"deepseek_vit_412m": {"depth": 2}}
 
 
