@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed
 
 # Lightning 2.6's LightningCLI calls functions that jsonargparse 4.49 renamed; this is jsonargparse's documented switch.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -19,6 +21,21 @@ def _seeded() -> None:
     """Every test draws the same numbers, alone or after others."""
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    """No test leaves a process group or variables behind, such as a port that is taken.
+
+    Lightning sets both for ``strategy="ddp"`` and takes neither back.
+    """
+    before = dict(os.environ)
+    yield
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
