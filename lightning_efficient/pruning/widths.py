@@ -97,6 +97,7 @@ class Widths:
         self.owners = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
         self._model = model
         self._graph = torch_pruning.DependencyGraph()
+        self._graph.IGNORED_LAYERS_IN_TRACING = _ByIdentity()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about torch-pruning's own assumptions; ours are checked by running
@@ -307,6 +308,13 @@ class _Conv1D(BasePruningFunc):  # type: ignore[misc]
     def get_in_channels(self, layer: Any) -> int:
         """Inputs."""
         return int(layer.weight.shape[0])
+
+
+class _ByIdentity(list[nn.Module]):
+    """Modules that torch-pruning leaves out. A torchmetrics metric "equals" everything: ``==`` makes a new metric."""
+
+    def __contains__(self, module: object) -> bool:
+        return any(module is one for one in self)
 
 
 def _differentiable(result: Any) -> list[Tensor]:

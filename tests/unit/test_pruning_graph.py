@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_efficient.pruning.graph import find_groups
 from lightning_efficient.pruning.groups import Groups
@@ -71,6 +72,23 @@ def test_nothing_of_the_model_changes() -> None:
     assert [p.requires_grad for p in model.parameters()] == frozen
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+
+
+class Measured(nn.Module):
+    """A metric among the children, as every LightningModule has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+        self.accuracy = MulticlassAccuracy(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def test_a_metric_hides_no_layer() -> None:
+    pytest.importorskip("transformers.pytorch_utils")  # its layer is looked for once it has been imported
+    assert list(find_groups(Measured(), torch.randn(2, 4)).found) == ["net.0"]
 
 
 def test_globs_choose_by_what_makes_the_units() -> None:
