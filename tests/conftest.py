@@ -38,11 +38,18 @@ def _alone() -> Iterator[None]:
     os.environ.update(before)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that fork come first: autograd in a child fails once its parent has started autograd's threads.
+    """Marks the long tail of a matrix, and puts tests that fork first.
 
-    Compiling does start them. The battery's scenario ``ddp`` forks, and so does what is marked.
+    A module's ``tail(test, parameters)`` says which cells of its matrices are ``exhaustive``: run on request only.
+    Autograd in a forked child fails once its parent has started autograd's threads, and compiling does start them. The
+    battery's scenario ``ddp`` forks, and so does what is marked.
     """
+    for item in items:
+        tail, cell = getattr(getattr(item, "module", None), "tail", None), getattr(item, "callspec", None)
+        if tail is not None and cell is not None and tail(item.originalname, cell.params):  # type: ignore[attr-defined]
+            item.add_marker(pytest.mark.exhaustive)
 
     def forks(item: pytest.Item) -> bool:
         scenario = getattr(item, "callspec", None) and item.callspec.params.get("scenario")

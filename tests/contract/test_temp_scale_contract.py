@@ -51,6 +51,13 @@ ADAPTED_CELLS = [("per-head", scenario) for scenario in SCENARIOS] + [
 ]  # fmt: skip
 
 
+def tail(test: str, cell: dict[str, Any]) -> bool:
+    """Spawned processes and compiling take longest."""
+    if test == "test_contract":
+        return cell["scenario"] in ("ddp_spawn", "compile") and cell["case"] != "constant-vit"
+    return (cell["case"], cell["scenario"]) in (("per-head", "ddp_spawn"), ("constant", "compile"))
+
+
 @pytest.mark.parametrize(("case", "scenario"), ADAPTED_CELLS)
 def test_contract_of_adapters(case: str, scenario: str) -> None:
     refused = {name: REFUSED[name] for name in [scenario] if name in REFUSED}

@@ -86,11 +86,18 @@ def groups(names, params, gains, decayed):
     return [{"params": params}, {"params": gains, "weight_decay": 0.0}]
 
 
+def tail(test, cell):
+    """Each setting alone; what accumulates and clips, with one of the initialisations."""
+    if test != "test_boundary_equals_autograd":
+        return False
+    return cell["init"] == "one" and (cell["accumulate"], cell["clip"]) != (1, None)
+
+
 @pytest.mark.parametrize("init", ["preserve", "one"])
 @pytest.mark.parametrize("qkv", ["fused", "split"])
 @pytest.mark.parametrize(
     ("optimizer", "accumulate", "clip"),
-    [("adamw", 1, None), ("sgd", 1, None), ("adamw", 4, None), ("adamw", 1, 0.05), ("sgd", 2, 0.05)],
+    [("adamw", 1, None), ("sgd", 1, None), ("adamw", 3, None), ("adamw", 1, 0.05), ("sgd", 2, 0.05)],
 )
 def test_boundary_equals_autograd(optimizer, accumulate, clip, qkv, init):
     ours, theirs = make(), make()

@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).parent / "scripts" / "killed_pruning.py"
 TESTS = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("method", ["cubic", "ticket", "sap"])
+@pytest.mark.parametrize("method", ["cubic", pytest.param("ticket", marks=pytest.mark.exhaustive), "sap"])
 def test_killed_and_resumed_equals_uninterrupted(method: str, tmp_path: Path) -> None:
     """SIGKILL after step 8, a new process from the file of step 6: every tensor of the final file is equal."""
     env = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
