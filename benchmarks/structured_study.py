@@ -46,6 +46,15 @@ RUNS = Path(__file__).parent / "runs"
 TARGETS = {"CNN": (0.8, 0.5), "ViT": (0.5,)}
 FINE_TUNED = ("L2", "group magnitude", "random")
 RATES = (1.0, 0.3)
+HEAD = """# Structured pruning on {data}
+
+Test accuracy in per cent and its difference to HESSO's over the same seeds, means with 95 % intervals (Student's t),
+measured on the cut network. `params`: share left. {epochs} epochs in all in every arm: HESSO trains once; L2, group
+magnitude and random are trained, pruned and fine-tuned; the small dense network is made as small from the start.
+`rate`: learning rate of the fine-tuning that was better on the validation images, as a share of the first. `seconds`
+are of a loaded machine.
+
+"""
 # Hyper-parameters of the dense training, the same in every arm.
 RATE = {"CNN": 4e-3, "ViT": 2e-3}
 
@@ -335,7 +344,9 @@ def main() -> None:
     path = common.save(name, rows, table=lines, plan=vars(plan), data=data.name)
     picture(rows).savefig(path.with_suffix(".png"), dpi=150)
     columns = ("model", "target", "arm", "params", "test", "HESSO minus it", "rate", "seeds", "seconds")
-    print(common.markdown([{c: line.get(c, "") for c in columns} for line in lines], {c: c for c in columns}))
+    text = common.markdown([{c: line.get(c, "") for c in columns} for line in lines], {c: c for c in columns})
+    path.with_suffix(".md").write_text(HEAD.format(data=data.name, epochs=plan.epochs) + text + "\n")
+    print(text)
     print(path)
 
 
