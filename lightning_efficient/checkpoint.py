@@ -248,7 +248,8 @@ def load_from_checkpoint(cls: type[M], path: str | Path | IO[bytes], map_locatio
     model.__class__ = cls
     if cut is not None or promised is not None:
         attach = import_module("lightning_efficient.callbacks.attach")  # which builds upon this module
-        attach.attachment(model).cut, attach.attachment(model).promised = cut, promised
+        attach.attachment(model).cut = cut
+        attach.set_promised(model, promised)
         attach.carry(model)
     return model
 

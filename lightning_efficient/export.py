@@ -15,10 +15,11 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from lightning_efficient.callbacks.attach import NAME
+from lightning_efficient.callbacks.attach import NAME, promised
 from lightning_efficient.formats import save_exported, to_onnx, to_torch_export
 from lightning_efficient.inference import (
     Call,
+    Difference,
     ExportError,
     Inputs,
     as_call,
@@ -34,6 +35,11 @@ from lightning_efficient.semi_structured import to_semi_structured
 from lightning_efficient.surgery.affine import Affine
 from lightning_efficient.surgery.fold import fold_affines
 from lightning_efficient.surgery.match import canonical_name
+
+_ALONE = (
+    " Units that structured pruning has set to zero were cut out of this submodule alone; if layers outside it make or "
+    "read some of them, export the LightningModule, or this with `slim=False`."
+)
 
 __all__ = ["ExportError", "export", "save_exported", "to_onnx", "to_semi_structured", "to_torch_export"]
 
@@ -63,7 +69,8 @@ def export(
             around them; what cannot fold stays that multiply-add. The report is logged.
         recalibrate: Training batches, a data loader for instance, over which running statistics of swapped norms are
             averaged first; for weights that have none of their own, such as averaged ones. All batches are read.
-        slim: Cut out the units that structured pruning has set to zero, so that the copy is smaller.
+        slim: Cut out the units that structured pruning has set to zero, so that the copy is smaller; of a submodule
+            those that lie in it.
 
     Returns:
         The copy. It shares no tensor with ``model``.
@@ -77,9 +84,7 @@ def export(
     """
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"`tolerance` is {tolerance!r}; expected a number >= 0, relative to the output's scale.")
-    while (wrapped := model._modules.get("_orig_mod")) is not None:
-        model = wrapped
-    _refuse_sharded(model)
+    model = _whole(model)
     candidates = _calls(model, example_inputs)
     if recalibrate is not None:
         model = _recalibrated(model, recalibrate)
@@ -89,17 +94,28 @@ def export(
     check_foreign(plain)
     if fold and (affines := _channel_affines(model)):
         rank_zero_info(f"export: {fold_affines(plain, affines, lambda: call.run(plain))}")
-    if slim and (promised := getattr(vars(model).get(NAME), "promised", None)) is not None:
-        _cut(plain, promised)
+    cuts = promised(model) if slim else None
+    if cuts is not None:
+        _cut(plain, cuts)
+    alone = cuts is not None and not isinstance(model, LightningModule)
+    apart = _compared(plain, call, expected, tolerance, _ALONE if alone else "")
+    rank_zero_info(f"export: {type(model).__name__} on [{call}]: {apart}")
+    return plain
+
+
+def _compared(plain: nn.Module, call: Call, expected: Any, tolerance: float, hint: str) -> Difference:
+    """How far the copy is from the model, not more than the tolerance; an error ends with the hint."""
     with evaluating(plain):
         try:
             found = call.run(plain)
         except Exception as error:
-            raise ExportError(f"the exported copy fails where the model does not: {first_line(error)}") from error
-    apart = difference(expected, found)
-    apart.check(tolerance, "the exported copy")
-    rank_zero_info(f"export: {type(model).__name__} on [{call}]: {apart}")
-    return plain
+            raise ExportError(f"the exported copy fails where the model does not: {first_line(error)}{hint}") from error
+    try:
+        apart = difference(expected, found)
+        apart.check(tolerance, "the exported copy")
+    except ExportError as error:
+        raise ExportError(f"{error}{hint}") from error.__cause__
+    return apart
 
 
 def _cut(plain: nn.Module, promised: Cuts) -> None:
@@ -157,7 +173,10 @@ def _calls(model: nn.Module, example_inputs: Inputs | None) -> list[Call]:
     return calls
 
 
-def _refuse_sharded(model: nn.Module) -> None:
+def _whole(model: nn.Module) -> nn.Module:
+    """Without ``torch.compile`` around it; refused if it is sharded."""
+    while (wrapped := model._modules.get("_orig_mod")) is not None:
+        model = wrapped
     sharded = [name for name, p in model.named_parameters() if hasattr(p, "full_tensor")]
     sharded += [name or "the model" for name, m in model.named_modules() if "_fsdp_wrapped_module" in m._modules]
     if sharded:
@@ -165,6 +184,7 @@ def _refuse_sharded(model: nn.Module) -> None:
             f"{', '.join(sharded[:3])}{', ...' if len(sharded) > 3 else ''}: sharded over processes. Save a full "
             "checkpoint, load it into an unsharded module and export that."
         )
+    return model
 
 
 def _first_that_runs(model: nn.Module, calls: list[Call]) -> tuple[Call, Any]:

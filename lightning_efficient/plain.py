@@ -10,7 +10,7 @@ from typing import Any, cast
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_efficient.callbacks.attach import NAME, Attachment, detach
+from lightning_efficient.callbacks.attach import NAME, PART, Attachment, detach
 from lightning_efficient.inference import ExportError, first_line
 
 _PACKAGE = __name__.partition(".")[0]
@@ -60,6 +60,7 @@ def detached_copy(model: nn.Module) -> nn.Module:
 
 def _without_hooks(copied: nn.Module) -> nn.Module:
     for module in copied.modules():
+        vars(module).pop(PART, None)
         if isinstance(module, LightningModule):
             detach(module)
         for hooks, key, _ in list(_our_hooks(module)):

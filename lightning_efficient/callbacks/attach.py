@@ -21,11 +21,13 @@ from lightning_efficient import recipe
 from lightning_efficient.pruning.slim import Cuts
 from lightning_efficient.recipe import Entry, RecipeError
 from lightning_efficient.surgery.change import Change
-from lightning_efficient.surgery.match import NoMatchError
+from lightning_efficient.surgery.match import NoMatchError, canonical_name
 from lightning_efficient.surgery.optimizer import plain_view
 from lightning_efficient.surgery.replace import restore_modules
 
 NAME = "_lightning_efficient"
+# On submodules, plain data: their part of what is promised, so that they can be exported by themselves.
+PART = "_lightning_efficient_promised"
 
 
 @dataclass
@@ -84,6 +86,21 @@ def attached(module: nn.Module) -> Attachment | None:
 def attachment(pl_module: LightningModule) -> Attachment:
     """The module's attachment, made on first use."""
     return pl_module.__dict__.setdefault(NAME, Attachment())  # type: ignore[no-any-return]
+
+
+def set_promised(pl_module: LightningModule, cuts: Cuts | None) -> None:
+    """Have the module and its submodules know which of their units are zero and can be cut out; None: of none."""
+    attachment(pl_module).promised = cuts
+    for name, module in pl_module.named_modules(remove_duplicate=False):
+        vars(module).pop(PART, None)
+        if name and cuts is not None and (part := cuts.within(canonical_name(name))).kept:
+            vars(module)[PART] = part
+
+
+def promised(model: nn.Module) -> Cuts | None:
+    """The cuts promised for a module: its own, or its part of those of the LightningModule that it belongs to."""
+    mine = attached(model)
+    return vars(model).get(PART) if mine is None or mine.promised is None else mine.promised
 
 
 def install(pl_module: LightningModule, request: Request) -> None:
@@ -202,7 +219,8 @@ def _load_cuts(self: LightningModule, checkpoint: dict[str, Any]) -> None:
             f"the checkpoint was written before {type(self).__name__} was cut, so its weights are larger. Load it into "
             "a model that has not been cut."
         )
-    mine.cut, mine.promised = cut, codec.read_cuts(checkpoint, codec.PROMISED)
+    mine.cut = cut
+    set_promised(self, codec.read_cuts(checkpoint, codec.PROMISED))
 
 
 # Methods that multiply weights by something that is not read off them again.

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_efficient.callbacks.attach import attachment, carry
+from lightning_efficient.callbacks.attach import attachment, carry, set_promised
 from lightning_efficient.callbacks.pruning import averaged_copies
 from lightning_efficient.callbacks.weightspace import WeightSpaceCallback
 from lightning_efficient.pruning.groups import Groups
@@ -28,7 +28,7 @@ def promise(pl_module: LightningModule, keep: Mapping[str, Iterable[int]], group
     Raises:
         ValueError: See :func:`~lightning_efficient.pruning.slim.plan_slim`.
     """
-    attachment(pl_module).promised = plan_slim(pl_module, keep, groups)
+    set_promised(pl_module, plan_slim(pl_module, keep, groups))
     carry(pl_module)
 
 
@@ -65,7 +65,8 @@ def cut(
     if trainer is not None:
         cut_states(trainer.optimizers, change.cuts)
     mine = attachment(pl_module)
-    mine.cut, mine.promised = cuts if mine.cut is None else mine.cut.then(cuts), None
+    mine.cut = cuts if mine.cut is None else mine.cut.then(cuts)
+    set_promised(pl_module, None)
     carry(pl_module)
     rank_zero_info(change.report())
     return change

@@ -8,6 +8,7 @@ Everything is done on that copy; the model is never touched.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,42 +65,76 @@ def find_groups(
         twin = perturbed(float64_copy(model))
     except Exception as why:
         raise ValueError(f"{METHOD}: {type(model).__name__} cannot be copied to be tried on: {why}") from why
+    modules = modules_by_name(model)
     with torch.random.fork_rng(devices=_devices(model)):
-        ran, modules = _ran(twin, probe), modules_by_name(model)
-        try:
-            widths = list(Widths(twin, lambda: run_float64(twin, probe)))
-        except UntraceableError as why:
-            raise ValueError(
-                f"{METHOD}: {type(model).__name__} cannot be traced: {why}. Pass the submodule that computes, and its "
-                "own input, or another `example`."
-            ) from why
-        refused = _refusals(model, widths, ran)
-        groups = [
-            group
-            for width in widths
-            if not (width.refused or width.root in refused)
-            for group in [_group(width, twin, refused)]
-            if group is not None
-        ]
-        refused |= {width.root: width.refused for width in widths if width.refused}
-        trial = Trial(twin, probe)
-        found = _heads(trial, model, refused, lambda group: _chosen([group], refused, include, exclude, modules))
-        held = {(part.name, part.dim) for group in found for part in group.produced}
-        # Channels of heads go as heads.
-        groups = [group for group in groups if not any((s.name, s.dim) in held for s in group.produced)]
-        for width in widths:
-            if any((tensor, dim) in held for tensor, dim, _ in width.axes):
-                refused.pop(width.root, None)
-        found += trial.judge(_chosen(groups, refused, include, exclude, modules), refused)
+        widths = _widths(model, twin, probe)
+        refused = _refusals(model, widths, _ran(twin, probe))
+        chosen = partial(_chosen, refused=refused, include=include, exclude=exclude, modules=modules)
+        found = _tried(Trial(twin, probe), model, widths, refused, chosen)
     if not inexact:
         for group in [group for group in found if not group.exact]:
             refused[group.name] = f"zeroing its units is not removing them: {group.note} (`inexact=True` allows it)"
         found = [group for group in found if group.exact]
+    refused |= _lone_heads(modules, widths, found)
     if not found:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:5])
         raise NoMatchError(f"{METHOD}: nothing of {type(model).__name__} can be cut. {reasons or 'It has no layers.'}")
-    order = {name: i for i, name in enumerate(modules_by_name(model))}
+    order = {name: i for i, name in enumerate(modules)}
     return Groups({g.name: g for g in sorted(found, key=lambda g: order.get(g.name, 0))}, refused)
+
+
+def _tried(
+    trial: Trial,
+    model: nn.Module,
+    widths: Iterable[Width],
+    refused: dict[str, str],
+    chosen: Callable[[list[UnitGroup]], list[UnitGroup]],
+) -> list[UnitGroup]:
+    """The groups that stand the trial; the others' reasons go to ``refused``."""
+    groups = [
+        group
+        for width in widths
+        if not (width.refused or width.root in refused)
+        for group in [_group(width, trial.model, refused)]
+        if group is not None
+    ]
+    refused |= {width.root: width.refused for width in widths if width.refused}
+    found = _heads(trial, model, refused, lambda group: chosen([group]))
+    held = {(part.name, part.dim) for group in found for part in group.produced}
+    # Channels of heads go as heads.
+    groups = [group for group in groups if not any((s.name, s.dim) in held for s in group.produced)]
+    for width in widths:
+        if any((tensor, dim) in held for tensor, dim, _ in width.axes):
+            refused.pop(width.root, None)
+    return [*found, *trial.judge(chosen(groups), refused)]
+
+
+def _widths(model: nn.Module, twin: nn.Module, probe: Probe) -> list[Width]:
+    """Every width of the copy."""
+    try:
+        return list(Widths(twin, lambda: run_float64(twin, probe)))
+    except UntraceableError as why:
+        raise ValueError(
+            f"{METHOD}: {type(model).__name__} cannot be traced: {why}. Pass the submodule that computes, and its "
+            "own input, or another `example`."
+        ) from why
+
+
+def _lone_heads(
+    modules: Mapping[str, nn.Module], widths: Iterable[Width], found: Iterable[UnitGroup]
+) -> dict[str, str]:
+    """Every ``nn.MultiheadAttention`` that keeps its heads → why they cannot go alone."""
+    inside = {part.name.rpartition(".")[0] for group in found for part in group.produced}
+    notes = {}
+    for name, module in modules.items():
+        if isinstance(module, nn.MultiheadAttention) and name not in inside:
+            tensors = {f"{name}.{weight}" for weight in ("in_proj_weight", "q_proj_weight", "out_proj.weight")}
+            home = next((w.root for w in widths if any(t in tensors for t, _, _ in w.axes)), None)
+            notes[name] = (
+                "nn.MultiheadAttention splits the width of its own input into heads, so a head can only go with as "
+                "many channels of that width" + (f", and {home!r} keeps them all (see there)" if home else "")
+            )
+    return notes
 
 
 def _small(probe: Probe) -> Probe:
@@ -206,7 +241,7 @@ def _group(width: Width, model: nn.Module, refused: dict[str, str]) -> UnitGroup
     if not any(part.role == "consume" for part in slices):
         refused[width.root] = "no layer that can be cut reads it"
         return None
-    return UnitGroup(width.root, len(units), tuple(slices))
+    return UnitGroup(width.root, len(units), tuple(slices), width.divisor)
 
 
 def _heads(

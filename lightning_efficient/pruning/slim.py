@@ -26,6 +26,7 @@ from lightning_efficient.surgery.match import canonical_name, modules_by_name
 LAYER_ATTRIBUTES = (
     "in_features", "out_features", "in_channels", "out_channels", "groups", "num_features", "num_channels",
     "normalized_shape", "num_parameters", "embedding_dim", "nx", "nf",
+    "kdim", "vdim",
 )  # fmt: skip
 HEAD_ATTRIBUTES = (
     "num_heads", "n_heads", "num_attention_heads", "n_head", "nhead", "heads", "num_key_value_heads", "num_kv_heads",
@@ -70,6 +71,21 @@ class Cuts:
         for name, stay in later.units.items():
             units[name] = [units[name][unit] for unit in stay] if name in units else stay
         return Cuts(kept, attributes, units)
+
+    def within(self, module: str) -> Cuts:
+        """Those of tensors and modules inside a submodule, under the names that they have in it.
+
+        Args:
+            module: Its canonical name.
+        """
+        inside = f"{module}."
+        kept = {n.removeprefix(inside): masks for n, masks in self.kept.items() if n.startswith(inside)}
+        attributes = {
+            n.removeprefix(inside) if n != module else "": values
+            for n, values in self.attributes.items()
+            if n == module or n.startswith(inside)
+        }
+        return Cuts(kept, attributes, self.units)
 
     def of(self, model: nn.Module) -> Cuts:
         """Those of tensors and modules that a model has (others were folded into their neighbours)."""
@@ -250,6 +266,9 @@ def _attributes(module: nn.Module, sizes: Mapping[tuple[str, int], int]) -> dict
         values = {"num_channels": first}
     elif isinstance(module, nn.LayerNorm):
         values = {"normalized_shape": [*module.normalized_shape[:-1], next(iter(sizes.values()))]}
+    elif isinstance(module, nn.MultiheadAttention):
+        inner = sizes[("in_proj_weight", 1)]
+        values = {**dict.fromkeys(("embed_dim", "kdim", "vdim"), inner), "num_heads": inner // module.head_dim}
     elif isinstance(module, nn.PReLU):
         values = {"num_parameters": first}
     elif hasattr(module, "nx") and hasattr(module, "nf"):  # Hugging Face's Conv1D: (inputs, outputs)

@@ -8,6 +8,7 @@ Any Structural Pruning", CVPR 2023.
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterator
@@ -46,6 +47,7 @@ class Width:
         axes: (tensor, axis, role) → pairs of (entry along the axis, channel of the root).
         ties: Further things that channels share, so that they can only be cut together.
         readers: Names of the layers that read it.
+        divisor: How many of its units may stay: a multiple of this.
         refused: Why it cannot be cut; empty: no reason known yet.
     """
 
@@ -54,6 +56,7 @@ class Width:
     axes: dict[tuple[str, int, Role], list[tuple[int, int]]] = field(default_factory=dict)
     ties: dict[Hashable, list[int]] = field(default_factory=dict)
     readers: set[str] = field(default_factory=set)
+    divisor: int = 1
     refused: str = ""
 
     def units(self) -> list[list[int]]:
@@ -188,6 +191,7 @@ class Widths:
                 width.refused = "an output of the model: its shape would change"
             return
         width.refused = width.refused or parts.refused
+        width.divisor = math.lcm(width.divisor, parts.divisor)
         for tensor, dim, role, entry in parts.axes:
             along = width.axes.setdefault((tensor, dim, role), [])
             along += [(entry(pair.idx), pair.root_idx) for pair in pairs]
@@ -203,16 +207,26 @@ class Parts:
     Args:
         axes: (tensor, axis, role, channel → entry along the axis).
         ties: Channels with the same value can only go together.
+        divisor: How many of the things that ties make may stay: a multiple of this.
         refused: Why nothing of it can be cut.
     """
 
     axes: list[tuple[str, int, Role, Entry]] = field(default_factory=list)
     ties: list[Entry] = field(default_factory=list)
+    divisor: int = 1
     refused: str = ""
 
 
 def _same(channel: int) -> int:
     return channel
+
+
+def _behind(start: int, channel: int) -> int:
+    return start + channel
+
+
+def _head(size: int, channel: int) -> int:
+    return channel // size
 
 
 def _within(size: int, channel: int) -> int:
@@ -249,10 +263,7 @@ def parts_of(module: nn.Module, name: str, makes: bool) -> Parts:
     elif isinstance(module, nn.RNNBase):
         parts.refused = f"{type(module).__name__} {name!r} is recurrent: its gates share one axis"
     elif isinstance(module, nn.MultiheadAttention):
-        parts.refused = (
-            f"nn.MultiheadAttention {name!r} has one `embed_dim` for its input, its heads and its output, so neither "
-            "a head nor a channel can be cut alone"
-        )
+        _multihead(module, name, parts)
     elif is_conv1d(module):
         parts.axes = [(dims["weight"], 1, "produce", _same)] if makes else [(dims["weight"], 0, "consume", _same)]
     else:
@@ -277,6 +288,26 @@ def _conv(module: _ConvNd, dims: dict[str, str], makes: bool, parts: Parts) -> N
     parts.axes = [(weight, 0 if first else 1, role, _same if first else per_group)]  # type: ignore[list-item]
     if groups > 1:
         parts.ties = [per_group]  # as many channels in every group
+
+
+def _multihead(module: nn.MultiheadAttention, name: str, parts: Parts) -> None:
+    """A head with as many channels of the input and of the output as it has itself: they share ``embed_dim``."""
+    own = dict(module.named_parameters())
+    if "in_proj_weight" not in own:
+        parts.refused = f"nn.MultiheadAttention {name!r} has a `kdim` or `vdim` of its own, and one `embed_dim` beside"
+        return
+    for i in range(3):  # queries, keys and values lie one below the other
+        parts.axes.append((f"{name}.in_proj_weight", 0, "produce", partial(_behind, i * module.embed_dim)))
+        if "in_proj_bias" in own:
+            parts.axes.append((f"{name}.in_proj_bias", 0, "produce", partial(_behind, i * module.embed_dim)))
+    parts.axes += [(f"{name}.{n}", 2, "produce", _same) for n in ("bias_k", "bias_v") if n in own]
+    parts.axes += [(f"{name}.in_proj_weight", 1, "consume", _same), (f"{name}.out_proj.weight", 1, "consume", _same)]
+    parts.axes.append((f"{name}.out_proj.weight", 0, "produce", _same))
+    if "out_proj.bias" in own:
+        parts.axes.append((f"{name}.out_proj.bias", 0, "produce", _same))
+    parts.ties = [partial(_head, module.head_dim)]
+    # Whether the fused inference of `nn.TransformerEncoder` is taken was decided when it was built, for an even number.
+    parts.divisor = 2 - module.num_heads % 2
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -191,6 +191,29 @@ def test_export_cuts_out_what_is_zero(tmp_path: Path) -> None:
         export(model, x)
 
 
+def test_a_submodule_is_cut_too_or_says_why_not(tmp_path: Path) -> None:
+    model, _ = _promised()
+    x = images()
+    small = export(model.net, x)
+    assert [small.a[0].out_channels, small.c[0].out_channels, small.stem[0].out_channels] == [3, 4, 4]
+    torch.testing.assert_close(small(x), model.net.eval()(x), rtol=0, atol=1e-5)
+    assert export(model.net, x, slim=False).a[0].out_channels == 6
+    assert not [m for m in small.modules() if any("lightning_efficient" in key for key in vars(m))]
+    hidden = export(model.net.a, torch.randn(2, 8, 8, 8), slim=False)  # a part whose own width others share
+    assert hidden[0].out_channels == 6
+    with pytest.raises(ExportError, match=r"cut out of this submodule alone.*export the LightningModule"):
+        export(model.net.a, torch.randn(2, 8, 8, 8))
+    # Also from a file, and not after the units are gone for good.
+    trainer = _trainer(tmp_path, 0)
+    trainer.fit(model.train())
+    trainer.save_checkpoint(tmp_path / "zeros.ckpt", weights_only=True)
+    loaded = load_from_checkpoint(Module, tmp_path / "zeros.ckpt")
+    assert export(loaded.net, x).a[0].out_channels == 3
+    groups = find_groups(loaded, x)
+    cut(loaded, _named(groups), groups)
+    assert export(loaded.net, x).a[0].out_channels == 3
+
+
 def test_a_run_with_hesso_exports_a_smaller_model(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Module()
