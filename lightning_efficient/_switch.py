@@ -37,6 +37,6 @@ def callbacks_from_environment() -> list[Callback]:
     if os.environ.get(RUN_VARIABLE):
         from lightning_efficient.ablate.reporter import callbacks_of_the_run
 
-        first, last = callbacks_of_the_run()
-        callbacks = [first, *callbacks, last]
+        before, after = callbacks_of_the_run()
+        callbacks = [before, *callbacks, *after]
     return callbacks

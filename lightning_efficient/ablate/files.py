@@ -13,6 +13,7 @@ STATUS = "status.json"  # how far it is: written by whoever runs the process
 PROGRESS = "progress.json"  # epoch, step, metrics: written by the process itself
 START = "start.json"  # digests of the initial weights and of each epoch's first batch
 METHODS_FILE = "methods.yaml"
+EXPORT = "export.json"  # why the trained model could not be exported
 LOG = "log.txt"
 CHECKPOINT = "resume.ckpt"
 

@@ -36,6 +36,7 @@ class Job:
         environment: Added to that of the process which runs the job.
         cwd: Where the command runs.
         checkpoint_every: Least number of seconds between two resume points.
+        export: Also measure the exported model.
     """
 
     folder: str
@@ -43,6 +44,7 @@ class Job:
     environment: Mapping[str, str]
     cwd: str
     checkpoint_every: float
+    export: bool = False
 
 
 def run_job(
@@ -67,8 +69,8 @@ def run_job(
     status |= {"state": "running", "started": time.time(), "host": platform.node(), "error": None}
     status["attempts"] += 1
     variables = {**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {}), **job.environment}
-    run = {"folder": job.folder, "parent": os.getpid(), "checkpoint_every": job.checkpoint_every}
-    variables[RUN_VARIABLE] = json.dumps(run)
+    run = {"folder": job.folder, "checkpoint_every": job.checkpoint_every, "export": job.export}
+    variables[RUN_VARIABLE] = json.dumps({**run, "parent": os.getpid()})
 
     def record(state: str, error: str | None = None) -> None:
         status.update(state=state, error=error, seconds=before + time.time() - status["started"])

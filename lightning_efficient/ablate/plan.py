@@ -96,7 +96,14 @@ def check(runs: Sequence[Planned], target: Target) -> None:
             )
 
 
-def jobs(runs: Sequence[Planned], target: Target, test: bool, retry_failed: bool, checkpoint_every: float) -> list[Job]:
+def jobs(
+    runs: Sequence[Planned],
+    target: Target,
+    test: bool,
+    retry_failed: bool,
+    checkpoint_every: float,
+    export: bool = False,
+) -> list[Job]:
     """What is left, the folders made ready for it.
 
     Args:
@@ -105,11 +112,19 @@ def jobs(runs: Sequence[Planned], target: Target, test: bool, retry_failed: bool
         test: Also test the best checkpoint of each.
         retry_failed: Train failed runs anew.
         checkpoint_every: Least number of seconds between two resume points.
+        export: Also measure the exported model.
     """
-    return [job for run in runs if (job := _job(run, target, test, retry_failed, checkpoint_every)) is not None]
+    left = [(run, _left(run, target, test, retry_failed)) for run in runs]
+    cwd = str(Path.cwd())
+    return [
+        Job(str(run.folder), argv, target.environment(run.folder, run.methods), cwd, checkpoint_every, export)
+        for run, argv in left
+        if argv is not None
+    ]
 
 
-def _job(run: Planned, target: Target, test: bool, retry_failed: bool, checkpoint_every: float) -> Job | None:
+def _left(run: Planned, target: Target, test: bool, retry_failed: bool) -> dict[str, tuple[str, ...]] | None:
+    """Step → command line, the folder made ready; ``None``: the run is done."""
     status = run.status()
     if status.get("state") == "failed" and not retry_failed:
         return None
@@ -122,9 +137,7 @@ def _job(run: Planned, target: Target, test: bool, retry_failed: bool, checkpoin
     if "fit" in left and (checkpoint is None or not target.subcommands):
         checkpoint = None
         _make_anew(run, target)
-    argv = {s: target.argv(s, run.folder, run.methods, run.seed, checkpoint if s == "fit" else None) for s in left}
-    environment = target.environment(run.folder, run.methods)
-    return Job(str(run.folder), argv, environment, str(Path.cwd()), checkpoint_every)
+    return {s: target.argv(s, run.folder, run.methods, run.seed, checkpoint if s == "fit" else None) for s in left}
 
 
 def _make_anew(run: Planned, target: Target) -> None:

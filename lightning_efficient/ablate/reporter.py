@@ -28,8 +28,8 @@ _EVERY = 0.5  # seconds between two reports
 _POLL = 0.5  # seconds between two looks at the parent
 
 
-def callbacks_of_the_run() -> tuple[Reporter, ResumePoint]:
-    """The callbacks that ``LIGHTNING_EFFICIENT_RUN`` describes, as JSON set by ``ablate``.
+def callbacks_of_the_run() -> tuple[Callback, list[Callback]]:
+    """The callbacks that ``LIGHTNING_EFFICIENT_RUN`` describes, as JSON set by ``ablate``: before the methods, after.
 
     Raises:
         RuntimeError: ``ablate`` asked for the configuration only, and the script builds a Trainer nevertheless.
@@ -40,7 +40,12 @@ def callbacks_of_the_run() -> tuple[Reporter, ResumePoint]:
             "this script builds its Trainer without reading `--print_config`: `ablate` runs LightningCLI scripts."
         )
     _end_with_parent(run["parent"])
-    return Reporter(run["folder"]), ResumePoint(run["folder"], run["checkpoint_every"])
+    after: list[Callback] = [ResumePoint(run["folder"], run["checkpoint_every"])]
+    if run["export"]:
+        from lightning_efficient.ablate.exported import ExportedCost
+
+        after.insert(0, ExportedCost(run["folder"]))
+    return Reporter(run["folder"]), after
 
 
 class Reporter(Callback):

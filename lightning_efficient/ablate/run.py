@@ -20,7 +20,7 @@ from lightning_efficient.ablate.engines import (
     make_slots,
     visible_gpus,
 )
-from lightning_efficient.ablate.files import write_json
+from lightning_efficient.ablate.files import EXPORT, read_json, write_json
 from lightning_efficient.ablate.plan import Planned, check, jobs, locked, plan
 from lightning_efficient.ablate.start import started_alike
 from lightning_efficient.ablate.target import find_target
@@ -32,6 +32,7 @@ from lightning_efficient.compare.html import to_html
 RESULT = "ablation.json"
 PICTURE = "curves.png"
 PAGE = "report.html"
+_ON: dict[str, Any] = {"enabled": True}
 _LOOK = 0.5  # seconds between two looks at the runs' files
 
 
@@ -71,6 +72,8 @@ def ablate(
     out: str | os.PathLike[str] = "ablation",
     metrics: Sequence[str] | None = None,
     test: bool = False,
+    run_cost: bool = True,
+    export: bool = False,
     retry_failed: bool = False,
     n_jobs: int | None = None,
     threads: int = 1,
@@ -94,6 +97,10 @@ def ablate(
         out: Folder for everything.
         metrics: Names or globs for the comparison, as for :func:`~lightning_efficient.compare.compare`.
         test: Also run the script's ``test`` with the best checkpoint of each run, if it has a test stage.
+        run_cost: Log time a step, peak memory and parameters of every run
+            (:class:`~lightning_efficient.RunCost`). ``False`` for a script that has that callback itself.
+        export: Also export each model as its training ends, and log size, multiply-accumulates and latency of the
+            copy. Needs an ``example_input_array``.
         retry_failed: Train failed runs anew.
         n_jobs: Runs at a time; ``None``: cores ÷ ``threads``, or as many as the GPUs have room for.
         threads: ``OMP_NUM_THREADS`` of each run.
@@ -113,6 +120,8 @@ def ablate(
     console = console or Console()
     _check_arguments(seeds, n_jobs, threads, engine, address)
     found = read_variants(variants)
+    if run_cost:
+        found = {name: {**methods, "run_cost": methods.get("run_cost", _ON)} for name, methods in found.items()}
     target = find_target(script, arguments)
     if test and not target.subcommands:
         raise ValueError("`test` needs a script with subcommands: this one has LightningCLI(run=False).")
@@ -120,7 +129,7 @@ def ablate(
     runs = plan(found, list(seeds), folder)
     check(runs, target)
     with locked(folder) as lock:
-        left = jobs(runs, target, test, retry_failed, checkpoint_every)
+        left = jobs(runs, target, test, retry_failed, checkpoint_every, export)
         slots = make_slots(target.config, n_jobs, threads, gpus := visible_gpus())[: max(1, len(left))]
         console.print(
             f"[bold]lightning-efficient ablate[/]  {len(found)} variants × {len(seeds)} seeds, {len(left)} of "
@@ -171,9 +180,17 @@ def _watch(engine: Engine, runs: Sequence[Planned], view: View) -> None:
         raise
 
 
+def _not_exported(runs: Sequence[Planned]) -> list[str]:
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        if error := read_json(run.folder / EXPORT).get("error"):
+            found.setdefault(error, []).append(f"{run.variant} seed {run.seed}")
+    return [f"Trained, but not exported: {', '.join(who)}: {error}" for error, who in found.items()]
+
+
 def _report(folder: Path, runs: Sequence[Planned], metrics: Sequence[str] | None, console: Console) -> Ablation:
     rows = [row_of(run) for run in runs]
-    notes = started_alike(runs)
+    notes = started_alike(runs) + _not_exported(runs)
     comparison: Comparison | None = None
     finished = [row for row in rows if row.state == "finished"]
     try:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -116,7 +117,9 @@ def table(rows: Sequence[RunRow], metric: str | None, height: int | None = None)
     if height is not None and len(shown) > height:
         shown = [row for row in rows if row.state not in ("waiting", "finished")][:height]
     counts = Counter(row.state for row in rows)
-    found = Table(caption=", ".join(f"{counts[s]} {s}" for s in _STATES if counts[s]), caption_justify="left")
+    caption = ", ".join(f"{counts[s]} {s}" for s in _STATES if counts[s])
+    # Narrow: everything fits a terminal of 80 columns.
+    found = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), caption=caption, caption_justify="left")
     found.add_column("variant", overflow="fold")
     for name in ("seed", "state", "epoch", "step", metric or "metric", "elapsed", "left"):
         found.add_column(name, justify="left" if name == "state" else "right")

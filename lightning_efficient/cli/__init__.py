@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_export(commands.add_parser("export", help="turn a checkpoint into a plain model, checked"))
     _add_compare(commands.add_parser("compare", help="a table, a page and a picture of runs, from their logs"))
     _add_ablate(commands.add_parser("ablate", help="train with methods toggled, over seeds, and compare"))
-    _add_demo(commands.add_parser("demo", help="train a small ViT with and without sigmaReparam, in two minutes"))
+    _add_demo(commands.add_parser("demo", help="a tour: train a small ViT with every method, compare and export"))
     return parser
 
 
@@ -116,6 +116,8 @@ def _add_ablate(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("ablation"), metavar="DIR", help="default: %(default)s")
     add("--metrics", nargs="+", metavar="NAME", help="which scalars to compare; default: all validation metrics")
     add("--test", action="store_true", help="also test the best checkpoint of each run")
+    add("--export", action="store_true", help="also export each model and log its size, compute and latency")
+    add("--no-run-cost", dest="run_cost", action="store_false", help="leave out time a step, memory and parameters")
     add("--retry-failed", action="store_true", help="train failed runs anew; default: keep them as they are")
     add("--jobs", type=int, metavar="N", help="runs at a time; default: cores / threads, or one a GPU")
     add("--threads", type=int, default=1, metavar="N", help="CPU threads of a run; default: %(default)s")
@@ -125,7 +127,7 @@ def _add_ablate(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="a few epochs only, under half a minute")
+    parser.add_argument("--quick", action="store_true", help="three methods, one seed, a few epochs: under a minute")
     parser.add_argument("--out", type=Path, default=Path("efficient_demo"), metavar="DIR", help="default: %(default)s")
 
 

@@ -165,7 +165,8 @@ def run_ablate(options: Namespace) -> None:
                 [*(f"--config={file}" for file in options.config), *options.rest],
                 seeds=options.seeds, out=options.out, metrics=options.metrics, test=options.test,
                 retry_failed=options.retry_failed, n_jobs=options.jobs, threads=options.threads,
-                engine=options.engine, address=options.address, checkpoint_every=options.checkpoint_every,
+                engine=options.engine, address=options.address, run_cost=options.run_cost, export=options.export,
+                checkpoint_every=options.checkpoint_every,
             )  # fmt: skip
         except KeyboardInterrupt:
             raise SystemExit(130) from None
@@ -174,7 +175,7 @@ def run_ablate(options: Namespace) -> None:
 
 
 def run_demo(options: Namespace) -> None:
-    """``demo``.
+    """``demo``: exit code 1 if a run failed, 130 if it was interrupted.
 
     Args:
         options: ``quick``, ``out``.
@@ -182,4 +183,9 @@ def run_demo(options: Namespace) -> None:
     with short_errors():
         from lightning_efficient.demo.run import run
 
-        run(options.out, quick=options.quick)
+        try:
+            done = run(options.out, quick=options.quick)
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+    if not done.finished:
+        raise SystemExit(1)

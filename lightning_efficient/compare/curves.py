@@ -16,7 +16,7 @@ from lightning_efficient.compare.logs import Run, Series
 # Okabe and Ito's palette (jfly.uni-koeln.de/color) without yellow, which is too light for lines on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":")
-MARKERS = ("o", "s", "^", "D", "v", "P", "<")
+MARKERS = ("o", "s", "^", "D", "v", "P", "<", "*")  # as many as colours and one: the next variant differs in it
 _FEW_POINTS = 25
 _BETTER = {"min": " (lower is better)", "max": " (higher is better)", None: ""}
 

@@ -20,10 +20,17 @@ class DigitsViT(pl.LightningModule):
         depth: Transformer blocks.
         embed_dim: Width.
         num_heads: Attention heads a block.
+        pool: ``"token"``: a class token is read off; ``"avg"``: the mean of the patches, and there is no class token.
     """
 
     def __init__(
-        self, lr: float = 1e-3, weight_decay: float = 0.05, depth: int = 4, embed_dim: int = 64, num_heads: int = 4
+        self,
+        lr: float = 1e-3,
+        weight_decay: float = 0.05,
+        depth: int = 4,
+        embed_dim: int = 64,
+        num_heads: int = 4,
+        pool: str = "token",
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -37,6 +44,8 @@ class DigitsViT(pl.LightningModule):
             embed_dim=embed_dim,
             depth=depth,
             num_heads=num_heads,
+            class_token=pool == "token",
+            global_pool=pool,
         )
 
     def forward(self, images: Tensor) -> Tensor:

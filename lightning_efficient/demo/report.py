@@ -1,43 +1,56 @@
-"""The demo's table: four numbers a variant, three of them read back from the logs."""
+"""What the tour exports: a model of each variant, from its checkpoint, checked and tested."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from pathlib import Path
 
+import torch
 from rich import box
 from rich.table import Table
+from torch import Tensor
 
-from lightning_efficient.compare import ENTROPY, Comparison, Run, best, final
+from lightning_efficient.ablate.files import last_checkpoint
+from lightning_efficient.ablate.run import Ablation
+from lightning_efficient.checkpoint import load_from_checkpoint
+from lightning_efficient.demo.data import Digits
+from lightning_efficient.demo.model import DigitsViT
+from lightning_efficient.export import export, save_exported
+from lightning_efficient.inference import difference
 
 
-def summary(comparison: Comparison, step_seconds: Mapping[str, float]) -> Table:
-    """One column a variant, one run each.
+def export_all(done: Ablation) -> Table:
+    """Export the first seed of each variant to ``<folder>/exported/<variant>.pt2``.
 
     Args:
-        comparison: Of the demo's two runs.
-        step_seconds: Name of the variant → processor time of a training step, the first one the reference.
+        done: What ``ablate`` found; runs that did not finish are left out.
+
+    Returns:
+        A row a variant.
     """
-    runs = {name: replicas[0] for name, replicas in comparison.variants.items()}
-    table = Table(box=box.SIMPLE_HEAD, caption="one seed each: a demonstration, not evidence", caption_justify="left")
-    table.add_column("")
-    for name in runs:
+    data = Digits()
+    data.setup("test")
+    images, labels = next(iter(data.test_dataloader()))
+    table = Table(box=box.SIMPLE_HEAD, title="exported, first seed", title_justify="left")
+    table.add_column("variant")
+    for name in ("parameters", "file, MiB", "test accuracy", "to the checkpoint"):
         table.add_column(name, justify="right")
-    table.add_row("validation accuracy, best", *(_number(best(run, "val_acc")) for run in runs.values()))
-    table.add_row("test accuracy of that checkpoint", *(_number(final(run, "test_acc")) for run in runs.values()))
-    table.add_row("lowest head entropy, nats", *(_lowest(run) for run in runs.values()))
-    reference = next(iter(step_seconds.values()))
-    table.add_row("time per step, median", *(_time(step_seconds[name], reference) for name in runs))
+    first = min((run.seed for run in done.runs), default=0)
+    for run in done.runs:
+        if run.seed == first and run.state == "finished":
+            file = done.folder / "exported" / f"{run.variant}.pt2"
+            table.add_row(run.variant, *_export(Path(run.folder), file, images, labels))
     return table
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
-
-
-def _lowest(run: Run) -> str:
-    return _number(min(run.series[ENTROPY].values, default=None)) if ENTROPY in run.series else "–"
-
-
-def _time(seconds: float, reference: float) -> str:
-    ratio = "" if seconds == reference else f"× {seconds / reference:.2f}   "
-    return f"{ratio}{1e3 * seconds:.1f} ms"
+def _export(folder: Path, file: Path, images: Tensor, labels: Tensor) -> tuple[str, ...]:
+    checkpoint = last_checkpoint(folder)
+    assert checkpoint is not None  # a finished run has one
+    model = load_from_checkpoint(DigitsViT, checkpoint, map_location="cpu").eval()
+    plain = export(model, images)
+    with torch.no_grad():
+        logits = plain(images)
+        apart = difference(model(images), logits)
+    save_exported(plain, images, file, dynamic_batch=True)
+    parameters = sum(p.numel() for p in plain.parameters())
+    accuracy = (logits.argmax(1) == labels).float().mean().item()
+    return f"{parameters:,}", f"{file.stat().st_size / 2**20:.2f}", f"{accuracy:.3f}", f"{apart.absolute:.1g}"

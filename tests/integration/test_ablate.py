@@ -1,4 +1,8 @@
-"""``ablate`` from end to end: a user's own project, killed half way and continued; the same on Ray; refusals."""
+"""``ablate`` from end to end: a user's own project, killed half way and continued; the same on Ray.
+
+Every run is a process that imports Lightning, which is nearly all that this costs: what needs none is in
+``tests/unit``, and ``lightning-efficient fit`` is trained by the demo's tests.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +20,9 @@ import pytest
 import yaml
 from rich.console import Console
 
-import lightning_efficient
 from lightning_efficient.ablate.files import CHECKPOINT, LOG, STATUS, read_json
 from lightning_efficient.ablate.run import RESULT, Ablation, ablate
 from lightning_efficient.compare import read_runs
-
-# Some twenty processes, minutes of two cores: asked for by name until it is known what it costs on a quiet machine.
-pytestmark = pytest.mark.skipif("ABLATE_END_TO_END" not in os.environ, reason="set ABLATE_END_TO_END=1 to run it")
 
 PROJECT = Path(__file__).parent / "scripts" / "own_project.py"
 METHODS = ["sigma_reparam", "norm_swap", "magnitude_pruning"]
@@ -53,8 +53,8 @@ def mtimes(folders: list[Path]) -> dict[Path, float]:
     return {file: file.stat().st_mtime for folder in folders for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
-def states(out: Path) -> dict[Path, str]:
-    return {file.parent: read_json(file)["state"] for file in out.glob(f"*/seed_*/{STATUS}")}
+def in_state(state: str, out: Path) -> list[Path]:
+    return [file.parent for file in out.glob(f"*/seed_*/{STATUS}") if read_json(file)["state"] == state]
 
 
 def run_in(folder: Path, *args: Any, **kwargs: Any) -> tuple[Ablation, str]:
@@ -75,28 +75,27 @@ def continued(project: Path) -> tuple[Ablation, str, dict[str, Any]]:
     command = [sys.executable, "-m", "lightning_efficient", "ablate", "--script", "train.py", "-c", "base.yaml"]
     command += ["--methods", *METHODS, "--seeds", *map(str, SEEDS), "--out", "out", "--jobs", "2"]
     command += ["--checkpoint-every", "0"]
-    slow = {**os.environ, "OWN_PROJECT_PAUSE": "0.4", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OWN_PROJECT_HANGS": "1", "OMP_NUM_THREADS": "1"}
     with (project / "first.log").open("w", encoding="utf-8") as log:
-        first = subprocess.Popen(command, cwd=project, env=slow, stdout=log, stderr=subprocess.STDOUT)
-    deadline = time.monotonic() + 3600
-    interesting: list[Path] = []
+        first = subprocess.Popen(command, cwd=project, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 600
+    killed: list[Path] = []
     try:
-        while not (interesting and sum(state == "finished" for state in states(out).values()) >= 3):
+        while len(killed) < 2:  # both jobs hang in their second epoch, past a point to resume from
             assert first.poll() is None, (project / "first.log").read_text(encoding="utf-8")
             assert time.monotonic() < deadline
             time.sleep(0.05)
-            running = [folder for folder, state in states(out).items() if state == "running"]
-            interesting = [folder for folder in running if (folder / CHECKPOINT).exists()]
+            hanging = [folder for folder in in_state("running", out) if folder.name == "seed_1"]
+            killed = [folder for folder in hanging if (folder / CHECKPOINT).exists()]
     finally:
         first.kill()
         first.wait()
-    then = states(out)
-    finished = [folder for folder, state in then.items() if state == "finished"]
+    finished = in_state("finished", out)
     before = mtimes(finished)
     done, screen = run_in(
         project, METHODS, "train.py", ["--config=base.yaml"], seeds=SEEDS, out="out", n_jobs=2, checkpoint_every=0.0
     )
-    facts = {"finished": finished, "before": before, "after": mtimes(finished), "interesting": interesting}
+    facts = {"finished": finished, "before": before, "after": mtimes(finished), "killed": killed}
     return done, screen, facts
 
 
@@ -106,19 +105,17 @@ def test_a_killed_ablation_continues(continued: tuple[Ablation, str, dict[str, A
     assert [(run.variant, run.seed, run.state) for run in done.runs] == [
         (variant, seed, "finished") for seed in SEEDS for variant in VARIANTS
     ]
-    assert 3 <= len(facts["finished"]) < 8
+    assert len(facts["finished"]) == 4
     assert facts["before"] == facts["after"], "finished runs are not touched"
     for run in done.runs:
-        # What was killed before its first resume point began anew, and counts from one again.
-        assert run.attempts == (2 if Path(run.folder) in facts["interesting"] else 1)
+        folder = Path(run.folder)
+        assert run.attempts == (2 if folder in facts["killed"] else 1)
         assert (run.epoch, run.step) == (EPOCHS, EPOCHS * STEPS)
-        if Path(run.folder) in facts["interesting"]:
-            assert f"--ckpt_path={Path(run.folder) / CHECKPOINT}" in (Path(run.folder) / LOG).read_text(
-                encoding="utf-8"
-            )
-        assert not (Path(run.folder) / CHECKPOINT).exists()
-        assert len(list((Path(run.folder) / "checkpoints" / "best").glob("*.ckpt"))) == 1
-    assert f"{8 - len(facts['finished'])} of 8 runs to do" in screen
+        continued_from = f"--ckpt_path={folder / CHECKPOINT}"
+        assert (continued_from in (folder / LOG).read_text(encoding="utf-8")) == (folder in facts["killed"])
+        assert not (folder / CHECKPOINT).exists()
+        assert len(list((folder / "checkpoints" / "best").glob("*.ckpt"))) == 1
+    assert "4 of 8 runs to do" in screen
     assert not (project / "best").exists()
     assert sorted(file.name for file in project.iterdir()) == ["base.yaml", "first.log", "out", "train.py"]
     assert (project / "train.py").read_text(encoding="utf-8") == PROJECT.read_text(encoding="utf-8")
@@ -152,66 +149,30 @@ def test_the_result(continued: tuple[Ablation, str, dict[str, Any]], project: Pa
     assert written["comparison"]["baseline"] == "baseline"
     assert (project / "out" / "curves.png").stat().st_size > 10_000
     assert "8 finished" in screen
-    with pytest.raises(ValueError, match=r"`model.width` was 8, is 16"):
-        run_in(project, METHODS, "train.py", ["--config=base.yaml", "--model.width=16"], seeds=SEEDS, out="out")
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning:ray", "ignore::DeprecationWarning:ray")
 def test_ray_gives_the_same(continued: tuple[Ablation, str, dict[str, Any]], project: Path) -> None:
-    """Also: a run that was killed and continued equals one that was not; failures are rows; the test stage."""
-    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    """Also: a run that was killed and continued equals one that was not; the test stage."""
     _, _, facts = continued
-    killed = facts["interesting"][0]
+    killed = next(folder for folder in facts["killed"] if folder.parent.name != "baseline")
     variant, seed = killed.parent.name, int(killed.name.removeprefix("seed_"))
-    variants = {"there": {METHODS[0] if variant == "baseline" else variant: True}, "no_attention": {"temp_scale": True}}
-    done, screen = run_in(
-        project, variants, "train.py", ["--config=base.yaml"], seeds=[seed], out="on_ray", engine="ray", n_jobs=2,
+    done, _ = run_in(
+        project, [variant], "train.py", ["--config=base.yaml"], seeds=[seed], out="on_ray", engine="ray", n_jobs=2,
         test=True,
     )  # fmt: skip
-    assert [run.state for run in done.runs] == ["finished", "finished", "failed"]
+    assert [run.state for run in done.runs] == ["finished", "finished"]
     local = {run.variant: run.series for run in read_runs([project / "out"]) if run.seed == seed}
-    ray = {run.variant: run.series for run in read_runs([Path(run.folder) for run in done.runs[:2]])}
-    for theirs, ours in {"baseline": "baseline", "there": next(iter(variants["there"]))}.items():
-        assert set(ray[theirs]) - set(local[ours]) == {"test_loss"}
-        for name, series in local[ours].items():
-            assert series.steps == ray[theirs][name].steps
-            assert series.values == ray[theirs][name].values, name
-    failed = done.runs[2]
-    assert "TempScale: no attention was seen" in str(failed.error)
-    assert f"no_attention, seed {seed}: {str(failed.error).splitlines()[0]}" in screen
-    assert "--retry-failed" in screen
-    assert all("test_loss" in run.metrics for run in done.runs[:2])
-
-
-@pytest.mark.slow
-def test_methods_as_keys_of_the_configuration(project: Path) -> None:
-    """``lightning-efficient fit``: the methods go in as a second config file."""
-    file = Path(lightning_efficient.__file__).parent / "demo" / "baseline.yaml"
-    small = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=3", "--model.depth=1", "--model.embed_dim=16"]
-    done, _ = run_in(
-        project, ["sigma_reparam"], None, [f"--config={file}", *small, "--model.num_heads=2"], seeds=[5], out="keys"
-    )
-    assert done.finished, [run.error for run in done.runs]
-    configs = [yaml.safe_load((Path(run.folder) / "config.yaml").read_text(encoding="utf-8")) for run in done.runs]
-    assert [config["sigma_reparam"]["enabled"] for config in configs] == [False, True]
-    assert all(config["collapse_monitor"]["enabled"] and config["seed_everything"] == 5 for config in configs)
-
-
-@pytest.mark.slow
-def test_what_is_refused_before_any_run(project: Path) -> None:
-    (project / "plain.py").write_text(
-        "from lightning.pytorch import Trainer\nTrainer(logger=False)\nprint('training for hours')", encoding="utf-8"
-    )
-    wrong = [
-        ("train.py", ["--config=base.yaml", "--model.widht=3"], "'?model.widht"),
-        ("plain.py", [], "`ablate` runs LightningCLI scripts"),
-    ]
-    for script, arguments, message in wrong:
-        with pytest.raises(ValueError, match=message):
-            run_in(project, METHODS, script, arguments, out="refused")
-    (project / "plain.py").unlink()
-    assert not (project / "refused").exists()
+    ray = {run.variant: run.series for run in read_runs([Path(run.folder) for run in done.runs])}
+    for name in ("baseline", variant):
+        assert set(ray[name]) - set(local[name]) == {"test_loss"}
+        logged = {scalar: series for scalar, series in local[name].items() if "run_cost" not in scalar}  # wall time
+        assert len(logged) < len(local[name])
+        for scalar, series in logged.items():
+            assert series.steps == ray[name][scalar].steps
+            assert series.values == ray[name][scalar].values, scalar
+    assert all("test_loss" in run.metrics for run in done.runs)
 
 
 @pytest.mark.parametrize(

@@ -255,6 +255,30 @@ def test_a_missing_script() -> None:
         find_target("nowhere/train.py", [])
 
 
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("print('training for hours')", "printed no configuration: `ablate` runs LightningCLI scripts"),
+        (
+            "raise SystemExit('usage: x\\nx: error: no key model.widht')",
+            r"would not start:\nx: error: no key model.widht",
+        ),
+    ],
+)
+def test_scripts_that_are_refused(tmp_path: Path, script: str, message: str) -> None:
+    (tmp_path / "train.py").write_text(script, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        find_target(tmp_path / "train.py", [])
+
+
+def test_what_a_run_is_told(tmp_path: Path) -> None:
+    (first, *_) = todo(tmp_path, export=True)
+    run_job(Job(first.folder, {"fit": ["-c", "import os; print(os.environ['LIGHTNING_EFFICIENT_RUN'])"]}, {},
+                first.cwd, first.checkpoint_every, first.export))  # fmt: skip
+    told = json.loads((Path(first.folder) / LOG).read_text(encoding="utf-8").splitlines()[1])
+    assert told == {"folder": first.folder, "checkpoint_every": 1.0, "export": True, "parent": os.getpid()}
+
+
 def test_the_lock_is_held_by_children_of_a_killed_command(tmp_path: Path) -> None:
     with (
         locked(tmp_path),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_efficient.ablate.files import CHECKPOINT, PROGRESS, START, read_json
+from lightning_efficient._switch import RUN_VARIABLE, callbacks_from_environment
+from lightning_efficient.ablate.exported import ExportedCost
+from lightning_efficient.ablate.files import CHECKPOINT, EXPORT, PROGRESS, START, read_json
 from lightning_efficient.ablate.reporter import Reporter, _digest
 from lightning_efficient.ablate.resume import _RANDOM, ResumePoint
 
@@ -138,6 +142,51 @@ def test_without_checkpoints_the_last_weights_are_kept(tmp_path: Path) -> None:
     net, _ = fit(tmp_path, every=1e9)
     content = torch.load(tmp_path / CHECKPOINT, weights_only=True)
     assert all(torch.equal(content["state_dict"][name], p) for name, p in net.named_parameters())
+
+
+def test_a_script_that_builds_its_trainer_when_asked_for_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(RUN_VARIABLE, json.dumps({"probe": True}))
+    with pytest.raises(RuntimeError, match="`ablate` runs LightningCLI scripts"):
+        callbacks_from_environment()
+
+
+class Deployed(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.example_input_array = torch.zeros(2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+
+def measured(folder: Path, net: LightningModule) -> None:
+    logger = CSVLogger(folder, name="", version="")
+    Trainer(
+        accelerator="cpu", logger=logger, enable_progress_bar=False, enable_model_summary=False, max_steps=2,
+        enable_checkpointing=False, callbacks=[ExportedCost(str(folder))],
+    ).fit(net, Data())  # fmt: skip
+
+
+def test_the_exported_model_is_measured(tmp_path: Path) -> None:
+    measured(tmp_path / "net", net := Deployed())
+    lines = (tmp_path / "net" / "metrics.csv").read_text(encoding="utf-8").splitlines()
+    logged = dict(zip(lines[0].split(","), lines[-1].split(","), strict=True))
+    assert float(logged["efficient/export/parameters"]) == sum(p.numel() for p in net.net.parameters())
+    assert float(logged["efficient/export/latency_ms_batch_1"]) > 0
+    assert logged["step"] == "2"
+    assert not (tmp_path / "net" / EXPORT).exists()
+
+    wrong = Deployed()
+    wrong.example_input_array = torch.zeros(2, 5)
+    measured(tmp_path / "wrong", wrong)  # trained nevertheless
+    assert "2x5" in read_json(tmp_path / "wrong" / EXPORT)["error"]
+
+
+def test_what_cannot_be_measured_is_not_trained(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="give Net an `example_input_array`"):
+        measured(tmp_path, net := Net())
+    assert not net.seen
 
 
 def test_digests_see_values_shapes_and_types() -> None:
