@@ -187,7 +187,7 @@ SMALL = ["-c", BASELINE, "--model.depth=1", "--model.embed_dim=16", "--model.num
 
 
 def test_the_command(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    module = DigitsViT(depth=1, embed_dim=16, num_heads=2)
+    module = DigitsViT(depth=1, embed_dim=16, num_heads=2, pool="avg")
     with torch.no_grad():
         module.net.blocks[0].attn.qkv.weight.mul_(5)
     saver = trainer(max_epochs=0)
