@@ -87,10 +87,25 @@ def to_semi_structured(
     with evaluating(model):
         expected = call.run(model)
     copy = plain_copy(model).eval()
-    modules = dict(copy.named_modules())
+    dtype = _compress(copy, found, compress)
+    try:
+        with evaluating(copy):
+            outputs = call.run(copy)
+    except Exception as error:
+        raise ExportError(f"the compressed copy fails where the model does not: {first_line(error)}") from error
+    apart = difference(expected, outputs)
+    apart.check(_TOLERANCE[dtype] if tolerance is None else tolerance, "the compressed copy")
+    rank_zero_info(f"semi-structured: {found}; {apart}")
+    return copy
+
+
+def _compress(copy: nn.Module, found: SemiStructured, compress: Callable[[Tensor], Tensor]) -> torch.dtype:
+    """Compress what was found, in place; the type of the first that could be."""
+    modules, types = dict(copy.named_modules()), {}
     for name in list(found.compressed):
         layer = modules[name]
         assert isinstance(layer, nn.Linear)
+        types[name] = layer.weight.dtype
         try:
             layer.weight = nn.Parameter(compress(layer.weight.detach().contiguous()), requires_grad=False)
         except RuntimeError as error:  # its shape, which depends on the type and on which library is there
@@ -98,17 +113,7 @@ def to_semi_structured(
             found.dense[name] = first_line(error)
     if not found.compressed:
         raise ExportError(f"PyTorch can compress none of the layers that hold the 2:4 pattern ({found}).")
-    try:
-        with evaluating(copy):
-            outputs = call.run(copy)
-    except Exception as error:
-        raise ExportError(f"the compressed copy fails where the model does not: {first_line(error)}") from error
-    apart = difference(expected, outputs)
-    dtype = modules[found.compressed[0]].weight.dtype
-    assert isinstance(dtype, torch.dtype)
-    apart.check(_TOLERANCE[dtype] if tolerance is None else tolerance, "the compressed copy")
-    rank_zero_info(f"semi-structured: {found}; {apart}")
-    return copy
+    return types[found.compressed[0]]
 
 
 def find_semi_structured(model: nn.Module) -> SemiStructured:

@@ -48,6 +48,9 @@ class Targets:
     skipped: dict[str, str] = field(default_factory=dict)
 
 
+_NO_HEADS = "not covered: no output projection of an attention"
+
+
 def find_targets(
     model: nn.Module,
     granularity: str = "element",
@@ -94,27 +97,25 @@ def find_targets(
                 _shared(name, param, users, embeddings)
                 or _unranked(name, param)
                 or _unscorable(modules, name, layer, criterion, name in known)
-                or (
-                    None
-                    if cut.kind != "head" or layer in heads
-                    else "not covered: no output projection of an attention"
-                )
+                or (None if cut.kind != "head" or layer in heads else _NO_HEADS)
             )
             if reason is not None:
                 found.skipped[name] = reason
                 continue
             target = Target(param, layer, module, is_transposed(module), heads.get(layer))
-            shape = target.canonical(param).shape
-            cut.check(name, (shape[0], shape[1], shape[2:].numel()))
-            if cut.kind == "head" and shape[1] % heads[layer]:
-                raise ValueError(
-                    f"{name!r} has {shape[1]} inputs, which {heads[layer]} heads do not divide. Exclude it."
-                )
+            _check_divides(cut, name, target, param)
             found.matched[name] = target
     if not found.matched:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(found.skipped.items())[:8])
         raise ValueError(f"Pruning found modules but no weight it can work on ({reasons}).")
     return found
+
+
+def _check_divides(cut: Granularity, name: str, target: Target, param: nn.Parameter) -> None:
+    shape = target.canonical(param).shape
+    cut.check(name, (shape[0], shape[1], shape[2:].numel()))
+    if cut.kind == "head" and target.heads and shape[1] % target.heads:
+        raise ValueError(f"{name!r} has {shape[1]} inputs, which {target.heads} heads do not divide. Exclude it.")
 
 
 def _users(model: nn.Module) -> dict[int, dict[str, nn.Module]]:

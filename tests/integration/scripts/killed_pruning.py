@@ -18,7 +18,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from zoo import Classifier, loader
 
-from lightning_efficient import MagnitudePruning, SAPPruning, SigmaReparam
+from lightning_efficient import HESSOPruning, MagnitudePruning, PAGCPPruning, SAPPruning, SigmaReparam
 from lightning_efficient.testing.case import ResumableLoader
 
 STEPS, BATCHES, EVERY = 17, 5, 3
@@ -26,6 +26,8 @@ STEPS, BATCHES, EVERY = 17, 5, 3
 METHODS: dict[str, Callable[[], list[Callback]]] = {
     "cubic": lambda: [MagnitudePruning(amount=0.8, start=2, length=10, every=2)],
     "ticket": lambda: [MagnitudePruning(schedule="iterative", rounds=3, rewind_to=1), SigmaReparam()],
+    "hesso": lambda: [HESSOPruning(target=0.75, start=2, duration=9, periods=3)],
+    "pagcp": lambda: [PAGCPPruning(budgets={"val_loss": 3.0}, start=3, rounds=2, every=5, step=0.25, most=0.5)],
     "sap": lambda: [SAPPruning(p=1.0, q=2.0, iterations=3)],
 }
 
