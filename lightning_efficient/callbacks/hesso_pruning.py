@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_efficient.callbacks.hesso_cric import Cycles
+from lightning_efficient.callbacks.length import check_same_schedule, run_length
 from lightning_efficient.callbacks.units import UnitPruningCallback
 from lightning_efficient.callbacks.weightspace import Plan as WeightPlan
 from lightning_efficient.pruning.cost import Cost
@@ -20,7 +21,6 @@ from lightning_efficient.pruning.cric import CricPlan
 from lightning_efficient.pruning.held import scale_entries
 from lightning_efficient.pruning.hesso import PRUNED, SHRINKING, HessoConfig, HessoState, Plan, Pruner, shrink_factor
 from lightning_efficient.pruning.saliency import all_sums, saliency
-from lightning_efficient.recipe import RecipeError
 from lightning_efficient.weightspace import Boundary, Transform
 
 
@@ -167,22 +167,12 @@ class HESSOPruning(UnitPruningCallback):
         return Cost(self._cost_data["amounts"], shapes, self.groups.found, self._cost_data["fixed"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fix the schedule.
-
-        Not earlier: asking for the length of the run makes the train loader, whose restored position Lightning would
-        then forget.
-        """
+        """Fix the schedule."""
         if not self.enabled:
             return
-        estimate = trainer.estimated_stepping_batches
-        self._plan = self.options.plan(int(estimate) if estimate != float("inf") else None)
+        self._plan = self.options.plan(run_length(trainer))
         now = (self._plan.first, self._plan.span, self._plan.periods)
-        if self._saved_plan not in (None, now):
-            raise RecipeError(
-                f"{type(self).__name__}: the schedule of the resumed run was {self._saved_plan} (first step, number of "
-                f"steps, periods), now it is {now}: the length of the run was changed, and the schedule is given as a "
-                "fraction of it. Resume with the same length, or give steps, as int."
-            )
+        check_same_schedule(type(self).__name__, self._saved_plan, now, "first step, number of steps, periods")
         if self.cric:
             self._cycles = Cycles(CricPlan(self._plan.first, self._plan.span, self._plan.periods))
             if self._saved_cycles is not None:

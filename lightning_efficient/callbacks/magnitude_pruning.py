@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_efficient.callbacks.length import check_same_schedule, run_length
 from lightning_efficient.callbacks.pruning import PruningCallback, restore_snapshot
 from lightning_efficient.pruning import criteria
 from lightning_efficient.pruning.schedules import Schedule
 from lightning_efficient.pruning.selection import check_amount, check_scope, count_of, make_masks
 from lightning_efficient.pruning.units import Granularity
-from lightning_efficient.recipe import RecipeError
 from lightning_efficient.schedule import transition_steps
 from lightning_efficient.surgery.match import covers
 
@@ -148,22 +148,12 @@ class MagnitudePruning(PruningCallback):
             self._saved_steps, self._applied, self._back, self._step = None, {}, False, -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fix the schedule, before anything is pruned.
-
-        Not earlier: asking for the length of the run makes the train loader, whose restored position Lightning would
-        then forget.
-        """
+        """Fix the schedule, before anything is pruned."""
         if not self.enabled:
             return
-        estimate = trainer.estimated_stepping_batches
-        self._total = int(estimate) if estimate != float("inf") else None
+        self._total = run_length(trainer)
         self._steps = self._resolve(self._total)
-        if self._saved_steps not in (None, (), self._steps):
-            raise RecipeError(
-                f"{type(self).__name__}: the schedule of the resumed run had the steps {self._saved_steps}, "
-                f"now they are {self._steps} (first, span, every, rewind_to): the length of the run was changed, "
-                "and the schedule is given as a fraction of it. Resume with the same length, or give steps, as int."
-            )
+        check_same_schedule(type(self).__name__, self._saved_steps, self._steps, "first, span, every, rewind_to")
 
     def _resolve(self, total: int | None) -> tuple[int, ...]:
         first, span, every = self.schedule.steps(total)

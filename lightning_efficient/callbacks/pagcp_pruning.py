@@ -13,13 +13,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+from lightning_efficient.callbacks.length import check_same_schedule, run_length
 from lightning_efficient.callbacks.oracle import ValidationOracle
 from lightning_efficient.callbacks.units import UnitPruningCallback
 from lightning_efficient.callbacks.weightspace import Plan
 from lightning_efficient.pruning.budgets import read_budgets
 from lightning_efficient.pruning.cost import Cost
 from lightning_efficient.pruning.pagcp import Decision, Layer, PagcpConfig, search, spending, table, unit_scores
-from lightning_efficient.recipe import RecipeError
 from lightning_efficient.schedule import moments
 from lightning_efficient.weightspace import Transform
 
@@ -152,22 +152,11 @@ class PAGCPPruning(UnitPruningCallback):
         return plan
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fix the moments.
-
-        Not earlier: asking for the length of the run makes the train loader, whose restored position Lightning would
-        then forget.
-        """
+        """Fix the moments."""
         if not self.enabled:
             return
-        estimate = trainer.estimated_stepping_batches
-        total = int(estimate) if estimate != float("inf") else None
-        self._moments = moments(total, self.start, self.every, self.rounds)
-        if self._saved_moments not in (None, (), self._moments):
-            raise RecipeError(
-                f"{type(self).__name__}: the run that is resumed had its rounds at steps {self._saved_moments}, now "
-                f"they are at {self._moments}: the length of the run was changed, and they are fractions of it. "
-                "Resume with the same length, or give steps, as int."
-            )
+        self._moments = moments(run_length(trainer), self.start, self.every, self.rounds)
+        check_same_schedule(type(self).__name__, self._saved_moments, self._moments, "steps of the rounds")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Prune between two steps, when it is time."""

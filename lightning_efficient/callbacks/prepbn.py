@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_efficient.callbacks.attach import Request
 from lightning_efficient.callbacks.finished import FinishedForm
+from lightning_efficient.callbacks.length import run_length
 from lightning_efficient.callbacks.padding import capture_padding
 from lightning_efficient.callbacks.statistics import average_over_processes, recalibrate_in
 from lightning_efficient.callbacks.structural import StructuralCallback
@@ -130,16 +131,12 @@ class PRepBN(StructuralCallback):
     # -- life cycle ----------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fix the schedule, before anything trains.
-
-        Not earlier: asking for the length of the run makes the train loader, whose restored position Lightning would
-        then forget.
-        """
-        estimate = trainer.estimated_stepping_batches
-        if not self.enabled or estimate == 0:
+        """Fix the schedule, before anything trains."""
+        total = run_length(trainer)
+        if not self.enabled or total == 0:
             return
         way = self.transition
-        if what := way.plan(int(estimate) if estimate != float("inf") else None):
+        if what := way.plan(total):
             rank_zero_warn(f"{type(self).__name__}: {what}")
         self._norms = list(blend_norms(pl_module).values())
         self._recalibrated_at = -1

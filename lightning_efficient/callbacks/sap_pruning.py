@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_efficient.callbacks.length import run_length
 from lightning_efficient.callbacks.pruning import PREFIX, PruningCallback, restore_snapshot
 from lightning_efficient.callbacks.sap_curve import log_curve
 from lightning_efficient.pruning.masks import pack_mask, set_mask, unpack_mask
@@ -152,14 +153,9 @@ class SAPPruning(PruningCallback):
             self._next, self._score, self._best, self._keep = None, None, None, None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that the run has iterations, before anything is pruned.
-
-        Not earlier: asking for the length of the run makes the train loader, whose restored position Lightning would
-        then forget.
-        """
+        """Check that the run has iterations, before anything is pruned."""
         if self.enabled:
-            estimate = trainer.estimated_stepping_batches
-            self._total = int(estimate) if estimate != float("inf") else None
+            self._total = run_length(trainer)
             self._check_run(trainer)
 
     def _check_run(self, trainer: Trainer) -> None:

@@ -23,6 +23,7 @@ from lightning_efficient.attention.verify import module_at
 from lightning_efficient.callbacks.attach import attachment, carry
 from lightning_efficient.callbacks.base import peers
 from lightning_efficient.callbacks.example import Example, Stage, example_of, first_batch
+from lightning_efficient.callbacks.length import run_length
 from lightning_efficient.callbacks.structural import spawned
 from lightning_efficient.callbacks.weightspace import Plan, WeightSpaceCallback
 from lightning_efficient.methods.temp_scale import (
@@ -144,9 +145,7 @@ class TempScale(WeightSpaceCallback):
         if self.enabled and self._boundary is not None:  # a tuner's loop runs before `on_fit_start` reaches us
             # A run that goes on has the steps that it had, whatever its length is now.
             if self.transition and (self._steps is None or METHOD not in attachment(pl_module).held):
-                estimate = trainer.estimated_stepping_batches
-                total = int(estimate) if estimate != float("inf") else None
-                self._steps = transition_steps(total, length=self.transition)[1]
+                self._steps = transition_steps(run_length(trainer), length=self.transition)[1]
             attachment(pl_module).held[METHOD] = recipe.Entry(METHOD, self.state_key, self.config())
 
     def plan(self, pl_module: LightningModule) -> Plan:

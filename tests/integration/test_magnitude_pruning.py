@@ -424,7 +424,7 @@ def pruned(tmp_path: Path) -> Path:
         ({"start": 1}, 6, r"`start`: None then, 1 now"),
         ({"criterion": "random"}, 6, r"`criterion`: 'magnitude' then"),
         ({"amounts": {"net.head": 0.1}}, 6, r"`amounts`: None then"),
-        ({}, 60, r"had the steps \(0, 4, 1, 0\).*now they are \(6, 36, 1, 0\).*Resume with the same length"),
+        ({}, 60, r"was \(0, 4, 1, 0\).*now it is \(6, 36, 1, 0\).*Resume with the same length"),
         ({"enabled": False}, 6, r"switches off"),
         ({"exclude": ["net.head"]}, 6, r"Resume with the same `include` and `exclude`"),
     ],

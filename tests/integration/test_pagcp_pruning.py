@@ -210,7 +210,7 @@ def test_resume_with_another_length_or_other_budgets(tmp_path: Path) -> None:
     t.fit(TwoTasks(), train_loader(), val_loader())
     t.save_checkpoint(tmp_path / "a.ckpt")
     for callback, epochs, message in (
-        (PAGCPPruning(budgets=LOSSES, start=0.5), 4, r"had its rounds at steps \(8,\), now they are at \(16,\)"),
+        (PAGCPPruning(budgets=LOSSES, start=0.5), 4, r"was \(8,\) \(steps of the rounds\), now it is \(16,\)"),
         (PAGCPPruning(budgets={"val_digit": 0.1}, start=0.5), 2, "`budgets`: .* now. Resume with the saved values"),
     ):
         again = trainer(tmp_path, callback, max_epochs=epochs, max_steps=-1)
