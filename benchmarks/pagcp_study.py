@@ -285,7 +285,7 @@ def picture(rows: Sequence[dict[str, Any]]) -> Figure:
         left.plot([0.1, share, share], [share, share, 0.1], style, color="#888888", label=f"budget of {share} %")
     left.set(xscale="log", yscale="log", xlabel="class loss worse, % (0.1: not at all)", ylabel="outline loss worse, %")
     left.set_title("right after pruning, validation")
-    right.set(xlabel="test accuracy, %", ylabel="test pixels wrong, %", title="after fine-tuning")
+    right.set(xlabel="test accuracy, %", ylabel="test pixels wrong, %", title="after fine-tuning", yscale="log")
     left.legend(fontsize=7)
     right.legend(fontsize=7)
     return figure
