@@ -40,7 +40,7 @@ def _alone() -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the long tail of a matrix, and puts tests that fork first.
+    """Marks the long tail of a matrix, and puts tests that fork first, then slow ones, so that no process ends alone.
 
     A module's ``tail(test, parameters)`` says which cells of its matrices are ``exhaustive``: run on request only.
     Autograd in a forked child fails once its parent has started autograd's threads, and compiling does start them. The
@@ -51,8 +51,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if tail is not None and cell is not None and tail(item.originalname, cell.params):  # type: ignore[attr-defined]
             item.add_marker(pytest.mark.exhaustive)
 
-    def forks(item: pytest.Item) -> bool:
+    def first(item: pytest.Item) -> tuple[bool, bool]:
         scenario = getattr(item, "callspec", None) and item.callspec.params.get("scenario")
-        return scenario == "ddp" or item.get_closest_marker("forks") is not None
+        forks = scenario == "ddp" or item.get_closest_marker("forks") is not None
+        return forks, item.get_closest_marker("slow") is not None
 
-    items.sort(key=forks, reverse=True)
+    items.sort(key=first, reverse=True)

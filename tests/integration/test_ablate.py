@@ -151,6 +151,7 @@ def test_the_result(continued: tuple[Ablation, str, dict[str, Any]], project: Pa
     assert "8 finished" in screen
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning:ray", "ignore::DeprecationWarning:ray")
 def test_ray_gives_the_same(continued: tuple[Ablation, str, dict[str, Any]], project: Path) -> None:

@@ -33,6 +33,7 @@ def test_the_split_is_fixed_and_disjoint() -> None:
     assert [labels.tolist() for _, labels in again.train_dataloader()] == batches[0]
 
 
+@pytest.mark.slow
 def test_a_tour_of_one_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also: ``ablate`` with ``lightning-efficient fit``, where the methods are keys of the configuration."""
     monkeypatch.setattr(demo, "QUICK_EPOCHS", 1)

@@ -32,6 +32,7 @@ def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
 def test_trouble_in_one_process_holds_up_both_and_statistics_agree(tmp_path: Path) -> None:
     train(tmp_path, "--trouble")
     first, second = (left(tmp_path, "repbn", 2, rank) for rank in (0, 1))
@@ -47,6 +48,7 @@ def test_trouble_in_one_process_holds_up_both_and_statistics_agree(tmp_path: Pat
     assert equal(resumed["tensors"], whole)
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     """Dynamic Tanh has no batch statistics, so that two processes see what one does, old norms gone or not."""
     train(tmp_path, "--target", "dyt")

@@ -24,6 +24,7 @@ TESTS = Path(__file__).parents[1]
 LONG = [pytest.param(name, marks=pytest.mark.exhaustive) for name in ("ticket", "pagcp")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["cubic", "sap", "hesso", *LONG])
 def test_killed_and_resumed_equals_uninterrupted(method: str, tmp_path: Path) -> None:
     """SIGKILL after step 8, a new process from the file of step 6: every tensor of the final file is equal."""

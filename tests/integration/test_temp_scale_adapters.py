@@ -305,6 +305,7 @@ def test_too_few_trained_weights_for_temperatures_that_move(tmp_path: Any) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does_on_both_batches(tmp_path: Path) -> None:
     script = Path(__file__).parent / "scripts" / "temp_scale_ddp.py"
     env = {
