@@ -8,7 +8,6 @@ import platform
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ from typing import IO, Any
 from lightning_efficient._switch import RUN_VARIABLE
 from lightning_efficient.ablate.errors import error_lines
 from lightning_efficient.ablate.files import CHECKPOINT, LOG, PROGRESS, STATUS, last_checkpoint, read_json, write_json
+from lightning_efficient.ablate.starters import FreshStarter, Process, Starter
 
 _KILLED = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _GRACE = 5.0  # seconds between asking a process to end and ending it
@@ -51,7 +51,7 @@ def run_job(
     job: Job,
     stopped: Callable[[], bool] = lambda: False,
     environment: Mapping[str, str] | None = None,
-    inherited: Sequence[int] = (),
+    starter: Starter | None = None,
 ) -> None:
     """Run the steps of a job and record how each ended in its folder's ``status.json``.
 
@@ -61,8 +61,9 @@ def run_job(
         job: The job.
         stopped: Asked ten times a second; ``True`` ends the process, and the job can be continued later.
         environment: The engine's, such as the devices it may use.
-        inherited: File descriptors that the process keeps open: a lock lives as long as they do.
+        starter: How its process begins; ``None``: afresh.
     """
+    starter = starter or FreshStarter()
     folder = Path(job.folder)
     status: dict[str, Any] = {"done": [], "seconds": 0.0, "attempts": 0, **read_json(folder / STATUS)}
     before = float(status["seconds"])
@@ -70,7 +71,7 @@ def run_job(
     status["attempts"] += 1
     variables = {**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {}), **job.environment}
     run = {"folder": job.folder, "checkpoint_every": job.checkpoint_every, "export": job.export}
-    variables[RUN_VARIABLE] = json.dumps({**run, "parent": os.getpid()})
+    variables[RUN_VARIABLE] = json.dumps({**run, "parent": starter.parent()})
 
     def record(state: str, error: str | None = None) -> None:
         status.update(state=state, error=error, seconds=before + time.time() - status["started"])
@@ -84,7 +85,7 @@ def run_job(
             argv = [*argv, f"--ckpt_path={_to_test(folder)}"]
         _set_aside_configs(folder)
         try:
-            code, text = _run([sys.executable, *argv], folder, variables, job.cwd, stopped, inherited)
+            code, text = _run(starter, argv, folder, variables, job.cwd, stopped)
         except BaseException:
             record("interrupted")
             raise
@@ -123,30 +124,27 @@ def _set_aside_configs(folder: Path) -> None:
 
 
 def _run(
+    starter: Starter,
     argv: Sequence[str],
     folder: Path,
     environment: Mapping[str, str],
     cwd: str,
     stopped: Callable[[], bool],
-    inherited: Sequence[int],
 ) -> tuple[int | None, str]:
     """Exit code, ``None`` if it was stopped, and what the process wrote to the end of the log."""
     with (folder / LOG).open("a+", encoding="utf-8", errors="replace") as log:
-        log.write(f"$ {shlex.join(argv)}\n")
+        log.write(f"$ python {shlex.join(argv)}\n")
         log.flush()
         start = log.tell()
-        process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=cwd, env=environment,
-            start_new_session=True, pass_fds=inherited,
-        )  # fmt: skip
+        process = starter.start(argv, folder / LOG, environment, cwd)
         try:
-            while process.poll() is None:
+            while (code := process.poll()) is None:
                 if stopped():
                     return None, ""
                 time.sleep(_POLL)
         finally:
             _end(process)
-        return process.returncode, _from(log, start)
+        return code, _from(log, start)
 
 
 def _from(log: IO[str], start: int) -> str:
@@ -154,7 +152,7 @@ def _from(log: IO[str], start: int) -> str:
     return log.read()
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: Process) -> None:
     """End a process and everything it started: data loading workers, DDP ranks."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGTERM)

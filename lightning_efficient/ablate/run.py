@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -33,6 +34,7 @@ RESULT = "ablation.json"
 PICTURE = "curves.png"
 PAGE = "report.html"
 _ON: dict[str, Any] = {"enabled": True}
+_IMPORTS = "lightning_efficient.cli.commands"  # what `lightning-efficient fit` begins with
 _LOOK = 0.5  # seconds between two looks at the runs' files
 
 
@@ -136,7 +138,13 @@ def ablate(
             f"{len(runs)} runs to do, {len(slots)} at a time → {folder}", highlight=False, soft_wrap=True,
         )  # fmt: skip
         if left:
-            with _engine(engine, slots, address, threads, gpus_of_a_run(target.config, len(gpus)), lock) as started:
+            each = gpus_of_a_run(target.config, len(gpus))
+            # A user's script may set variables before its imports, and a fork cannot use a GPU that its parent opened.
+            imports = _IMPORTS if script is None and not each and sys.platform == "linux" else None
+            local = engine == "local"
+            with _stopped(
+                LocalEngine(slots, [lock], imports) if local else RayEngine(slots, address, threads, each)
+            ) as started:
                 started.start(left)
                 _watch(started, runs, View(console, metrics))
         return _report(folder, runs, metrics, console)
@@ -155,10 +163,7 @@ def _check_arguments(seeds: Sequence[int], n_jobs: int | None, threads: int, eng
 
 
 @contextmanager
-def _engine(
-    name: str, slots: Sequence[dict[str, str]], address: str | None, threads: int, gpus: int, lock: int
-) -> Iterator[Engine]:
-    engine: Engine = RayEngine(slots, address, threads, gpus) if name == "ray" else LocalEngine(slots, [lock])
+def _stopped(engine: Engine) -> Iterator[Engine]:
     try:
         yield engine
     finally:

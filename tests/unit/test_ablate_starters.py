@@ -1,0 +1,141 @@
+"""A forked run is what a fresh one is: arguments, surroundings, ends; and it never outlives who started it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lightning_efficient.ablate.engines import LocalEngine
+from lightning_efficient.ablate.files import LOG, STATUS, read_json
+from lightning_efficient.ablate.job import Job, run_job
+from lightning_efficient.ablate.starters import FreshStarter, Starter, WarmStarter
+
+DONE = "import json; json.dump({'fitted': True}, open('progress.json', 'w'))\n"
+
+
+def job(folder: Path, code: str) -> Job:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run_it.py").write_text(code, encoding="utf-8")
+    return Job(str(folder), {"fit": ["-m", "run_it", "--seed=1"]}, {"MINE": "1"}, str(folder), 0.0)
+
+
+def alive(process: int) -> bool:  # rather than gone, or a zombie that nobody has reaped yet
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def until(condition, seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def warm() -> Iterator[WarmStarter]:
+    starter = WarmStarter("numpy", {"SLOT": "a"})
+    yield starter
+    starter.close()
+
+
+def test_a_forked_run_sees_what_a_fresh_one_sees(tmp_path: Path, warm: WarmStarter) -> None:
+    code = DONE + (
+        "import os, sys, __main__\n"
+        "print('printed'); print('told', file=sys.stderr)\n"
+        "seen = {'argv': sys.argv[1:], 'name': __name__, 'module': __main__.__spec__.name, 'path': sys.path[0],\n"
+        "        'file': __main__.__file__, 'cwd': os.getcwd(), 'mine': os.environ['MINE'], 'in': sys.stdin.read(),\n"
+        "        'leads': os.getpgrp() == os.getpid(), 'threads': len(os.listdir('/proc/self/task')),\n"
+        "        'parent': json.loads(os.environ['LIGHTNING_EFFICIENT_RUN'])['parent'] == os.getppid(),\n"
+        "        'variables': sorted(set(os.environ) - {'PWD', 'OLDPWD', '_', 'SHLVL'})}\n"
+        "json.dump(seen, open('seen.json', 'w'))\n"
+    )
+    seen = []
+    for name, starter in (("fresh", FreshStarter()), ("warm", warm)):
+        run_job(job(tmp_path / name, code), environment={"SLOT": "a"}, starter=starter)
+        assert read_json(tmp_path / name / STATUS)["state"] == "finished"
+        text = (tmp_path / name / LOG).read_text(encoding="utf-8")
+        assert text.splitlines()[1:] == ["printed", "told"]
+        seen.append(json.loads((tmp_path / name / "seen.json").read_text().replace(str(tmp_path / name), "")))
+    assert seen[0] == seen[1]
+    assert seen[0]["leads"]
+    assert seen[0]["parent"]
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "error"),
+    [
+        ("raise ValueError('no such thing')", "failed", "ValueError: no such thing"),
+        ("import sys; sys.exit('x: error: bad key')", "failed", "x: error: bad key\n(exit code 1)"),
+        ("import sys; sys.exit(2)", "failed", "exit code 2"),
+        ("import os; os.abort()", "failed", "ended by SIGABRT"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "killed", "killed by SIGKILL"),
+        ("import os, signal; os.kill(os.getppid(), signal.SIGKILL); import time; time.sleep(60)", "killed", "SIGKILL"),
+    ],
+)
+def test_how_a_forked_run_ends_and_the_next_one_goes_on(
+    tmp_path: Path, warm: WarmStarter, code: str, state: str, error: str
+) -> None:
+    """Also when it takes the process that forks with it."""
+    run_job(job(tmp_path / "a", code), starter=warm)
+    run_job(job(tmp_path / "b", DONE), starter=warm)
+    status = read_json(tmp_path / "a" / STATUS)
+    assert status["state"] == state
+    assert error in status["error"]
+    assert read_json(tmp_path / "b" / STATUS)["state"] == "finished"
+
+
+def test_runs_draw_different_random_numbers(tmp_path: Path, warm: WarmStarter) -> None:
+    code = DONE + "import random, numpy; print(random.random(), numpy.random.rand())"
+    drawn = set()
+    for name in "ab":
+        run_job(job(tmp_path / name, code), starter=warm)
+        drawn |= set((tmp_path / name / LOG).read_text(encoding="utf-8").splitlines()[-1].split())
+    assert len(drawn) == 4
+
+
+def test_stopping_ends_the_run_and_the_process_that_forked_it(tmp_path: Path) -> None:
+    engine = LocalEngine([{}], imports="json")
+    engine.start(
+        [job(tmp_path, "import os, time; open('pids', 'w').write(f'{os.getpid()} {os.getppid()}'); time.sleep(60)")]
+    )
+    until(lambda: (tmp_path / "pids").exists() and (tmp_path / "pids").read_text())
+    engine.stop()
+    assert read_json(tmp_path / STATUS)["state"] == "interrupted"
+    assert not any(alive(int(pid)) for pid in (tmp_path / "pids").read_text().split())
+
+
+def test_when_who_asked_is_killed_the_process_that_forks_ends(tmp_path: Path) -> None:
+    """And so its run, which watches its parent, sees that it is alone."""
+    job(tmp_path, "import os, time; open('pids', 'w').write(f'{os.getpid()} {os.getppid()}'); time.sleep(60)")
+    code = (
+        "import sys; from lightning_efficient.ablate.job import Job, run_job\n"
+        "from lightning_efficient.ablate.starters import WarmStarter\n"
+        "run_job(Job(sys.argv[1], {'fit': ['-m', 'run_it']}, {}, sys.argv[1], 0.0), starter=WarmStarter('json', {}))"
+    )
+    asks = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    until(lambda: (tmp_path / "pids").exists() and (tmp_path / "pids").read_text())
+    run, forks = map(int, (tmp_path / "pids").read_text().split())
+    asks.kill()
+    asks.wait()
+    until(lambda: not alive(forks))
+    os.kill(run, signal.SIGKILL)
+
+
+def test_what_cannot_be_imported_fails_every_run(tmp_path: Path) -> None:
+    starter: Starter = WarmStarter("no_such_module", {})
+    run_job(job(tmp_path, DONE), starter=starter)
+    status = read_json(tmp_path / STATUS)
+    assert status["state"] == "failed"
+    assert "No module named 'no_such_module'" in status["error"]
+    starter.close()
