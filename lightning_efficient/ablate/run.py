@@ -34,7 +34,7 @@ RESULT = "ablation.json"
 PICTURE = "curves.png"
 PAGE = "report.html"
 _ON: dict[str, Any] = {"enabled": True}
-_IMPORTS = "lightning_efficient.cli.commands"  # what `lightning-efficient fit` begins with
+_IMPORTS = "lightning_efficient.cli.preload"
 _LOOK = 0.5  # seconds between two looks at the runs' files
 
 

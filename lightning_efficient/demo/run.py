@@ -21,7 +21,7 @@ _HERE = Path(__file__).parent
 VARIANTS = ("sigma_reparam", "prepbn", "linear_attention", "temp_scale", "magnitude_pruning", "hesso", "pagcp")
 SEEDS = (0, 1, 2)
 # One of each kind: on the weights, in place of a layer, taking units out.
-QUICK_VARIANTS, QUICK_SEEDS, QUICK_EPOCHS = ("sigma_reparam", "prepbn", "hesso"), (0,), 3
+QUICK_VARIANTS, QUICK_SEEDS, QUICK_EPOCHS = ("sigma_reparam", "prepbn", "hesso"), (0,), 6
 METRICS = ["val_acc", "val_loss"]
 
 
