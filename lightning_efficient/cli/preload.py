@@ -3,8 +3,8 @@
 import timm  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
 
-import lightning_efficient
-import lightning_efficient.cli.commands
+from lightning_efficient.cli import commands  # noqa: F401
+from lightning_efficient.methods_file import METHODS, callback_class
 
-for _name in lightning_efficient.__all__:  # imported when they are asked for
-    getattr(lightning_efficient, _name)
+for _method in METHODS:  # imported when they are asked for
+    callback_class(_method)
