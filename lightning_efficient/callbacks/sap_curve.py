@@ -23,6 +23,7 @@ def plot_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
         A figure, one panel, or two with a validation metric; the axis of the weights left runs from dense to sparse.
     """
     from matplotlib.figure import Figure  # half a second that a run without a picture need not wait
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     panels = [("pqi", "PQ index")]
     if any(row["score"] is not None for row in history):
@@ -37,6 +38,9 @@ def plot_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
             if points:
                 axes.scatter(*zip(*points, strict=True), color=colour, label=name, zorder=2)
         axes.set(xlabel="share of weights left", ylabel=label, xscale="log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
         axes.invert_xaxis()
         axes.legend()
     return figure
