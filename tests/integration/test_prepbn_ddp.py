@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forking import forked
 
-SCRIPT, TESTS = Path(__file__).parent / "scripts" / "swapped.py", Path(__file__).parents[1]
+SCRIPT = Path(__file__).parent / "scripts" / "swapped.py"
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.forks
 
 
-def train(folder: Path, *options: str) -> None:
-    env = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), str(folder), *options]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+def train(folder: Path, *options: str, processes: int = 2) -> None:
+    ended = forked(SCRIPT, folder, "--processes", processes, *options, processes=processes)
+    assert ended.code == 0, ended.output[-4000:]
 
 
 def left(folder: Path, target: str, processes: int, rank: int) -> dict[str, Any]:
@@ -32,7 +28,8 @@ def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:PRepBN. gradient norm is .* The transition stays")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 def test_trouble_in_one_process_holds_up_both_and_statistics_agree(tmp_path: Path) -> None:
     train(tmp_path, "--trouble")
     first, second = (left(tmp_path, "repbn", 2, rank) for rank in (0, 1))
@@ -48,11 +45,10 @@ def test_trouble_in_one_process_holds_up_both_and_statistics_agree(tmp_path: Pat
     assert equal(resumed["tensors"], whole)
 
 
-@pytest.mark.slow
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     """Dynamic Tanh has no batch statistics, so that two processes see what one does, old norms gone or not."""
     train(tmp_path, "--target", "dyt")
-    train(tmp_path, "--target", "dyt", "--processes", "1")
+    train(tmp_path, "--target", "dyt", processes=1)
     one, two = left(tmp_path, "dyt", 1, 0), left(tmp_path, "dyt", 2, 0)
     assert one["lams"] == two["lams"]
     assert one["lams"][-1] == 0.0
