@@ -117,6 +117,10 @@ def _end(run: Callable[[], None], output: int) -> NoReturn:
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
         run()
         code = 0
+    except SystemExit as end:  # as an interpreter takes it
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     finally:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forking import forked
 from sigma_runs import differing
 
 SCRIPT = Path(__file__).parent / "scripts" / "hesso_ddp.py"
-TESTS = Path(__file__).parents[1]
 
 
-@pytest.mark.exhaustive  # starts two processes of ten seconds; the battery trains on two in any case
+@pytest.mark.forks
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 def test_two_processes_prune_cut_and_train_on_alike(tmp_path: Path) -> None:
-    env = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, SCRIPT, tmp_path], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    ended = forked(SCRIPT, tmp_path, processes=2)
+    assert ended.code == 0, ended.output
     a, b = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert a["keep"] == b["keep"]
     assert a["again"] == b["again"]

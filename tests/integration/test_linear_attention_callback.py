@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forking import Ended, forked, fresh
 from grid_models import GridClassifier, grid_vit
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
@@ -25,6 +24,7 @@ from lightning_efficient.recipe import RecipeError
 from lightning_efficient.surgery.match import NoMatchError
 from lightning_efficient.testing.case import ResumableLoader
 
+SCRIPT = Path(__file__).parent / "scripts" / "linear_attention_ddp.py"
 NEW = ("position", "dwc.weight", "dwc.bias")
 
 
@@ -194,16 +194,14 @@ def test_spawned_processes_are_refused_because_it_does_not_fold(tmp_path: Any) -
         t.fit(GridClassifier("grid"), loader(batches=8), loader(2))
 
 
-@pytest.mark.slow
-def test_two_processes_equal_one_on_both_batches(tmp_path: Path) -> None:
+@pytest.mark.forks
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+@pytest.mark.parametrize("start", [forked, pytest.param(fresh, marks=pytest.mark.exhaustive)])
+def test_two_processes_equal_one_on_both_batches(start: Callable[..., Ended], tmp_path: Path) -> None:
     """Plain DDP, float64: the processes start from different seeds, and end as one process does."""
-    tests = Path(__file__).parents[1]
-    script = Path(__file__).parent / "scripts" / "linear_attention_ddp.py"
-    env = {**os.environ, "PYTHONPATH": str(tests), "OMP_NUM_THREADS": "1"}
     for processes in (1, 2):
-        command = [sys.executable, str(script), str(tmp_path), str(processes)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=180)
-        assert done.returncode == 0, done.stderr
+        ended = start(SCRIPT, tmp_path, processes, processes=processes)
+        assert ended.code == 0, ended.output
     one, two = (torch.load(tmp_path / f"{n}.ckpt", weights_only=True)["state_dict"] for n in (1, 2))
     assert "net.blocks.0.attn.position" in one
     for name, value in one.items():

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import runpy
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forking import forked
 from sigma_runs import differing
 
 from lightning_efficient import recipe
@@ -18,32 +15,26 @@ from lightning_efficient.pruning import unpack_mask
 from lightning_efficient.testing.checks import flat
 
 SCRIPT = Path(__file__).parent / "scripts" / "killed_pruning.py"
-TESTS = Path(__file__).parents[1]
-
-
 LONG = [pytest.param(name, marks=pytest.mark.exhaustive) for name in ("ticket", "pagcp")]
 
 
-@pytest.mark.slow
+@pytest.mark.forks
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize("method", ["cubic", "sap", "hesso", *LONG])
 def test_killed_and_resumed_equals_uninterrupted(method: str, tmp_path: Path) -> None:
-    """SIGKILL after step 8, a new process from the file of step 6: every tensor of the final file is equal."""
-    env = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    """SIGKILL after step 8, a new process from the file of step 6: every tensor of the final file is equal.
 
-    def start(*options: str) -> subprocess.Popen[str]:
-        paths = [str(tmp_path / "killed"), str(tmp_path / "killed.ckpt")]
-        command = [sys.executable, str(SCRIPT), method, *paths, *options]
-        return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
-
-    killed = start("--kill-after", "8")
-    runpy.run_path(str(SCRIPT))["train"](method, tmp_path / "whole", tmp_path / "whole.ckpt")
-    _, errors = killed.communicate(timeout=120)
-    assert killed.returncode == -signal.SIGKILL, errors
+    Forked processes, each of which starts as the others do; test_sigma_reparam_resume.py starts new ones.
+    """
+    killed, whole = ((method, tmp_path / name, tmp_path / f"{name}.ckpt") for name in ("killed", "whole"))
+    ended = forked(SCRIPT, *killed, "--kill-after", 8)
+    assert ended.code == -signal.SIGKILL, ended.output
     middle = torch.load(tmp_path / "killed" / "last.ckpt", weights_only=True)
     assert middle["global_step"] == 6
-    resumed = start("--resume")
-    _, errors = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0, errors
+    for arguments in ((*killed, "--resume"), whole):
+        ended = forked(SCRIPT, *arguments)
+        assert ended.code == 0, ended.output
 
     a, b = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("whole", "killed"))
     assert a["global_step"] == b["global_step"] == 17

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from forking import forked
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -29,7 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:distutils Version classes are deprecated"),
 ]
 
-SCRIPTS, TESTS = Path(__file__).parent / "scripts", Path(__file__).parents[1]
+SCRIPTS = Path(__file__).parent / "scripts"
 NAMES = {f"efficient/sigma_reparam/{name}" for name in ("sigma_max", "gain_min", "gain_mean", "gain_max")}
 
 
@@ -236,12 +234,13 @@ def test_sharding_strategies_are_refused_by_name(strategy: type) -> None:
         check_strategy(SimpleNamespace(strategy=known), "SigmaReparam")  # type: ignore[arg-type]
 
 
+@pytest.mark.forks
 def test_a_sharded_run_ends_with_our_error(tmp_path: Path) -> None:
     """FSDP2 in two CPU processes; the same script with ``off`` trains."""
-    env = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPTS / "sharded.py"), str(tmp_path), "on"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180, check=False)
-    assert done.returncode != 0
-    last = [line for line in done.stderr.splitlines() if "Error" in line][-1]
+    ended = forked(SCRIPTS / "sharded.py", tmp_path, "on", processes=2)
+    assert ended.code == 1, ended.output
+    last = [line for line in ended.output.splitlines() if "Error" in line][-1]
     assert "ValueError: SigmaReparam does not support ModelParallelStrategy" in last
-    assert "trained" not in done.stdout
+    assert "trained" not in ended.output
+    ended = forked(SCRIPTS / "sharded.py", tmp_path, "off", processes=2)
+    assert (ended.code, ended.output.count("trained 2")) == (0, 2), ended.output

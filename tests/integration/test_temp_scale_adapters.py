@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from forking import forked
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.tuner import Tuner
@@ -25,6 +23,7 @@ from lightning_efficient.methods.temp_scale import TempScaleError, apply_temp_sc
 from lightning_efficient.testing.checks import assert_equal
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
+SCRIPT = Path(__file__).parent / "scripts" / "temp_scale_ddp.py"
 KEY = "net.attn.temp_scale.constant.tau"
 
 
@@ -304,19 +303,12 @@ def test_too_few_trained_weights_for_temperatures_that_move(tmp_path: Any) -> No
     assert [installed(m) is not None for m in (module.net.attn, module.net.plain)] == [True, True]
 
 
-@pytest.mark.slow
-@pytest.mark.slow
+@pytest.mark.forks
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 def test_two_processes_learn_what_one_does_on_both_batches(tmp_path: Path) -> None:
-    script = Path(__file__).parent / "scripts" / "temp_scale_ddp.py"
-    env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-    }
     for processes in (1, 2):
-        command = [sys.executable, str(script), str(tmp_path), str(processes)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=180)
-        assert done.returncode == 0, done.stderr
+        ended = forked(SCRIPT, tmp_path, processes, processes=processes)
+        assert ended.code == 0, ended.output
     one, two = (torch.load(tmp_path / f"{n}.ckpt", weights_only=True)["state_dict"] for n in (1, 2))
     learned = one[KEY.replace(".tau", ".log_tau")].exp()
     assert len(set(learned.tolist())) == 2
