@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cells import rare
 from zoo import NETS, Classifier, Lazy, Manual, loader
 
 from lightning_efficient.callbacks.sigma_reparam import SigmaReparam
@@ -51,11 +52,12 @@ CELLS = [(m, n, s) for m in METHODS for n in NETS for s in SCENARIOS if s != "dd
 
 
 def tail(test: str, cell: dict[str, Any]) -> bool:
-    """Spawned processes and compiling take longest."""
-    scenario, head = cell["scenario"], (cell["method"], cell["net"])
-    if scenario == "ddp_spawn":
-        return head != ("sigma_reparam", "timm_vit")
-    return scenario == "compile" and head not in (("sigma_reparam", "timm_vit"), ("sigma_reparam_split", "bert"))
+    """Only where projections are fused are they split."""
+    method, net, scenario = cell["method"], cell["net"], cell["scenario"]
+    if method == "sigma_reparam_split" and net not in ("timm_vit", "encoder"):
+        return scenario != "plain"
+    compiled = ("compile",) if (method, net) == ("sigma_reparam", "cnn") else ()
+    return rare(scenario, (method, net) == ("sigma_reparam", "timm_vit"), compiled)
 
 
 @pytest.mark.parametrize(("method", "net", "scenario"), CELLS)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from cells import rare
 from test_contract import data, variants
 
 from lightning_efficient.callbacks.hesso_pruning import HESSOPruning
@@ -22,10 +23,10 @@ CELLS = [(n, s) for n in NETS for s in SCENARIOS if s not in SLOW or n in ("timm
 
 
 def tail(test: str, cell: dict[str, Any]) -> bool:
-    """Spawned processes and compiling take longest."""
-    if test != "test_contract":
-        return False
-    return (cell["scenario"], cell["net"]) in (("ddp_spawn", "timm_vit"), ("compile", "encoder"))
+    """Of two callbacks, where each of them takes its turn."""
+    also = {"sigma, hesso": ("ema_before", "ddp"), "hesso, sigma": ("compile",)}
+    head = test == "test_contract" and cell["net"] == "timm_vit"
+    return rare(cell["scenario"], head, also.get(cell.get("methods", ""), ()))
 
 
 @pytest.mark.parametrize(("net", "scenario"), CELLS)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cells import rare
 from grid_models import GridClassifier, GridLazy, GridManual, GridPrebuilt
 from zoo import loader
 
@@ -20,6 +21,10 @@ SPAWNED = {"ddp", "ddp_spawn"}
 
 def data(batches: int, size: int, dtype: torch.dtype) -> Any:
     return loader(batches, size, dtype=dtype)
+
+
+def tail(test: str, cell: dict[str, Any]) -> bool:
+    return rare(cell["scenario"], head=cell["net"] == "grid")
 
 
 @pytest.mark.parametrize("scenario", [s for s in SCENARIOS if s not in SPAWNED])

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from cells import rare
 from test_contract import data, variants
 
 from lightning_efficient.callbacks.pagcp_pruning import PAGCPPruning
@@ -17,6 +18,12 @@ PAGCP = partial(PAGCPPruning, budgets={"val_loss": 0.5}, start=1, rounds=2, ever
 # What differs from net to net is which units there are; processes are slow to start.
 FEW = ("plain", "rng", "resume", "bf16_true", "ema_after", "ddp", "fit_twice_then_test", "weights_only")
 CELLS = [("timm_vit", s) for s in SCENARIOS] + [(net, s) for net in ("cnn", "encoder", "bert") for s in FEW]
+
+
+def tail(test: str, cell: dict[str, Any]) -> bool:
+    """The trials of the large one take longest."""
+    net, scenario = cell.get("net"), cell["scenario"]
+    return scenario != "plain" if net == "bert" else rare(scenario, net == "timm_vit")
 
 
 # On noise a second run may find nothing that its budget allows, and says so.
