@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parents[1]
@@ -18,6 +19,7 @@ _README = (
     (r"\]\(notebooks/(\w+)\.ipynb", r"](notebooks/\1.md"),
 )
 _CARD = ((r"\]\(\.\./benchmarks/results/", "](results/"), (r"\]\(\.\./notebooks/(\w+)\.ipynb", r"](notebooks/\1.md"))
+_NOTEBOOK = ((r"\]\(\.\./benchmarks/results/", "](../results/"), (r"\]\(\.\./docs/", "](../"))
 # Files that the site does not hold: a link to them becomes their name.
 _OUTSIDE = re.compile(r"\[([^]]*)\]\((?:\.\./)?(?:[A-Z]+\.md|LICENSE|benchmarks/[^)]*\.py|tests/[^)]*)\)")
 
@@ -52,10 +54,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: object) -> str:
-    """Point the links of cards at where the site has their targets; write a module's public names out."""
+def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
+    """Point the links of cards and notebooks at where the site has their targets; write a module's public names out."""
     markdown = re.sub(r"^::: (\S+)\.\*$", _public_names, markdown, flags=re.MULTILINE)
-    return _OUTSIDE.sub(r"\1", _relinked(markdown, _CARD))
+    rules = _NOTEBOOK if page.file.src_uri.startswith("notebooks/") else _CARD
+    return _OUTSIDE.sub(r"\1", _relinked(markdown, rules))
 
 
 def on_page_content(html: str, **_: object) -> str:

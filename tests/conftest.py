@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -36,6 +37,18 @@ def _alone() -> Iterator[None]:
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture
+def uninstall(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From the call on the package cannot be imported, as if it were not installed: pickles do not find its names."""
+
+    def hide() -> None:
+        for name in [n for n in sys.modules if n.partition(".")[0] == "lightning_efficient"]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, "lightning_efficient", None)
+
+    return hide
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -53,7 +53,8 @@ ADAPTED_CELLS = [("per-head", scenario) for scenario in SCENARIOS] + [
 
 
 PARAMETER = (
-    "accumulation", "clipping", "bf16_true", "manual", "prebuilt_optimizer", "configure_model", "fit_twice_then_test", "ddp",
+    "accumulation", "clipping", "bf16_true", "manual", "prebuilt_optimizer", "configure_model", "fit_twice_then_test",
+    "ddp",
 )  # fmt: skip
 
 

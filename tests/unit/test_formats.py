@@ -18,6 +18,14 @@ from lightning_efficient.formats import save_exported, to_onnx, to_torch_export
 from lightning_efficient.inference import Call, Difference, ExportError, as_call
 
 
+def tail(test: str, cell: dict[str, Any]) -> bool:
+    """ONNX takes longest: what its exporter finds in these models, it finds in the others, too."""
+    if test == "test_dynamic_batch":
+        return cell["name"] == "bert" and cell["save"] is to_onnx
+    programs = test == "test_programs_compute_what_the_model_computes" and cell["suffix"] == ".onnx"
+    return programs and cell["name"] in ("timm_vit", "encoder")
+
+
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
 @pytest.mark.parametrize("name", MODELS)
 def test_programs_compute_what_the_model_computes(name: str, suffix: str, tmp_path: Path) -> None:
