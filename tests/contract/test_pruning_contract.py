@@ -45,7 +45,7 @@ def tail(test: str, cell: dict[str, Any]) -> bool:
         if (method, scenario) == ("sap_pruning", "ddp_spawn"):
             return True
         return rare(scenario, (method, cell["net"]) in (("magnitude_pruning", "timm_vit"), ("sap_pruning", "cnn")))
-    also = {"sigma, magnitude": ("ema_before", "ddp"), "magnitude, sigma": ("compile",), "sap": ("compile",)}
+    also = {"sigma, magnitude": ("ema_before", "ddp"), "magnitude, sigma": ("compile",)}
     return rare(scenario, False, also.get(method, ()))
 
 
