@@ -7,9 +7,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
+from forking import forked
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+SCRIPT = Path(__file__).parent / "scripts" / "notebook.py"
 MACHINE = re.compile(r"(?:^|[\s\"'(=:])/(?:root|home|Users|tmp|work|opt|usr|private|var)/|[A-Z]:\\\\|site-packages")
 
 
@@ -18,13 +19,12 @@ def test_there_are_notebooks() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.forks
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The kernel is a process of its own beside the other tests: more threads than cores wait for each other.
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    notebook = nbformat.read(path, as_version=4)
-    place = {"metadata": {"path": str(tmp_path)}}
-    NotebookClient(notebook, timeout=900, kernel_name="python3", resources=place).execute()
+def test_notebook_runs(path: Path, tmp_path: Path) -> None:
+    """By IPython in a fork: a kernel of its own would import everything once more."""
+    code, output = forked(SCRIPT, path, tmp_path, seconds=900)
+    assert code == 0, output
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

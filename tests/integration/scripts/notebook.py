@@ -1,0 +1,23 @@
+"""Runs the cells of a notebook, one after the other, in the folder given; the first error ends it."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import nbformat
+from IPython.core.interactiveshell import InteractiveShell
+from traitlets.config import Config
+
+
+class Shell(InteractiveShell):
+    def enable_gui(self, gui: str | None = None) -> None:
+        """Pictures are inline: no windows."""
+
+
+notebook = nbformat.read(sys.argv[1], as_version=4)
+os.chdir(sys.argv[2])
+shell = Shell.instance(config=Config(HistoryManager={"enabled": False}))
+for cell in notebook.cells:
+    if cell.cell_type == "code":
+        shell.run_cell(cell.source).raise_error()
