@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import runpy
+import signal
 import sys
 import time
 from contextlib import suppress
@@ -42,7 +43,8 @@ def serve(imports: str) -> dict[str, Any] | None:
         os.write(replies, f"{pid}\n".encode())
         while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
             if os.getppid() != parent:
-                return None  # killed; the run sees that its own parent is gone, and ends
+                os.killpg(pid, signal.SIGKILL)  # who asked was killed, and could not say so
+                return None
             time.sleep(_POLL)
         os.write(replies, f"{os.waitstatus_to_exitcode(ended[1])}\n".encode())
     return None
