@@ -60,6 +60,8 @@ CELLS = [(case, scenario) for case in CASES for scenario in SCENARIOS if applies
 def tail(test: str, cell: dict[str, Any]) -> bool:
     """Besides, what only some norms can do, and the backward of ``un`` where it is recomputed or scaled."""
     also = {"dyt-vit": ("accumulation",), "un-vit": ("checkpointing", "bf16_mixed", "clipping")}
+    if cell["scenario"] == "ddp_spawn":  # slow to start, and refused as forked ones are: test_prepbn.py
+        return True
     return rare(cell["scenario"], cell["case"] == "repbn-vit", also.get(cell["case"], ()))
 
 
