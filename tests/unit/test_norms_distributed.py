@@ -33,9 +33,9 @@ def worker(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.forks
 def test_masked_statistics_over_processes(tmp_path: Path):
-    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.start_processes(worker, (str(tmp_path),), nprocs=2, start_method="fork")
     rows, masks = rows_and_masks()
     alone = RepBN(C, eta=0.5).double()
     x = rows.flatten(0, 1).clone().requires_grad_()
