@@ -25,7 +25,7 @@ import torch
 from attention_definition import Definition
 from common import RESULTS, machine, markdown, save
 from fold_zoo import build as build_timm
-from fold_zoo import families, smallest
+from fold_zoo import described, families, smallest
 from tiny_transformers import FAMILIES
 from tiny_transformers import build as build_hf
 from torch import Tensor, nn
@@ -173,7 +173,7 @@ def main() -> None:
         if (args.only and not any(family.startswith(only) for only in args.only)) or (family in done and not args.redo):
             continue
         start, name = time.perf_counter(), smallest(models) if models else family
-        row = {"family": family, "model": name, **isolated(name, args.limit)}
+        row = {"family": family, "model": described(name), **isolated(name, args.limit)}
         done[family] = row | {"seconds": round(time.perf_counter() - start, 1)}
         print(f"{family:28} {name:36} {row['verdict']:16} {row.get('why', '')[:150]}", flush=True)
         write([done[key] for key in sorted(done)])

@@ -115,6 +115,11 @@ def swap_norms(model: nn.Module, x: Tensor) -> dict[str, Affine]:
 SHORTENED = {"deepseek_vit_412m": {"depth": 2}}
 
 
+def described(name: str) -> str:
+    """The name, and what was made smaller."""
+    return name + "".join(f", {key} {value}" for key, value in SHORTENED.get(name, {}).items())
+
+
 def build(name: str) -> tuple[nn.Module, Tensor]:
     """A float64 model in which no parameter is zero, and the smallest images it takes."""
     with warnings.catch_warnings(action="ignore"):
@@ -261,8 +266,7 @@ def main() -> None:
         if (args.only and family not in args.only) or (family in done and not args.redo):
             continue
         start, name = time.perf_counter(), smallest(names)
-        shorter = "".join(f", {key} {value}" for key, value in SHORTENED.get(name, {}).items())
-        row = {"family": family, "model": name + shorter, **isolated(name, args.limit)}
+        row = {"family": family, "model": described(name), **isolated(name, args.limit)}
         done[family] = row | {"seconds": round(time.perf_counter() - start, 1)}
         print(f"{family:28} {name:36} {row['verdict']:9} {row.get('why', '')[:150]}", flush=True)
         write([done[key] for key in sorted(done)])
