@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import random
 import statistics
 import time
@@ -132,11 +133,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="beginnings of titles")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = []
+    path = RESULTS / "temp_scale_time_cpu.json"
+    done = json.loads(path.read_text())["rows"] if args.only and path.exists() else []
+    rows: dict[str, list[dict[str, Any]]] = {title: [r for r in done if r["model"] == title] for title in MODELS}
     for title in MODELS:
         if not args.only or any(title.startswith(only) for only in args.only):
-            rows += measure(title, args.rounds)
-            write(rows, args.rounds)  # as they come
+            rows[title] = measure(title, args.rounds)
+            write([row for some in rows.values() for row in some], args.rounds)  # as they come
 
 
 if __name__ == "__main__":
