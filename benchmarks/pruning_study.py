@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from pruning_tasks import MODELS, Batches, Data, Measure, Module, digits, fashion, narrow_to, prunable
 from scipy import stats
 
@@ -238,26 +239,41 @@ def report(data: Data, plan: Plan, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def picture(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Accuracy (left) and PQ index (right) against the weights left, a line for each model and scope."""
+    """Accuracy and PQ index against the weights left: mean over seeds, and the range from the worst to the best."""
     every = curves(rows)
-    panels = sorted({(model, scope) for model, _, scope in every})
-    figure = Figure(figsize=(13, 3.4 * len(panels)), layout="constrained")
-    for index, (model, scope) in enumerate(panels):
-        for column, (key, label) in enumerate((("test_acc", "test accuracy"), ("pqi", "PQ index (.5, 1)"))):
-            axes = figure.add_subplot(len(panels), 2, 2 * index + column + 1)
-            for colour, arm in enumerate((*ITERATED, *SINGLE)):
-                by_seed = every.get((model, arm, "global" if arm in UNSCOPED else scope), {})
-                for number, points in enumerate(by_seed.values()):
-                    shown = [p for p in points if p["left"] > 0]
-                    axes.plot(
-                        [p["left"] for p in shown], [p[key] for p in shown], marker=".", lw=0.8, alpha=0.7,
-                        color=f"C{colour}", label=None if number else arm,
-                    )  # fmt: skip
-            axes.set(xscale="log", xlabel="share of weights left", ylabel=label, title=f"{model}, {scope}")
-            axes.invert_xaxis()
-            if column == 0:
-                axes.legend(fontsize=7, loc="lower left")
+    models, scopes = (list(dict.fromkeys(key[i] for key in every)) for i in (0, 2))
+    figure = Figure(figsize=(4.2 * len(scopes), 5.6 * len(models)), layout="constrained")
+    kinds = (("test_acc", "test accuracy"), ("pqi", "PQ index (.5, 1)"))
+    panels = list(itertools.product(models, kinds, scopes))
+    for index, (model, (key, label), scope) in enumerate(panels):
+        axes = figure.add_subplot(2 * len(models), len(scopes), index + 1)
+        for colour, arm in enumerate((*ITERATED, *SINGLE)):
+            by_seed = every.get((model, arm, "global" if arm in UNSCOPED else scope), {})
+            left, values = on_grid(list(by_seed.values()), key)
+            if len(left):
+                axes.plot(left, values.mean(0), color=f"C{colour}", lw=1.4, label=arm)
+                axes.fill_between(left, values.min(0), values.max(0), color=f"C{colour}", alpha=0.12, lw=0)
+        axes.set(xscale="log", xlabel="share of weights left", title=f"{model}, {scope}")
+        axes.set_ylabel(label if index % len(scopes) == 0 else "")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
+        axes.invert_xaxis()
+        if key == "test_acc":
+            axes.set_ylim(bottom=0.5)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5)
     return figure
+
+
+def on_grid(seeds: Sequence[Sequence[dict[str, float]]], key: str) -> tuple[Any, Any]:
+    """Shares of weights that every seed reaches, and a row of values a seed, linear in the shares' logarithm."""
+    usable = [[p for p in reversed(points) if p["left"] > 0] for points in seeds]
+    if not usable or not all(usable):
+        return np.array([]), np.array([])
+    logs = [np.log([p["left"] for p in points]) for points in usable]
+    grid = np.linspace(max(x[0] for x in logs), min(x[-1] for x in logs), 60)
+    return np.exp(grid), np.array([np.interp(grid, x, [p[key] for p in q]) for x, q in zip(logs, usable, strict=True)])
 
 
 def main() -> None:
