@@ -31,9 +31,9 @@ from tiny_transformers import build as build_hf
 from torch import Tensor, nn
 
 from lightning_efficient.attention.sites import find_attention
-from lightning_efficient.methods.temp_scale import TempScaleError, apply_temp_scale
-from lightning_efficient.surgery.probes import Float64
-from lightning_efficient.surgery.tags import mapped, tensors_behind
+from lightning_efficient.attention.temperature import TempScaleError, apply_temp_scale
+from lightning_efficient.common.nests import mapped, tensors_behind
+from lightning_efficient.common.running import Float64
 
 TAU = 0.7
 TOLERANCE = 1e-9

@@ -18,7 +18,7 @@ import timm
 import torch
 from common import markdown, save
 
-from lightning_efficient.methods.sigma_reparam import apply_sigma_reparam
+from lightning_efficient.weightspace.sigma_reparam import apply_sigma_reparam
 
 PASSES = 12
 

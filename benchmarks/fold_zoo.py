@@ -28,9 +28,9 @@ import torch
 from common import RESULTS, machine, markdown, save
 from torch import Tensor, nn
 
-from lightning_efficient.surgery.affine import Affine, ChannelAffine
-from lightning_efficient.surgery.fold import FoldReport, fold_affines
-from lightning_efficient.surgery.probes import Float64
+from lightning_efficient.common.running import Float64
+from lightning_efficient.folding.affine import Affine, ChannelAffine
+from lightning_efficient.folding.fold import FoldReport, fold_affines
 from lightning_efficient.surgery.replace import replace_modules
 
 TOLERANCE = 1e-12

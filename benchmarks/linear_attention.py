@@ -23,7 +23,7 @@ from common import cpu_name, markdown, save
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from lightning_efficient.methods.linear_attention import apply_linear_attention
+from lightning_efficient.attention.linear import apply_linear_attention
 
 WIDTHS = ((192, 3), (384, 6))
 TOKENS = (196, 400, 784, 1024, 1600, 2304, 3136, 4096)

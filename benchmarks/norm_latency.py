@@ -24,9 +24,9 @@ from norm_step import timed
 from torch import nn
 
 from lightning_efficient import export
-from lightning_efficient.methods.norms.blend import blend_norms
-from lightning_efficient.methods.norms.repbn import RepBN
-from lightning_efficient.methods.norms.swap import apply_norm_swap, find_norms
+from lightning_efficient.norms.blend import blend_norms
+from lightning_efficient.norms.repbn import RepBN
+from lightning_efficient.norms.swap import apply_norm_swap, find_norms
 from lightning_efficient.surgery.replace import replace_modules
 
 MODELS = {

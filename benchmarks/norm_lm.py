@@ -30,7 +30,7 @@ from stability_tasks import Decoder, read_text, scaled_to_width
 from torch import Tensor, nn
 
 from lightning_efficient import PRepBN
-from lightning_efficient.methods.norms.recalibrate import recalibrate
+from lightning_efficient.norms.recalibrate import recalibrate
 
 CHOOSING = 100  # the seed that the learning rate is chosen with
 

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from common import machine, markdown, save
 from torch import Tensor, nn
 
-from lightning_efficient.methods.norms.blend import BlendNorm, blend_norms
-from lightning_efficient.methods.norms.swap import TARGETS, NormSwapConfig, apply_norm_swap
+from lightning_efficient.norms.blend import BlendNorm, blend_norms
+from lightning_efficient.norms.swap import TARGETS, NormSwapConfig, apply_norm_swap
 
 SHAPES = ((32, 197, 192), (32, 197, 384), (8, 3136, 96))
 AIMS = "aims: blend ÷ LN at most 1.35 and finished ÷ LN at most 1.10 a step; published ÷ blend at least 1.6 a norm"

@@ -31,8 +31,8 @@ from norm_tasks import RUNS, Batch, Finished, Images, Learner, TokenBatchNorm, b
 from torch import Tensor, nn
 
 from lightning_efficient import PRepBN, export
-from lightning_efficient.methods.norms.blend import blend_norms
-from lightning_efficient.methods.norms.recalibrate import recalibrate
+from lightning_efficient.norms.blend import blend_norms
+from lightning_efficient.norms.recalibrate import recalibrate
 
 TARGETS = ("repbn", "affine", "un", "dyt", "rms")
 CHOOSING = 100  # the seed that learning rates are chosen with

@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_efficient import PAGCPPruning
-from lightning_efficient.callbacks.oracle import ValidationOracle
-from lightning_efficient.pruning.budgets import Budget
-from lightning_efficient.pruning.cost import Cost
-from lightning_efficient.pruning.pagcp import unit_scores
+from lightning_efficient.structured.budgets import Budget
+from lightning_efficient.structured.cost import Cost
+from lightning_efficient.structured.pagcp import unit_scores
+from lightning_efficient.trainer.validation import ValidationOracle
 
 RUNS = Path(__file__).parent / "runs"
 # Pixels brighter than this belong to the garment.

@@ -36,10 +36,11 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from lightning_efficient import MagnitudePruning
-from lightning_efficient.pruning import MaskTransform, make_masks, set_mask
-from lightning_efficient.pruning.schedules import cubic
+from lightning_efficient.common.schedule import cubic
+from lightning_efficient.pruning.selection import make_masks
 from lightning_efficient.pruning.targets import find_targets
 from lightning_efficient.weightspace import Boundary
+from lightning_efficient.weightspace.mask import MaskTransform, set_mask
 
 AMOUNTS = (0.5, 0.75, 0.9)
 ARMS = ("MagnitudePruning", "ModelPruning")

@@ -23,9 +23,9 @@ from slim_zoo import half
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from lightning_efficient.pruning.graph import find_groups
-from lightning_efficient.pruning.slim import apply_slim
-from lightning_efficient.slim_report import slim_report
+from lightning_efficient.deploy.measure import slim_report
+from lightning_efficient.structured.graph import find_groups
+from lightning_efficient.structured.slim import apply_slim
 
 BATCHES = (1, 16)
 COLUMNS = {

@@ -26,13 +26,14 @@ from common import markdown, save
 from timm.models import ConvNeXt, DenseNet, SwinTransformer, VisionTransformer
 from torch import Tensor, nn
 
-from lightning_efficient.inference import as_call, difference, evaluating
-from lightning_efficient.measure import count_macs
-from lightning_efficient.pruning.graph import find_groups
-from lightning_efficient.pruning.groups import Groups
-from lightning_efficient.pruning.slim import apply_slim
-from lightning_efficient.surgery.match import NoMatchError
-from lightning_efficient.surgery.tags import tensors_behind
+from lightning_efficient.common.comparing import difference
+from lightning_efficient.common.match import NoMatchError
+from lightning_efficient.common.nests import tensors_behind
+from lightning_efficient.common.running import as_call, evaluating
+from lightning_efficient.deploy.measure import count_macs
+from lightning_efficient.structured.graph import find_groups
+from lightning_efficient.structured.groups import Groups
+from lightning_efficient.structured.slim import apply_slim
 
 COLUMNS = {
     "model": "model", "groups": "groups", "units": "units", "refused": "refused", "params": "parameters kept",

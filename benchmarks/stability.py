@@ -27,8 +27,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from stability_tasks import RUNS, SHAKESPEARE, Attention, Batch, Task, characters, digits, queries_keys_values
 from torch import Tensor, nn
 
-from lightning_efficient.methods.sigma_reparam import SigmaReparamConfig, apply_sigma_reparam
 from lightning_efficient.metrics.functional import attention_rows, normalized_entropy
+from lightning_efficient.weightspace.sigma_reparam import SigmaReparamConfig, apply_sigma_reparam
 
 ARMS = ("baseline", "sigmaReparam", "sigmaReparam (frozen gain)", "QK-norm")
 FACTORS = (1, 2, 4, 8, 16, 32, 64)

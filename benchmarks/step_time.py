@@ -25,8 +25,12 @@ from common import markdown, save
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from lightning_efficient.methods.sigma_reparam import SigmaReparamConfig, apply_sigma_reparam, find_targets
 from lightning_efficient.weightspace import leading_singular_triplet
+from lightning_efficient.weightspace.sigma_reparam import (
+    SigmaReparamConfig,
+    apply_sigma_reparam,
+    find_targets,
+)
 
 
 class Block(nn.Module):

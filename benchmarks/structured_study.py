@@ -36,11 +36,11 @@ from scipy import stats
 from torch import Tensor, nn
 
 from lightning_efficient import HESSOPruning
-from lightning_efficient.pruning.cost import Cost
-from lightning_efficient.pruning.graph import find_groups
-from lightning_efficient.pruning.groups import Groups, UnitGroup
-from lightning_efficient.pruning.hesso import Pruner
-from lightning_efficient.pruning.slim import apply_slim
+from lightning_efficient.structured.cost import Cost
+from lightning_efficient.structured.graph import find_groups
+from lightning_efficient.structured.groups import Groups, UnitGroup
+from lightning_efficient.structured.hesso import Pruner
+from lightning_efficient.structured.slim import apply_slim
 
 RUNS = Path(__file__).parent / "runs"
 TARGETS = {"CNN": (0.8, 0.5), "ViT": (0.5,)}

@@ -27,7 +27,7 @@ from transformers import BertConfig, BertModel
 from lightning_efficient.attention.adapter import install
 from lightning_efficient.attention.sites import find_attention
 from lightning_efficient.attention.temper import Law
-from lightning_efficient.methods.temp_scale import apply_temp_scale
+from lightning_efficient.attention.temperature import apply_temp_scale
 
 TAU = 0.7
 

@@ -7,12 +7,11 @@ Importing the package imports nothing else: Lightning loads it at every ``Traine
 from __future__ import annotations
 
 import os
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_efficient.ablate.run import ablate
+    from lightning_efficient.ablation.run import ablate
+    from lightning_efficient.attention.sites import find_attention
     from lightning_efficient.callbacks.collapse_monitor import CollapseMonitor
     from lightning_efficient.callbacks.hesso_pruning import HESSOPruning
     from lightning_efficient.callbacks.linear_attention import SimplifiedLinearAttention
@@ -20,14 +19,51 @@ if TYPE_CHECKING:
     from lightning_efficient.callbacks.pagcp_pruning import PAGCPPruning
     from lightning_efficient.callbacks.prepbn import PRepBN
     from lightning_efficient.callbacks.run_cost import RunCost
-    from lightning_efficient.callbacks.sap_pruning import SAPPruning
+    from lightning_efficient.callbacks.sap_pruning import SAPPruning, sap_fits
     from lightning_efficient.callbacks.sigma_reparam import SigmaReparam
     from lightning_efficient.callbacks.temp_scale import TempScale
-    from lightning_efficient.checkpoint import load_from_checkpoint
     from lightning_efficient.cli.efficient_cli import EfficientCLI
-    from lightning_efficient.export import export
+    from lightning_efficient.comparison import compare, read_runs
+    from lightning_efficient.deploy.export import export
+    from lightning_efficient.deploy.formats import save_exported
+    from lightning_efficient.deploy.measure import log_exported, slim_report
+    from lightning_efficient.deploy.semi_structured import to_semi_structured
+    from lightning_efficient.lifecycle.checkpoint import load_from_checkpoint
+    from lightning_efficient.lifecycle.cuts import cut
+    from lightning_efficient.trainer.tensorboard import plot_sap_curve
+    from lightning_efficient.tuning.validation import tune_on_validation
 
     __version__: str
+
+# Public name -> where it lives. No module of the package has the name of a thing in it that is public here, so that
+# importing the one never hides the other.
+_HOMES = {
+    "CollapseMonitor": "callbacks.collapse_monitor",
+    "EfficientCLI": "cli.efficient_cli",
+    "HESSOPruning": "callbacks.hesso_pruning",
+    "MagnitudePruning": "callbacks.magnitude_pruning",
+    "PAGCPPruning": "callbacks.pagcp_pruning",
+    "PRepBN": "callbacks.prepbn",
+    "RunCost": "callbacks.run_cost",
+    "SAPPruning": "callbacks.sap_pruning",
+    "SigmaReparam": "callbacks.sigma_reparam",
+    "SimplifiedLinearAttention": "callbacks.linear_attention",
+    "TempScale": "callbacks.temp_scale",
+    "ablate": "ablation.run",
+    "compare": "comparison",
+    "cut": "lifecycle.cuts",
+    "export": "deploy.export",
+    "find_attention": "attention.sites",
+    "load_from_checkpoint": "lifecycle.checkpoint",
+    "log_exported": "deploy.measure",
+    "plot_sap_curve": "trainer.tensorboard",
+    "read_runs": "comparison",
+    "sap_fits": "callbacks.sap_pruning",
+    "save_exported": "deploy.formats",
+    "slim_report": "deploy.measure",
+    "to_semi_structured": "deploy.semi_structured",
+    "tune_on_validation": "tuning.validation",
+}
 
 __all__ = [
     "CollapseMonitor",
@@ -42,26 +78,20 @@ __all__ = [
     "SimplifiedLinearAttention",
     "TempScale",
     "ablate",
+    "compare",
+    "cut",
     "export",
+    "find_attention",
     "load_from_checkpoint",
+    "log_exported",
+    "plot_sap_curve",
+    "read_runs",
+    "sap_fits",
+    "save_exported",
+    "slim_report",
+    "to_semi_structured",
+    "tune_on_validation",
 ]
-
-_HOMES = {
-    "CollapseMonitor": "lightning_efficient.callbacks.collapse_monitor",
-    "EfficientCLI": "lightning_efficient.cli.efficient_cli",
-    "HESSOPruning": "lightning_efficient.callbacks.hesso_pruning",
-    "MagnitudePruning": "lightning_efficient.callbacks.magnitude_pruning",
-    "PAGCPPruning": "lightning_efficient.callbacks.pagcp_pruning",
-    "PRepBN": "lightning_efficient.callbacks.prepbn",
-    "RunCost": "lightning_efficient.callbacks.run_cost",
-    "SAPPruning": "lightning_efficient.callbacks.sap_pruning",
-    "SigmaReparam": "lightning_efficient.callbacks.sigma_reparam",
-    "SimplifiedLinearAttention": "lightning_efficient.callbacks.linear_attention",
-    "TempScale": "lightning_efficient.callbacks.temp_scale",
-    "ablate": "lightning_efficient.ablate.run",
-    "export": "lightning_efficient.export",
-    "load_from_checkpoint": "lightning_efficient.checkpoint",
-}
 
 
 def _callbacks_from_environment() -> list[Any]:
@@ -82,19 +112,8 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
-
-
-class _Package(ModuleType):
-    """The package, whose function ``export`` is not hidden once its submodule of the same name has been imported."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
-
-VARIABLE = "LIGHTNING_EFFICIENT"
-RUN_VARIABLE = "LIGHTNING_EFFICIENT_RUN"  # set by `ablate` for the processes it starts
+from lightning_efficient.common.names import RUN_VARIABLE, VARIABLE
 
 
 def callbacks_from_environment() -> list[Callback]:
@@ -25,17 +23,17 @@ def callbacks_from_environment() -> list[Callback]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is not what :func:`lightning_efficient.methods_file.read_methods_file` expects.
+        ValueError: The file is not what :func:`lightning_efficient.common.registry.read_methods_file` expects.
     """
     callbacks: list[Callback] = []
     path = os.environ.get(VARIABLE)
     if path:
-        from lightning_efficient.methods_file import announce, read_methods_file
+        from lightning_efficient.common.registry import announce, read_methods_file
 
         callbacks = read_methods_file(path)
         announce(callbacks, f"{VARIABLE}={path}")
     if os.environ.get(RUN_VARIABLE):
-        from lightning_efficient.ablate.reporter import callbacks_of_the_run
+        from lightning_efficient.ablation.reporter import callbacks_of_the_run
 
         before, after = callbacks_of_the_run()
         callbacks = [before, *callbacks, *after]

@@ -1,9 +1,7 @@
 """The methods as pure functions: ``import lightning_efficient.functional as F``."""
 
-from lightning_efficient.methods.norms.recalibrate import recalibrate
-from lightning_efficient.methods.norms.swap import apply_norm_swap
-from lightning_efficient.methods.sigma_reparam import apply_sigma_reparam
-from lightning_efficient.methods.temp_scale import apply_temp_scale, remove_temp_scale
+from lightning_efficient.attention.linear import apply_linear_attention
+from lightning_efficient.attention.temperature import apply_temp_scale, remove_temp_scale
 from lightning_efficient.metrics.functional import (
     alignment,
     attention_entropy,
@@ -20,14 +18,18 @@ from lightning_efficient.metrics.functional import (
     spectral_norms,
     uniformity,
 )
-from lightning_efficient.pruning.graph import find_groups
-from lightning_efficient.pruning.slim import apply_slim
+from lightning_efficient.norms.recalibrate import recalibrate
+from lightning_efficient.norms.swap import apply_norm_swap
+from lightning_efficient.structured.graph import find_groups
+from lightning_efficient.structured.slim import apply_slim
 from lightning_efficient.tuning import classification_scores, retrieval_scores, tune_temperature
+from lightning_efficient.weightspace.sigma_reparam import apply_sigma_reparam
 
 __all__ = [
     "alignment",
     "apply_slim",
     "find_groups",
+    "apply_linear_attention",
     "apply_norm_swap",
     "apply_sigma_reparam",
     "apply_temp_scale",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_efficient.attention.temper import Law, Mode, Temper
-from lightning_efficient.surgery.match import canonical_name, modules_by_name
+from lightning_efficient.common.match import canonical_name, modules_by_name
 
 # nn.TransformerEncoder turns padded batches into nested tensors, which only the fused path can attend over.
 _NESTED = "use_nested_tensor"

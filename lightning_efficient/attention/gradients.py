@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_efficient.attention.adapter import install
-from lightning_efficient.attention.sites import forget, perturbed
+from lightning_efficient.attention.sites import perturbed
 from lightning_efficient.attention.temper import Law
 from lightning_efficient.attention.trace import ROOT
-from lightning_efficient.surgery.match import modules_by_name
-from lightning_efficient.surgery.probes import Probe, float64_copy
-from lightning_efficient.surgery.tags import mapped, tensors_behind
+from lightning_efficient.common.match import modules_by_name
+from lightning_efficient.common.nests import mapped, tensors_behind
+from lightning_efficient.common.running import float64_copy, forget
+from lightning_efficient.folding.probes import Probe
 
 _STEP = 1e-2  # of log tau; the error of a central difference is its square
 # Of the output, whose rounding a difference divides by the step: many models compute their softmax in float32.

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_efficient.attention.limits import Limits
+from lightning_efficient.attention.sdpa import Limits
 from lightning_efficient.metrics.functional import AttentionRows, attention_rows
 
 _SIGNATURE = inspect.signature(F.multi_head_attention_forward)

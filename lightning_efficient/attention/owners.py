@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_efficient.surgery.match import canonical_name
+from lightning_efficient.common.match import canonical_name
 
 # Modules with one of these integer attributes are expected to attend; only ever used to word a report.
 HEAD_COUNTS = ("num_heads", "n_heads", "num_attention_heads", "n_head", "nhead", "heads")

@@ -23,12 +23,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_efficient.attention.limits import Limits
 from lightning_efficient.attention.multihead import rows_of_multihead
 from lightning_efficient.attention.owners import Owners
-from lightning_efficient.attention.sdpa import rows_of_sdpa
+from lightning_efficient.attention.sdpa import Limits, rows_of_sdpa
 from lightning_efficient.attention.softmax import SOFTMAX, Follower, rows_of_softmax
-from lightning_efficient.eager import uncompiled
+from lightning_efficient.common.eager import uncompiled
 from lightning_efficient.metrics.functional import AttentionRows
 
 Kind = Literal["scaled_dot_product_attention", "multi_head_attention_forward", "softmax"]

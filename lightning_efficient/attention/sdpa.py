@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_efficient.attention.limits import Limits, UnknownAttentionError
 from lightning_efficient.metrics.functional import AttentionRows, attention_rows
 
 
@@ -48,3 +47,23 @@ def _arguments(
     enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, bool, float | None]:
     return query, key, attn_mask, is_causal, scale
+
+
+class UnknownAttentionError(ValueError):
+    """A call that looks like attention and cannot be read without guessing; the message says why."""
+
+
+class Limits(NamedTuple):
+    """What is measured of each call.
+
+    Args:
+        max_samples: Rows of the batch, from the first. ``None``: all.
+        max_queries: Evenly spaced queries. ``None``: all.
+    """
+
+    max_samples: int | None = None
+    max_queries: int | None = None
+
+    def samples(self, batch: int) -> int:
+        """How many samples of a batch of this size are measured."""
+        return batch if self.max_samples is None else min(batch, self.max_samples)

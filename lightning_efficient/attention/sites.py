@@ -21,9 +21,10 @@ from lightning_efficient.attention.knobs import (
 )
 from lightning_efficient.attention.owners import HEAD_COUNTS
 from lightning_efficient.attention.trace import ROOT, Seen, Trace
-from lightning_efficient.surgery.match import canonical_name
-from lightning_efficient.surgery.probes import Float64, Probe, capture, float64_copy
-from lightning_efficient.surgery.tags import mapped
+from lightning_efficient.common.match import canonical_name
+from lightning_efficient.common.nests import mapped
+from lightning_efficient.common.running import Float64, float64_copy, forget
+from lightning_efficient.folding.probes import Probe, capture
 
 
 @dataclass(frozen=True)
@@ -119,21 +120,6 @@ def run_float64(model: nn.Module, probe: Probe) -> Any:
             "the model does not run in float64 on the example, so nothing about it can be checked: "
             f"{type(why).__name__}: {why}"
         ) from why
-
-
-def forget(model: nn.Module) -> None:
-    """Let modules drop what they keep from their weights in evaluation mode (timm's LeViT: position biases).
-
-    Args:
-        model: Comes out with every module in the mode it was in.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    for module, mode in modes:
-        if not mode:
-            module.train(False)
-    for module, mode in modes:  # a parent's `train` takes its children along
-        module.training = mode
 
 
 @torch.inference_mode(False)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_efficient.attention.limits import Limits
+from lightning_efficient.attention.sdpa import Limits
 from lightning_efficient.metrics.functional import AttentionRows, query_indices, rows_from_logits
 
 SOFTMAX: frozenset[Callable[..., Any]] = frozenset(

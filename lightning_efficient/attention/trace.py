@@ -20,8 +20,8 @@ from lightning_efficient.attention.multihead import arguments_of_multihead, mask
 from lightning_efficient.attention.owners import Owners
 from lightning_efficient.attention.softmax import SOFTMAX, Follower
 from lightning_efficient.attention.temper import Law, logits_of_softmax, tempered, visible
-from lightning_efficient.eager import uncompiled
-from lightning_efficient.surgery.tags import mapped, tensors_in
+from lightning_efficient.common.eager import uncompiled
+from lightning_efficient.common.nests import mapped, tensors_in
 
 ROOT = "(model)"
 _PRODUCTS = frozenset(

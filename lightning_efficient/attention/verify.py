@@ -14,9 +14,10 @@ from lightning_efficient.attention.knobs import MASK_GAP
 from lightning_efficient.attention.sites import perturbed, run_float64
 from lightning_efficient.attention.temper import Law
 from lightning_efficient.attention.trace import ROOT, Seen, Trace
-from lightning_efficient.surgery.match import canonical_name, modules_by_name
-from lightning_efficient.surgery.probes import Probe, float64_copy
-from lightning_efficient.surgery.tags import tensors_behind
+from lightning_efficient.common.match import canonical_name, modules_by_name
+from lightning_efficient.common.nests import tensors_behind
+from lightning_efficient.common.running import float64_copy
+from lightning_efficient.folding.probes import Probe
 from lightning_efficient.weightspace import Block
 
 # Relative; two float64 forwards that differ in the order of a multiplication are a thousand times closer.

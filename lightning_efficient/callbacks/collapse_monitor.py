@@ -13,9 +13,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_efficient.attention import AttentionProbe, HeadTable
-from lightning_efficient.callbacks.base import EfficientCallback
+from lightning_efficient.common.match import NoMatchError, canonical_name, covers, near_names, select_modules
+from lightning_efficient.lifecycle.base import EfficientCallback
 from lightning_efficient.metrics.functional import query_indices, rankme, spectral_norms
-from lightning_efficient.surgery.match import NoMatchError, canonical_name, covers, near_names, select_modules
 
 # Larger is worse: over processes the largest counts.
 _LARGEST = ("logit_norm_max", "spectral_norm_max")

@@ -12,16 +12,25 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_efficient.callbacks.hesso_cric import Cycles
-from lightning_efficient.callbacks.length import check_same_schedule, run_length
-from lightning_efficient.callbacks.units import UnitPruningCallback
-from lightning_efficient.callbacks.weightspace import Plan as WeightPlan
-from lightning_efficient.pruning.cost import Cost
-from lightning_efficient.pruning.cric import CricPlan
-from lightning_efficient.pruning.held import scale_entries
-from lightning_efficient.pruning.hesso import PRUNED, SHRINKING, HessoConfig, HessoState, Plan, Pruner, shrink_factor
-from lightning_efficient.pruning.saliency import all_sums, saliency
+from lightning_efficient.lifecycle.standing import check_same_schedule
+from lightning_efficient.lifecycle.units import UnitPruningCallback
+from lightning_efficient.lifecycle.weights import Plan as WeightPlan
+from lightning_efficient.structured.cost import Cost
+from lightning_efficient.structured.cric import CricPlan
+from lightning_efficient.structured.hesso import (
+    PRUNED,
+    SHRINKING,
+    HessoConfig,
+    HessoState,
+    Plan,
+    Pruner,
+    shrink_factor,
+)
+from lightning_efficient.structured.saliency import all_sums, saliency
+from lightning_efficient.trainer.cycles import Cycles
+from lightning_efficient.trainer.length import run_length
 from lightning_efficient.weightspace import Boundary, Transform
+from lightning_efficient.weightspace.mask import scale_entries
 
 
 class HESSOPruning(UnitPruningCallback):

@@ -8,17 +8,17 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_efficient.callbacks.attach import Request
-from lightning_efficient.callbacks.structural import StructuralCallback
-from lightning_efficient.callbacks.weightspace import Plan
-from lightning_efficient.methods.linear_attention import (
+from lightning_efficient.attention.linear import (
     METHOD,
     LinearAttentionConfig,
     apply_linear_attention,
     describe,
     find_attention,
 )
-from lightning_efficient.surgery.change import Change
+from lightning_efficient.common.change import Change
+from lightning_efficient.lifecycle.state import Request
+from lightning_efficient.lifecycle.structural import StructuralCallback
+from lightning_efficient.lifecycle.weights import Plan
 
 
 class SimplifiedLinearAttention(StructuralCallback):

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_efficient.callbacks.length import check_same_schedule, run_length
-from lightning_efficient.callbacks.pruning import PruningCallback, restore_snapshot
+from lightning_efficient.common.match import covers
+from lightning_efficient.common.schedule import Schedule, check_amount, transition_steps
+from lightning_efficient.lifecycle.masks import PruningCallback
+from lightning_efficient.lifecycle.standing import check_same_schedule
 from lightning_efficient.pruning import criteria
-from lightning_efficient.pruning.schedules import Schedule
-from lightning_efficient.pruning.selection import check_amount, check_scope, count_of, make_masks
-from lightning_efficient.pruning.units import Granularity
-from lightning_efficient.schedule import transition_steps
-from lightning_efficient.surgery.match import covers
+from lightning_efficient.pruning.granularity import Granularity
+from lightning_efficient.pruning.selection import check_scope, count_of, make_masks
+from lightning_efficient.trainer.length import run_length
+from lightning_efficient.weightspace.snapshot import restore_snapshot
 
 
 class MagnitudePruning(PruningCallback):

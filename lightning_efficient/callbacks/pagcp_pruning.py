@@ -13,14 +13,23 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from lightning_efficient.callbacks.length import check_same_schedule, run_length
-from lightning_efficient.callbacks.oracle import ValidationOracle
-from lightning_efficient.callbacks.units import UnitPruningCallback
-from lightning_efficient.callbacks.weightspace import Plan
-from lightning_efficient.pruning.budgets import read_budgets
-from lightning_efficient.pruning.cost import Cost
-from lightning_efficient.pruning.pagcp import Decision, Layer, PagcpConfig, search, spending, table, unit_scores
-from lightning_efficient.schedule import moments
+from lightning_efficient.common.schedule import moments
+from lightning_efficient.lifecycle.standing import check_same_schedule
+from lightning_efficient.lifecycle.units import UnitPruningCallback
+from lightning_efficient.lifecycle.weights import Plan
+from lightning_efficient.structured.budgets import read_budgets
+from lightning_efficient.structured.cost import Cost
+from lightning_efficient.structured.pagcp import (
+    Decision,
+    Layer,
+    PagcpConfig,
+    search,
+    spending,
+    table,
+    unit_scores,
+)
+from lightning_efficient.trainer.length import run_length
+from lightning_efficient.trainer.validation import ValidationOracle
 from lightning_efficient.weightspace import Transform
 
 

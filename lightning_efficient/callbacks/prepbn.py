@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_efficient.callbacks.attach import Request
-from lightning_efficient.callbacks.finished import FinishedForm
-from lightning_efficient.callbacks.length import run_length
-from lightning_efficient.callbacks.padding import capture_padding
-from lightning_efficient.callbacks.statistics import average_over_processes, recalibrate_in
-from lightning_efficient.callbacks.structural import StructuralCallback
-from lightning_efficient.callbacks.transition import GuardedTransition
-from lightning_efficient.callbacks.weightspace import Plan
-from lightning_efficient.methods.norms.blend import BlendNorm, blend_norms
-from lightning_efficient.methods.norms.causal import CausalAttentionError, CausalWatch
-from lightning_efficient.methods.norms.swap import METHOD, NormSwapConfig, apply_norm_swap, find_norms
-from lightning_efficient.surgery.change import Change
+from lightning_efficient.common.change import Change
+from lightning_efficient.lifecycle.state import Request
+from lightning_efficient.lifecycle.structural import StructuralCallback
+from lightning_efficient.lifecycle.weights import Plan
+from lightning_efficient.norms.blend import BlendNorm, blend_norms
+from lightning_efficient.norms.causal import CausalAttentionError, CausalWatch
+from lightning_efficient.norms.padding import capture_padding
+from lightning_efficient.norms.swap import METHOD, NormSwapConfig, apply_norm_swap, find_norms
+from lightning_efficient.trainer.finished import FinishedForm
+from lightning_efficient.trainer.length import run_length
+from lightning_efficient.trainer.statistics import average_over_processes, recalibrate_in
+from lightning_efficient.trainer.transition import GuardedTransition
 
 
 class PRepBN(StructuralCallback):

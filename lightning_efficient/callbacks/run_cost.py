@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_efficient.callbacks.base import EfficientCallback
+from lightning_efficient.lifecycle.base import EfficientCallback
 
 
 class RunCost(EfficientCallback):
@@ -23,7 +23,7 @@ class RunCost(EfficientCallback):
     - ``peak_memory_mib``: on an accelerator the most that tensors took since training began (the device's counter is
       reset then); on CPU the largest resident size of the process since it started, everything in it included.
     - ``parameters``: elements of the module's parameters as trained. What masks zero counts; what an export removes is
-      in the figures of the exported model (:func:`lightning_efficient.compare.exported.log_exported`).
+      in the figures of the exported model (:func:`lightning_efficient.deploy.measure.log_exported`).
 
     Under DDP these are the figures of process 0.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -9,14 +10,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_efficient.callbacks.length import run_length
-from lightning_efficient.callbacks.pruning import PREFIX, PruningCallback, restore_snapshot
-from lightning_efficient.callbacks.sap_curve import log_curve
-from lightning_efficient.pruning.masks import pack_mask, set_mask, unpack_mask
-from lightning_efficient.pruning.rewind import Snapshot, rewind, take
+from lightning_efficient.lifecycle.masks import PREFIX, PruningCallback
+from lightning_efficient.lifecycle.recipe import RecipeError
 from lightning_efficient.pruning.sap import SapConfig, SapStep, phase, sap_step
-from lightning_efficient.recipe import RecipeError
+from lightning_efficient.trainer.length import run_length
+from lightning_efficient.trainer.tensorboard import log_curve
 from lightning_efficient.weightspace import Boundary
+from lightning_efficient.weightspace.mask import pack_mask, set_mask, unpack_mask
+from lightning_efficient.weightspace.snapshot import Snapshot, restore_snapshot, rewind, take
 
 
 class SAPPruning(PruningCallback):
@@ -40,7 +41,7 @@ class SAPPruning(PruningCallback):
         scope: The weights that share an index and a count: ``"global"``, ``"layer"`` (each tensor's) or ``"neuron"``
             (each output's; needs some hundred inputs, see ``stalled`` in the card).
         iterations: How often to prune: the run is divided into ``iterations + 1`` equal parts. 0: one part a ``fit``,
-            and the next ``fit`` goes on, see :func:`lightning_efficient.callbacks.sap_fits.sap_fits`.
+            and the next ``fit`` goes on, see :func:`lightning_efficient.callbacks.sap_pruning.sap_fits`.
         epochs_per_iteration: Divide the run by epochs instead; ``iterations`` then has no effect.
         monitor: A validation metric the module logs, for ``select`` and ``stop_at``. Never a test metric.
         mode: Whether ``"min"`` or ``"max"`` of it is better.
@@ -328,3 +329,40 @@ class SAPPruning(PruningCallback):
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a running fit."""
         return super().__getstate__() | {"_best": None, "_keep": None, "_next": None}
+
+
+def sap_fits(
+    module: LightningModule,
+    pruning: SAPPruning,
+    make_trainer: Callable[[int, SAPPruning], Trainer],
+    iterations: int,
+    **fit: Any,
+) -> list[dict[str, Any]]:
+    """Train, prune, go back to initialization, train again: algorithm 1 with a ``fit`` for each iteration.
+
+    Args:
+        module: The module, at its initialization; it ends as trained in the last iteration.
+        pruning: ``SAPPruning(iterations=0, ...)``: a whole ``fit`` is one iteration.
+        make_trainer: Makes the Trainer of an iteration from its number and the callback, which has to be in it.
+        iterations: How often to prune at most, so that there are up to ``iterations + 1`` fits.
+        fit: Arguments of ``trainer.fit`` besides the module: dataloaders or a datamodule, with validation data.
+
+    Returns:
+        The history, one row for each fit.
+
+    Raises:
+        ValueError: The callback divides a fit into iterations itself, or a Trainer lacks it.
+    """
+    if pruning.iterations or pruning.epochs_per_iteration is not None:
+        raise ValueError(
+            f"sap_fits makes every fit one iteration; got iterations={pruning.iterations}, epochs_per_iteration="
+            f"{pruning.epochs_per_iteration}. Use SAPPruning(iterations=0)."
+        )
+    for iteration in range(iterations + 1):
+        trainer = make_trainer(iteration, pruning)
+        if not any(callback is pruning for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError("the Trainer lacks the callback: return Trainer(callbacks=[pruning, ...]).")
+        trainer.fit(module, **fit)
+        if pruning.stopped is not None:
+            break
+    return pruning.history

@@ -10,19 +10,19 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_efficient.callbacks.attach import Request
-from lightning_efficient.callbacks.structural import install_before_averaging, rebind_optimizers
-from lightning_efficient.callbacks.weightspace import Plan, WeightSpaceCallback
-from lightning_efficient.methods import remove_norms
-from lightning_efficient.methods.sigma_reparam import (
+from lightning_efficient.common.change import Change
+from lightning_efficient.lifecycle.state import Request
+from lightning_efficient.lifecycle.structural import install_before_averaging, rebind_optimizers
+from lightning_efficient.lifecycle.weights import Plan, WeightSpaceCallback
+from lightning_efficient.norms import remove as remove_norms
+from lightning_efficient.weightspace import SpectralTransform, Transform
+from lightning_efficient.weightspace.sigma_reparam import (
     METHOD,
     SigmaReparamConfig,
     describe,
     find_targets,
     make_transform,
 )
-from lightning_efficient.surgery.change import Change
-from lightning_efficient.weightspace import SpectralTransform, Transform
 
 
 class SigmaReparam(WeightSpaceCallback):

@@ -14,19 +14,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_efficient import recipe
 from lightning_efficient.attention.adapter import install, installed, remove
 from lightning_efficient.attention.knobs import Knob
 from lightning_efficient.attention.sites import AttentionSite
 from lightning_efficient.attention.temper import Law
-from lightning_efficient.attention.verify import module_at
-from lightning_efficient.callbacks.attach import attachment, carry
-from lightning_efficient.callbacks.base import peers
-from lightning_efficient.callbacks.example import Example, Stage, example_of, first_batch
-from lightning_efficient.callbacks.length import run_length
-from lightning_efficient.callbacks.structural import spawned
-from lightning_efficient.callbacks.weightspace import Plan, WeightSpaceCallback
-from lightning_efficient.methods.temp_scale import (
+from lightning_efficient.attention.temperature import (
     METHOD,
     Targets,
     TempScaleConfig,
@@ -38,8 +30,17 @@ from lightning_efficient.methods.temp_scale import (
     make_transforms,
     remove_temp_scale,
 )
-from lightning_efficient.schedule import transition, transition_steps
-from lightning_efficient.surgery.match import canonical_name
+from lightning_efficient.attention.verify import module_at
+from lightning_efficient.common.match import canonical_name
+from lightning_efficient.common.schedule import transition, transition_steps
+from lightning_efficient.lifecycle import recipe
+from lightning_efficient.lifecycle.base import peers
+from lightning_efficient.lifecycle.hooks import carry
+from lightning_efficient.lifecycle.state import attachment
+from lightning_efficient.lifecycle.structural import spawned
+from lightning_efficient.lifecycle.weights import Plan, WeightSpaceCallback
+from lightning_efficient.trainer.example import Example, Stage, example_of, first_batch
+from lightning_efficient.trainer.length import run_length
 from lightning_efficient.weightspace import Block, Boundary, ScaleTransform, Temperature, Transform
 
 

@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.markup import escape
 from torch import nn
 
-from lightning_efficient.checkpoint import load_from_checkpoint
 from lightning_efficient.cli.efficient_cli import EfficientCLI
 from lightning_efficient.cli.errors import short_errors
 from lightning_efficient.cli.targets import show_targets
 from lightning_efficient.cli.tune import tune
+from lightning_efficient.lifecycle.checkpoint import load_from_checkpoint
 
 __all__ = ["run_ablate", "run_compare", "run_demo", "run_export", "run_targets", "run_tune_temperature", "train"]
 
@@ -60,7 +60,7 @@ def run_export(options: Namespace) -> None:
     Args:
         options: ``checkpoint``, ``model``, ``out``, ``submodule``, ``input_shape``, ``dynamic_batch``.
     """
-    from lightning_efficient.export import export, save_exported
+    from lightning_efficient.deploy.export import export, save_exported
 
     with short_errors():
         cls = import_class(options.model)
@@ -121,8 +121,8 @@ def run_compare(options: Namespace) -> None:
     Args:
         options: ``logdir``, ``metrics``, ``baseline``, ``judge``, ``html``, ``png``, ``json``.
     """
-    from lightning_efficient.compare import compare
-    from lightning_efficient.compare.html import to_html
+    from lightning_efficient.comparison import compare
+    from lightning_efficient.comparison.html import to_html
 
     with short_errors():
         comparison = compare(options.logdir, options.metrics, options.baseline, options.judge)
@@ -150,7 +150,7 @@ def run_ablate(options: Namespace) -> None:
     Args:
         options: As ``lightning-efficient ablate --help`` lists them, and ``rest``: arguments of every run.
     """
-    from lightning_efficient.ablate.run import ablate
+    from lightning_efficient.ablation.run import ablate
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from lightning_efficient._switch import VARIABLE
-from lightning_efficient.methods_file import METHODS, callback_class, near
+from lightning_efficient.common.names import VARIABLE
+from lightning_efficient.common.registry import METHODS, callback_class, near
 
 _UNKNOWN_OPTION = re.compile(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)")
 

@@ -14,15 +14,15 @@ from rich.text import Text
 from torch import nn
 
 from lightning_efficient.attention import AttentionProbe
-from lightning_efficient.callbacks.base import EfficientCallback
 from lightning_efficient.callbacks.collapse_monitor import CollapseMonitor
 from lightning_efficient.callbacks.prepbn import PRepBN
 from lightning_efficient.callbacks.run_cost import RunCost
-from lightning_efficient.callbacks.weightspace import WeightSpaceCallback
 from lightning_efficient.cli.efficient_cli import EfficientCLI, add_method_arguments
-from lightning_efficient.inference import as_call, evaluating
-from lightning_efficient.methods_file import METHODS
-from lightning_efficient.surgery.change import Change
+from lightning_efficient.common.change import Change
+from lightning_efficient.common.registry import METHODS
+from lightning_efficient.common.running import as_call, evaluating
+from lightning_efficient.lifecycle.base import EfficientCallback
+from lightning_efficient.lifecycle.weights import WeightSpaceCallback
 
 USAGE = """\
 usage: lightning-efficient targets [-c CONFIG ...] [--model CLASS] [--model.ARG VALUE ...] [--METHOD.ARG VALUE ...]

@@ -9,13 +9,13 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
-from lightning_efficient.ablate.files import last_checkpoint
-from lightning_efficient.ablate.run import Ablation
-from lightning_efficient.checkpoint import load_from_checkpoint
+from lightning_efficient.ablation.files import last_checkpoint
+from lightning_efficient.ablation.run import Ablation
+from lightning_efficient.common.comparing import difference
 from lightning_efficient.demo.data import Digits
 from lightning_efficient.demo.model import DigitsViT
-from lightning_efficient.export import export, save_exported
-from lightning_efficient.inference import difference
+from lightning_efficient.deploy.export import export, save_exported
+from lightning_efficient.lifecycle.checkpoint import load_from_checkpoint
 
 
 def export_all(done: Ablation) -> Table:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from rich.console import Console
 
-from lightning_efficient.ablate.run import Ablation, ablate
+from lightning_efficient.ablation.run import Ablation, ablate
 from lightning_efficient.demo.data import Digits
 from lightning_efficient.demo.report import export_all
 

@@ -7,26 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_efficient.pruning.units import Granularity
+from lightning_efficient.common.schedule import check_amount
+from lightning_efficient.pruning.granularity import Granularity
 
 SCOPES = ("global", "layer", "neuron")
-
-
-def check_amount(amount: float, name: str = "amount") -> None:
-    """Refuse what is no share to prune.
-
-    Args:
-        amount: What the user wrote.
-        name: Of the argument, for the message.
-
-    Raises:
-        ValueError: Not a number in [0, 1).
-    """
-    if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not 0 <= amount < 1:
-        raise ValueError(
-            f"`{name}` is the share of weights to prune, a number in [0, 1) such as 0.5; got {amount!r}. "
-            "Pruning all of them leaves nothing to train."
-        )
 
 
 def count_of(amount: float, size: int) -> int:

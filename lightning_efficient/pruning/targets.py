@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lightning_efficient.pruning.units import Granularity
-from lightning_efficient.surgery.match import canonical_name, modules_by_name, select_modules
-from lightning_efficient.surgery.weights import check_weight, is_transposed, weight_attributes, weight_layers
+from lightning_efficient.common.match import canonical_name, modules_by_name, select_modules
+from lightning_efficient.common.weights import check_weight, is_transposed, weight_attributes, weight_layers
+from lightning_efficient.pruning.granularity import Granularity
 
 # Under these names attention modules keep the layer that reads the heads side by side, and the number of heads.
 _OUTPUTS = ("proj", "out_proj", "o_proj", "c_proj")

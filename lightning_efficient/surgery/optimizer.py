@@ -13,13 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_efficient.surgery.change import Change
+from lightning_efficient.common.change import Change
 from lightning_efficient.surgery.replace import reinstate_modules, restore_modules
-from lightning_efficient.surgery.schedulers import grow_schedulers, snapshot
-
-Scheduler = LRScheduler | ReduceLROnPlateau
+from lightning_efficient.surgery.schedulers import Scheduler, grow_schedulers, snapshot
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 
-from lightning_efficient.callbacks.base import EfficientCallback
+from lightning_efficient.lifecycle.base import EfficientCallback
 
 Loader = DataLoader[Any]
 Callbacks: TypeAlias = EfficientCallback | Sequence[EfficientCallback]

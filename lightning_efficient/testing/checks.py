@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from lightning_efficient.callbacks.attach import fold_modules
+from lightning_efficient.lifecycle.hooks import fold_modules
 from lightning_efficient.testing.case import Case, ResumableLoader
 
 

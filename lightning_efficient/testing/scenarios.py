@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, Wei
 from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader
 
-from lightning_efficient import recipe
-from lightning_efficient.checkpoint import load_from_checkpoint
-from lightning_efficient.export import export
+from lightning_efficient.deploy.export import export
+from lightning_efficient.lifecycle import recipe
+from lightning_efficient.lifecycle.checkpoint import load_from_checkpoint
 from lightning_efficient.testing.case import Case, Dealt, FixedStatistics
 from lightning_efficient.testing.checks import (
     assert_close,

@@ -14,14 +14,14 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from lightning_efficient.inference import evaluating
-from lightning_efficient.methods.temp_scale import (
+from lightning_efficient.attention.temperature import (
     Targets,
     TempScaleConfig,
     find_targets,
     install_targets,
     remove_temp_scale,
 )
+from lightning_efficient.common.running import evaluating
 from lightning_efficient.tuning.bootstrap import Array, Paired, compare_paired
 
 if TYPE_CHECKING:

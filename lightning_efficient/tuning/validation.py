@@ -16,12 +16,12 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_efficient.callbacks.attach import attachment
-from lightning_efficient.callbacks.example import Example, example_of, undisturbed
+from lightning_efficient.attention.temperature import METHOD, Targets, TempScaleConfig, find_targets
 from lightning_efficient.callbacks.temp_scale import TempScale
-from lightning_efficient.compare.logs import direction
-from lightning_efficient.inference import device_of
-from lightning_efficient.methods.temp_scale import METHOD, Targets, TempScaleConfig, find_targets
+from lightning_efficient.common.running import device_of
+from lightning_efficient.comparison.logs import direction
+from lightning_efficient.lifecycle.state import attachment
+from lightning_efficient.trainer.example import Example, example_of, undisturbed
 from lightning_efficient.tuning.sweep import TAUS, TemperatureSweep, checked_taus, sweep
 
 # Of the metric of all batches and the mean over batches: beyond float32 rounding they are different things.

@@ -9,9 +9,9 @@ import pytest
 from cells import rare
 from test_contract import data, variants
 
-from lightning_efficient.callbacks.base import EfficientCallback
 from lightning_efficient.callbacks.sigma_reparam import SigmaReparam
 from lightning_efficient.callbacks.temp_scale import TempScale
+from lightning_efficient.lifecycle.base import EfficientCallback
 from lightning_efficient.testing import SCENARIOS, assert_method_contract
 
 

@@ -10,7 +10,7 @@ from reference_linear_attention import dense, loops
 from timm.layers import Attention
 from torch import Tensor
 
-from lightning_efficient.methods.linear_attention import LinearAttention, LinearAttentionConfig
+from lightning_efficient.attention.linear import LinearAttention, LinearAttentionConfig
 
 # (grid, head_dim): the first forms pairs of tokens, (QK)V; the others do not.
 SHAPES = [(2, 5), (3, 4), (4, 3)]

@@ -8,13 +8,13 @@ import torch
 from reference_norms import BatchNorm, Unified, layer_norm, layer_norm_backward
 from torch import Tensor, nn
 
-from lightning_efficient.methods.norms.blend import BlendNorm
-from lightning_efficient.methods.norms.repbn import RepBN
-from lightning_efficient.methods.norms.sources import Source
-from lightning_efficient.methods.norms.swap import NormSwapConfig, make_target
-from lightning_efficient.methods.norms.targets import RMS, DynamicTanh, FixedAffine
-from lightning_efficient.methods.norms.unified import UnifiedNorm
-from lightning_efficient.schedule import transition
+from lightning_efficient.common.schedule import transition
+from lightning_efficient.norms.blend import BlendNorm
+from lightning_efficient.norms.repbn import RepBN
+from lightning_efficient.norms.sources import Source
+from lightning_efficient.norms.swap import NormSwapConfig, make_target
+from lightning_efficient.norms.targets import RMS, DynamicTanh, FixedAffine
+from lightning_efficient.norms.unified import UnifiedNorm
 
 LR = 0.05
 

@@ -9,7 +9,11 @@ import torch
 from reference_sigma import iterate, parametrized, raw_and_gains
 from torch import nn
 
-from lightning_efficient.methods.sigma_reparam import SigmaReparamConfig, apply_sigma_reparam, find_targets
+from lightning_efficient.weightspace.sigma_reparam import (
+    SigmaReparamConfig,
+    apply_sigma_reparam,
+    find_targets,
+)
 
 STEPS = 100
 
@@ -148,9 +152,9 @@ def test_two_optimizers_step_independently():
         ids = {id(p) for p in [*first, *extra]}
         return first, [p for p in model.parameters() if id(p) not in ids]
 
-    from lightning_efficient.methods.sigma_reparam import make_transform
     from lightning_efficient.surgery.optimizer import add_parameters
     from lightning_efficient.weightspace import Boundary
+    from lightning_efficient.weightspace.sigma_reparam import make_transform
 
     a, b = parts(ours, [])
     ours_optimizers = [OPTIMIZERS["adamw"](a), OPTIMIZERS["sgd"](b)]

@@ -20,9 +20,9 @@ import pytest
 import yaml
 from rich.console import Console
 
-from lightning_efficient.ablate.files import CHECKPOINT, LOG, STATUS, read_json
-from lightning_efficient.ablate.run import RESULT, Ablation, ablate
-from lightning_efficient.compare import read_runs
+from lightning_efficient.ablation.files import CHECKPOINT, LOG, STATUS, read_json
+from lightning_efficient.ablation.run import RESULT, Ablation, ablate
+from lightning_efficient.comparison import read_runs
 
 PROJECT = Path(__file__).parent / "scripts" / "own_project.py"
 METHODS = ["sigma_reparam", "norm_swap", "magnitude_pruning"]

@@ -16,11 +16,11 @@ from lightning.pytorch.cli import LightningCLI
 
 import lightning_efficient.demo
 from lightning_efficient import EfficientCLI, SigmaReparam
-from lightning_efficient._switch import VARIABLE
-from lightning_efficient.callbacks.base import EfficientCallback
 from lightning_efficient.cli import main
+from lightning_efficient.common.names import VARIABLE
+from lightning_efficient.common.registry import METHODS
 from lightning_efficient.demo.model import DigitsViT
-from lightning_efficient.methods_file import METHODS
+from lightning_efficient.lifecycle.base import EfficientCallback
 
 BASELINE = Path(lightning_efficient.demo.__file__).parent / "baseline.yaml"
 SMALL = ["--model.depth=1", "--model.embed_dim=16", "--model.num_heads=2"]

@@ -21,7 +21,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_efficient.callbacks.collapse_monitor import CollapseMonitor
-from lightning_efficient.surgery.match import NoMatchError
+from lightning_efficient.common.match import NoMatchError
 
 PREFIX = "efficient/collapse_monitor"
 pytestmark = [

@@ -17,13 +17,14 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_efficient import HESSOPruning, MagnitudePruning, TempScale, recipe
-from lightning_efficient.inference import as_call
-from lightning_efficient.measure import count_macs
-from lightning_efficient.pruning.hesso import SHRINKING
-from lightning_efficient.pruning.slim import apply_slim
-from lightning_efficient.recipe import RecipeError
-from lightning_efficient.surgery.order import CONFLICTS
+from lightning_efficient import HESSOPruning, MagnitudePruning, TempScale
+from lightning_efficient.common.registry import CONFLICTS
+from lightning_efficient.common.running import as_call
+from lightning_efficient.deploy.measure import count_macs
+from lightning_efficient.lifecycle import recipe
+from lightning_efficient.lifecycle.recipe import RecipeError
+from lightning_efficient.structured.hesso import SHRINKING
+from lightning_efficient.structured.slim import apply_slim
 from lightning_efficient.testing.case import ResumableLoader
 from lightning_efficient.testing.checks import flat
 

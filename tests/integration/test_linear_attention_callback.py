@@ -16,12 +16,12 @@ from torch import nn
 from zoo import Classifier, loader
 
 from lightning_efficient import PRepBN, SigmaReparam, SimplifiedLinearAttention, export, load_from_checkpoint
-from lightning_efficient.callbacks.attach import Attachment, attachment
+from lightning_efficient.attention.linear import LinearAttention
 from lightning_efficient.cli.targets import planned
-from lightning_efficient.methods.linear_attention import LinearAttention
-from lightning_efficient.methods_file import build_callback
-from lightning_efficient.recipe import RecipeError
-from lightning_efficient.surgery.match import NoMatchError
+from lightning_efficient.common.match import NoMatchError
+from lightning_efficient.common.registry import build_callback
+from lightning_efficient.lifecycle.recipe import RecipeError
+from lightning_efficient.lifecycle.state import Attachment, attachment
 from lightning_efficient.testing.case import ResumableLoader
 
 SCRIPT = Path(__file__).parent / "scripts" / "linear_attention_ddp.py"

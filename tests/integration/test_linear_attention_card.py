@@ -15,7 +15,7 @@ from grid_models import GridClassifier
 from torch import nn
 from zoo import loader
 
-from lightning_efficient.methods.linear_attention import LinearAttention
+from lightning_efficient.attention.linear import LinearAttention
 
 ROOT = Path(__file__).parents[2]
 CARD = (ROOT / "docs" / "linear_attention.md").read_text(encoding="utf-8")

@@ -20,10 +20,11 @@ from zoo import Classifier, loader
 
 from lightning_efficient.callbacks.magnitude_pruning import MagnitudePruning
 from lightning_efficient.callbacks.sigma_reparam import SigmaReparam
-from lightning_efficient.pruning import criteria, make_masks
-from lightning_efficient.pruning.schedules import Schedule
+from lightning_efficient.common.schedule import Schedule
+from lightning_efficient.lifecycle.recipe import RecipeError
+from lightning_efficient.pruning import criteria
+from lightning_efficient.pruning.selection import make_masks
 from lightning_efficient.pruning.targets import find_targets
-from lightning_efficient.recipe import RecipeError
 from lightning_efficient.testing import assert_method_contract
 from lightning_efficient.testing.case import Case
 from lightning_efficient.testing.checks import assert_resume_exact

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_efficient.methods.norms.blend import blend_norms
-from lightning_efficient.methods.norms.swap import apply_norm_swap
+from lightning_efficient.norms.blend import blend_norms
+from lightning_efficient.norms.swap import apply_norm_swap
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

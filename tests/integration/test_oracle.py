@@ -17,7 +17,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from two_heads import TwoTasks, train_loader, val_loader
 
-from lightning_efficient.callbacks.oracle import ValidationOracle
+from lightning_efficient.trainer.validation import ValidationOracle
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Your `val_dataloader`'s sampler has shuffling enabled"),

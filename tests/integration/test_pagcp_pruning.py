@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_avg_fn
 from two_heads import TwoTasks, train_loader, val_loader
 
-from lightning_efficient import PAGCPPruning, SigmaReparam, recipe
-from lightning_efficient.methods_file import build_callback
-from lightning_efficient.recipe import RecipeError
+from lightning_efficient import PAGCPPruning, SigmaReparam
+from lightning_efficient.common.registry import build_callback
+from lightning_efficient.lifecycle import recipe
+from lightning_efficient.lifecycle.recipe import RecipeError
 from lightning_efficient.testing.case import ResumableLoader
 
 pytestmark = [

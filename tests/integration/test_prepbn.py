@@ -14,8 +14,8 @@ from zoo import CLASSES, Classifier, loader
 from lightning_efficient import export, load_from_checkpoint
 from lightning_efficient.callbacks.prepbn import PRepBN
 from lightning_efficient.callbacks.sigma_reparam import SigmaReparam
-from lightning_efficient.methods.norms.blend import blend_norms
-from lightning_efficient.surgery.match import NoMatchError
+from lightning_efficient.common.match import NoMatchError
+from lightning_efficient.norms.blend import blend_norms
 
 
 def trainer(tmp_path: Any, *callbacks: Callback, **kwargs: Any) -> Trainer:

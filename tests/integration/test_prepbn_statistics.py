@@ -18,8 +18,8 @@ from zoo import Classifier, Manual, loader
 
 from lightning_efficient import export, load_from_checkpoint
 from lightning_efficient.callbacks.prepbn import PRepBN
-from lightning_efficient.export import ExportError
-from lightning_efficient.methods.norms.blend import blend_norms
+from lightning_efficient.deploy.export import ExportError
+from lightning_efficient.norms.blend import blend_norms
 from lightning_efficient.testing.case import ResumableLoader
 
 pytestmark = [

@@ -10,9 +10,9 @@ import torch
 from forking import forked
 from sigma_runs import differing
 
-from lightning_efficient import recipe
-from lightning_efficient.pruning import unpack_mask
+from lightning_efficient.lifecycle import recipe
 from lightning_efficient.testing.checks import flat
+from lightning_efficient.weightspace.mask import unpack_mask
 
 SCRIPT = Path(__file__).parent / "scripts" / "killed_pruning.py"
 LONG = [pytest.param(name, marks=pytest.mark.exhaustive) for name in ("ticket", "pagcp")]

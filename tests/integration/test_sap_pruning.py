@@ -20,15 +20,14 @@ from torch import Tensor, nn
 from zoo import Classifier, loader
 
 from lightning_efficient.callbacks.magnitude_pruning import MagnitudePruning
-from lightning_efficient.callbacks.sap_curve import plot_curve
-from lightning_efficient.callbacks.sap_fits import sap_fits
-from lightning_efficient.callbacks.sap_pruning import SAPPruning
+from lightning_efficient.callbacks.sap_pruning import SAPPruning, sap_fits
 from lightning_efficient.callbacks.sigma_reparam import SigmaReparam
+from lightning_efficient.lifecycle.recipe import RecipeError
 from lightning_efficient.metrics.functional import pq_index
 from lightning_efficient.pruning.sap import SapConfig, prune_count
-from lightning_efficient.recipe import RecipeError
 from lightning_efficient.testing.case import Case
 from lightning_efficient.testing.checks import assert_resume_exact
+from lightning_efficient.trainer.tensorboard import plot_sap_curve
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
@@ -232,10 +231,10 @@ def test_the_curve_is_logged_and_drawn(tmp_path: Path) -> None:
     rows = [row for row in csv.DictReader(lines) if row["efficient/pruning/pqi"]]
     assert [float(row["efficient/pruning/pqi"]) for row in rows] == pytest.approx([r["pqi"] for r in ours.history])
     assert [float(row["efficient/pruning/left"]) for row in rows] == pytest.approx([r["left"] for r in ours.history])
-    figure = plot_curve(ours.history)
+    figure = plot_sap_curve(ours.history)
     assert [axes.get_ylabel() for axes in figure.axes] == ["PQ index", "validation"]
     assert len(figure.axes[0].lines[0].get_xdata()) == 3
-    assert len(plot_curve([{**row, "score": None} for row in ours.history]).axes) == 1
+    assert len(plot_sap_curve([{**row, "score": None} for row in ours.history]).axes) == 1
 
 
 # -- resume ----------------------------------------------------------------------------------------------------------

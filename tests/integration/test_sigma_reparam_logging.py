@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from zoo import Classifier, Manual, loader
 
 from lightning_efficient import SigmaReparam
-from lightning_efficient.callbacks.base import check_strategy
+from lightning_efficient.lifecycle.base import check_strategy
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),

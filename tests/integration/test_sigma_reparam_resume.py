@@ -26,8 +26,9 @@ from torch.optim import lr_scheduler as lrs
 from torch.optim.swa_utils import get_ema_avg_fn
 from zoo import Classifier, loader
 
-from lightning_efficient import SigmaReparam, recipe
-from lightning_efficient.recipe import RecipeError
+from lightning_efficient import SigmaReparam
+from lightning_efficient.lifecycle import recipe
+from lightning_efficient.lifecycle.recipe import RecipeError
 from lightning_efficient.testing.case import ResumableLoader
 from lightning_efficient.testing.checks import flat
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_efficient import HESSOPruning, MagnitudePruning, export, load_from_checkpoint
-from lightning_efficient.callbacks.attach import carry
-from lightning_efficient.callbacks.slim import cut, promise
-from lightning_efficient.export import ExportError
-from lightning_efficient.formats import to_onnx, to_torch_export
-from lightning_efficient.pruning.graph import find_groups
-from lightning_efficient.pruning.groups import Groups
-from lightning_efficient.recipe import RecipeError
+from lightning_efficient.deploy.export import ExportError
+from lightning_efficient.deploy.formats import to_onnx, to_torch_export
+from lightning_efficient.lifecycle.cuts import cut, promise
+from lightning_efficient.lifecycle.hooks import carry
+from lightning_efficient.lifecycle.recipe import RecipeError
+from lightning_efficient.structured.graph import find_groups
+from lightning_efficient.structured.groups import Groups
 from tests.slim_models import ResNet, images, lively
 
 KEEP = {"a.0": [0, 2, 5], "c.0": range(4), "stem.0": [1, 2, 3, 4]}

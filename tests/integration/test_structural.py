@@ -13,16 +13,17 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from zoo import Classifier, Lazy, loader
 
-import lightning_efficient.callbacks.base as base
-from lightning_efficient import checkpoint as codec
-from lightning_efficient import recipe
-from lightning_efficient.callbacks.attach import attached, detach
+import lightning_efficient.lifecycle.base as base
 from lightning_efficient.callbacks.sigma_reparam import SigmaReparam
-from lightning_efficient.callbacks.structural import StructuralCallback
-from lightning_efficient.recipe import RecipeError
-from lightning_efficient.surgery import order
-from lightning_efficient.surgery.change import Change
-from lightning_efficient.surgery.match import select_modules
+from lightning_efficient.common import registry as order
+from lightning_efficient.common.change import Change
+from lightning_efficient.common.match import select_modules
+from lightning_efficient.lifecycle import checkpoint as codec
+from lightning_efficient.lifecycle import recipe
+from lightning_efficient.lifecycle.hooks import detach
+from lightning_efficient.lifecycle.recipe import RecipeError
+from lightning_efficient.lifecycle.state import attached
+from lightning_efficient.lifecycle.structural import StructuralCallback
 from lightning_efficient.surgery.replace import replace_modules
 from lightning_efficient.testing import assert_method_contract
 

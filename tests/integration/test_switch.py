@@ -16,7 +16,8 @@ import lightning.pytorch as pl
 import pytest
 
 from lightning_efficient import CollapseMonitor, SigmaReparam
-from lightning_efficient._switch import VARIABLE, callbacks_from_environment
+from lightning_efficient._switch import callbacks_from_environment
+from lightning_efficient.common.names import VARIABLE
 
 SCRIPT = """
 import json, sys, warnings

@@ -19,7 +19,7 @@ from zoo import Classifier, loader
 
 from lightning_efficient import TempScale, load_from_checkpoint
 from lightning_efficient.attention.adapter import installed
-from lightning_efficient.methods.temp_scale import TempScaleError, apply_temp_scale
+from lightning_efficient.attention.temperature import TempScaleError, apply_temp_scale
 from lightning_efficient.testing.checks import assert_equal
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from zoo import CLASSES, Classifier, loader
 
 from lightning_efficient import SigmaReparam, TempScale
-from lightning_efficient.methods.temp_scale import apply_temp_scale
-from lightning_efficient.surgery.match import NoMatchError
+from lightning_efficient.attention.temperature import apply_temp_scale
+from lightning_efficient.common.match import NoMatchError
 from lightning_efficient.testing.case import ResumableLoader
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")

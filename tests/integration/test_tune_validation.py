@@ -18,11 +18,11 @@ from zoo import CLASSES, Classifier
 
 import lightning_efficient.demo
 from lightning_efficient import TempScale
-from lightning_efficient.callbacks.attach import attachment
 from lightning_efficient.cli import main
 from lightning_efficient.demo.model import DigitsViT
 from lightning_efficient.functional import apply_temp_scale, remove_temp_scale
-from lightning_efficient.recipe import Entry
+from lightning_efficient.lifecycle.recipe import Entry
+from lightning_efficient.lifecycle.state import attachment
 from lightning_efficient.tuning import validation
 from lightning_efficient.tuning.validation import tune_on_validation
 

@@ -12,8 +12,8 @@ from unittest import mock
 import pytest
 import yaml
 
-from lightning_efficient.ablate import run
-from lightning_efficient.ablate.variants import read_variants
+from lightning_efficient.ablation import run
+from lightning_efficient.ablation.variants import read_variants
 from lightning_efficient.cli import build_parser
 
 CARD = (Path(__file__).parents[2] / "docs" / "ablate.md").read_text(encoding="utf-8")

@@ -14,14 +14,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lightning_efficient.ablate.engines import LocalEngine, gpus_of_a_run, make_slots
-from lightning_efficient.ablate.errors import error_lines
-from lightning_efficient.ablate.files import CHECKPOINT, LOG, PROGRESS, START, STATUS, read_json, write_json
-from lightning_efficient.ablate.job import Job, run_job
-from lightning_efficient.ablate.plan import check, jobs, locked, plan
-from lightning_efficient.ablate.start import started_alike
-from lightning_efficient.ablate.target import Target, find_target, loggers
-from lightning_efficient.ablate.view import View, duration, errors, row_of, shown_metric, table
+from lightning_efficient.ablation.engines import LocalEngine, gpus_of_a_run, make_slots
+from lightning_efficient.ablation.files import CHECKPOINT, LOG, PROGRESS, START, STATUS, read_json, write_json
+from lightning_efficient.ablation.job import Job, error_lines, run_job
+from lightning_efficient.ablation.plan import check, jobs, locked, plan
+from lightning_efficient.ablation.start import started_alike
+from lightning_efficient.ablation.target import Target, find_target, loggers
+from lightning_efficient.ablation.view import View, duration, errors, row_of, shown_metric, table
 
 DONE = "import json; json.dump({'fitted': True, 'best': 'b.ckpt'}, open('progress.json', 'w')); "
 
@@ -294,7 +293,9 @@ def test_the_lock_is_held_by_children_of_a_killed_command(tmp_path: Path) -> Non
         locked(tmp_path),
     ):
         pass
-    code = "import subprocess, sys, os\nfrom pathlib import Path\nfrom lightning_efficient.ablate.plan import locked\n"
+    code = (
+        "import subprocess, sys, os\nfrom pathlib import Path\nfrom lightning_efficient.ablation.plan import locked\n"
+    )
     code += f"with locked(Path({str(tmp_path)!r})) as lock:\n"
     code += (
         "    subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1.5)'], pass_fds=[lock])\n    os._exit(0)"

@@ -16,11 +16,11 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_efficient._switch import RUN_VARIABLE, callbacks_from_environment
-from lightning_efficient.ablate.exported import ExportedCost
-from lightning_efficient.ablate.files import CHECKPOINT, EXPORT, PROGRESS, START, read_json
-from lightning_efficient.ablate.reporter import Reporter, _digest
-from lightning_efficient.ablate.resume import _RANDOM, ResumePoint
+from lightning_efficient._switch import callbacks_from_environment
+from lightning_efficient.ablation.files import CHECKPOINT, EXPORT, PROGRESS, START, read_json
+from lightning_efficient.ablation.reporter import ExportedCost, Reporter, _digest
+from lightning_efficient.ablation.resume import _RANDOM, ResumePoint
+from lightning_efficient.common.names import RUN_VARIABLE
 
 EPOCHS, BATCHES = 4, 3
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from lightning_efficient.ablate.engines import LocalEngine
-from lightning_efficient.ablate.files import LOG, STATUS, read_json
-from lightning_efficient.ablate.job import Job, run_job
-from lightning_efficient.ablate.starters import FreshStarter, Starter, WarmStarter
+from lightning_efficient.ablation.engines import LocalEngine
+from lightning_efficient.ablation.files import LOG, STATUS, read_json
+from lightning_efficient.ablation.job import Job, run_job
+from lightning_efficient.ablation.starters import FreshStarter, Starter, WarmStarter
 
 DONE = "import json; json.dump({'fitted': True}, open('progress.json', 'w'))\n"
 
@@ -116,8 +116,8 @@ def test_stopping_ends_the_run_and_the_process_that_forked_it(tmp_path: Path) ->
 def test_when_who_asked_is_killed_the_run_and_the_process_that_forks_end(tmp_path: Path) -> None:
     job(tmp_path, "import os, time; open('pids', 'w').write(f'{os.getpid()} {os.getppid()}'); time.sleep(60)")
     code = (
-        "import sys; from lightning_efficient.ablate.job import Job, run_job\n"
-        "from lightning_efficient.ablate.starters import WarmStarter\n"
+        "import sys; from lightning_efficient.ablation.job import Job, run_job\n"
+        "from lightning_efficient.ablation.starters import WarmStarter\n"
         "run_job(Job(sys.argv[1], {'fit': ['-m', 'run_it']}, {}, sys.argv[1], 0.0), starter=WarmStarter('json', {}))"
     )
     asks = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lightning_efficient.ablate.variants import read_variants
+from lightning_efficient.ablation.variants import read_variants
 
 ON = {"enabled": True}
 

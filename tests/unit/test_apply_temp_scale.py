@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from lightning_efficient.attention.adapter import install, installed
 from lightning_efficient.attention.temper import Law
-from lightning_efficient.attention.verify import module_at
-from lightning_efficient.methods.temp_scale import (
+from lightning_efficient.attention.temperature import (
     Targets,
     TempScaleConfig,
     TempScaleError,
@@ -27,8 +26,9 @@ from lightning_efficient.methods.temp_scale import (
     make_transforms,
     remove_temp_scale,
 )
-from lightning_efficient.surgery.match import NoMatchError
-from lightning_efficient.surgery.probes import Float64
+from lightning_efficient.attention.verify import module_at
+from lightning_efficient.common.match import NoMatchError
+from lightning_efficient.common.running import Float64
 from lightning_efficient.weightspace import Temperature
 
 TAU = 0.6

@@ -16,10 +16,10 @@ from rich.console import Console
 from scipy import stats
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_efficient.compare import ENTROPY, Comparison, compare
-from lightning_efficient.compare.curves import COLOURS
-from lightning_efficient.compare.estimate import Difference, Estimate
-from lightning_efficient.compare.logs import direction, read_runs
+from lightning_efficient.comparison import ENTROPY, Comparison, compare
+from lightning_efficient.comparison.curves import COLOURS
+from lightning_efficient.comparison.estimate import Difference, Estimate
+from lightning_efficient.comparison.logs import direction, read_runs
 
 
 def log(

@@ -14,9 +14,9 @@ from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_efficient.compare import compare
-from lightning_efficient.compare.html import to_html
-from lightning_efficient.compare.pictures import front
+from lightning_efficient.comparison import compare
+from lightning_efficient.comparison.html import to_html
+from lightning_efficient.comparison.pictures import front
 
 VARIANTS = {"baseline": 0.0, "sigma": 0.04, "slow <b>&\"'": -0.002}
 COSTS = {

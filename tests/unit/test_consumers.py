@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fold_models import Affine
 from torch import Tensor, nn
 
-from lightning_efficient.surgery.consumers import Consumers, find_consumers
+from lightning_efficient.folding.consumers import Consumers, find_consumers
 
 C = 4
 

@@ -15,10 +15,11 @@ from export_models import MODELS, Decoder, Lit, bert
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
-from lightning_efficient.callbacks.attach import Request, attachment, install
-from lightning_efficient.export import export
-from lightning_efficient.inference import ExportError, difference
-from lightning_efficient.surgery.change import Change
+from lightning_efficient.common.change import Change
+from lightning_efficient.common.comparing import ExportError, difference
+from lightning_efficient.deploy.export import export
+from lightning_efficient.lifecycle.hooks import install
+from lightning_efficient.lifecycle.state import Request, attachment
 
 OURS = "lightning_efficient.toy"  # the package whose layers export fuses
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from fold_models import MODELS, Affine, Encoder, Table, deepest_difference, swap, swin
 from torch import Tensor, nn
 
-from lightning_efficient.surgery.affine import ChannelAffine, fold_backwards, fold_forwards
-from lightning_efficient.surgery.consumers import Part
-from lightning_efficient.surgery.fold import FoldReport, fold_affines
+from lightning_efficient.folding.affine import ChannelAffine, fold_backwards, fold_forwards
+from lightning_efficient.folding.consumers import Part
+from lightning_efficient.folding.fold import FoldReport, fold_affines
 
 # What stays, by the last part of the norm's name, and a piece of the reason; () is where everything folds.
 LEFT: dict[str, dict[str, str]] = {

@@ -13,9 +13,10 @@ from export_models import MODELS, Decoder, cnn
 from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
 
-from lightning_efficient import formats
-from lightning_efficient.formats import save_exported, to_onnx, to_torch_export
-from lightning_efficient.inference import Call, Difference, ExportError, as_call
+from lightning_efficient.common.comparing import Difference, ExportError
+from lightning_efficient.common.running import Call, as_call
+from lightning_efficient.deploy import formats
+from lightning_efficient.deploy.formats import save_exported, to_onnx, to_torch_export
 
 
 def tail(test: str, cell: dict[str, Any]) -> bool:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lightning_efficient.guard import ENOUGH, Clock, JumpGuard
+from lightning_efficient.common.guard import ENOUGH, Clock, JumpGuard
 
 
 def test_a_scale_is_compared_with_the_median() -> None:

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_efficient.pruning.cost import Cost
-from lightning_efficient.pruning.cric import CricPlan, CricState, probe_units
-from lightning_efficient.pruning.groups import Groups, Slice, UnitGroup
-from lightning_efficient.pruning.hesso import (
+from lightning_efficient.structured.cost import Cost
+from lightning_efficient.structured.cric import CricPlan, CricState, probe_units
+from lightning_efficient.structured.groups import Groups, Slice, UnitGroup
+from lightning_efficient.structured.hesso import (
     KEPT,
     PRUNED,
     SHRINKING,

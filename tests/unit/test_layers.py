@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,21 +15,23 @@ PACKAGE = "lightning_efficient"
 ROOT = Path(lightning_efficient.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
-# Lowest first; a file may import its own layer and those below. The first segment below the package decides; what is
-# not listed (export, compare, cli, demo, testing, ...) is above all of these, and only the public names are above that.
-LAYERS = (
-    {"metrics", "attention", "surgery", "weightspace", "schedule", "guard", "eager"},
-    {"methods", "pruning"},
-    {"callbacks", "recipe", "checkpoint"},
-)
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names} | {"": len(LAYERS) + 1}
-CORE = LAYERS[0] | LAYERS[1]
+# The house, lowest room first: a room imports from those before it and from itself, never from one behind it. The four
+# modules at the top stand above the core (`functional`) or above all (the public names, the switch).
+ROOMS = (
+    "common", "metrics", "surgery", "weightspace", "folding", "norms", "attention", "pruning", "structured",
+    "trainer", "lifecycle", "callbacks", "deploy", "comparison", "ablation", "tuning", "testing", "demo", "cli",
+)  # fmt: skip
+LEVEL = {name: level for level, name in enumerate(ROOMS)}
+ABOVE = {"functional": LEVEL["tuning"], "_switch": len(ROOMS), "__main__": len(ROOMS), "": len(ROOMS) + 1}
+CORE = {*ROOMS[: ROOMS.index("trainer")], "functional"}  # torch only, never lightning
+# The one thing of the core that knows of Lightning: the registry of callbacks.
+AWARE = {"lightning_efficient.common.registry"}
 LONGEST = 400
 PICKLERS = ("pickle", "cloudpickle", "dill", "marshal", "shelve")
 
 
 def segment(module: str) -> str:
-    """``lightning_efficient.callbacks.base`` -> ``callbacks``; the package itself -> ``""``."""
+    """``lightning_efficient.lifecycle.base`` -> ``callbacks``; the package itself -> ``""``."""
     return (module.split(".") + [""])[1]
 
 
@@ -54,7 +57,7 @@ def upward(module: str, imported: str) -> bool:
 
 
 def level(module: str) -> int:
-    return LEVEL.get(segment(module), len(LAYERS))
+    return (LEVEL | ABOVE)[segment(module)]
 
 
 def type_only(tree: ast.Module) -> ast.Module:
@@ -72,6 +75,31 @@ def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
+def test_every_room_is_on_the_list() -> None:
+    rooms = {path.relative_to(ROOT).parts[0] for path in FILES if path.parent != ROOT}
+    assert rooms == set(ROOMS)
+    assert {path.stem for path in FILES if path.parent == ROOT} == {"__init__", "__main__", "_switch", "functional"}
+    public = {cls for cls, home in lightning_efficient._HOMES.items() if home.startswith("callbacks.")}
+    homes = {home for home in lightning_efficient._HOMES.values() if home.startswith("callbacks.")}
+    files = {f"callbacks.{path.stem}" for path in FILES if path.parent == ROOT / "callbacks"}
+    assert files - {"callbacks.__init__"} == homes, f"callbacks/ holds the public callbacks {public} and nothing else"
+
+
+def test_no_import_circles() -> None:
+    """Modules of one room may not wait for each other either."""
+    graph: dict[str, set[str]] = {}
+    modules = {module_of(path) for path in FILES}
+    for path in FILES:
+        module = module_of(path)
+        names = [n for n, _ in imports(type_only(parse(path)), module, path.name == "__init__.py")]
+        targets = {next((m for m in (n, n.rpartition(".")[0]) if m in modules), "") for n in names}
+        graph[module] = targets - {"", module, PACKAGE}
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"import circle: {' -> '.join(error.args[1])}")
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_file_keeps_the_rules(path: Path) -> None:
     module = module_of(path)
@@ -79,7 +107,7 @@ def test_file_keeps_the_rules(path: Path) -> None:
     running = imports(type_only(parse(path)), module, path.name == "__init__.py")
     assert [f"{n} (line {i})" for n, i in running if upward(module, n)] == []
     names = list(imports(parse(path), module, path.name == "__init__.py"))
-    if segment(module) in CORE:
+    if segment(module) in CORE and module not in AWARE:
         assert [f"{n} (line {i})" for n, i in names if n.split(".")[0] in ("lightning", "pytorch_lightning")] == []
     assert [f"{n} (line {i})" for n, i in names if forbidden_import(n)] == []
     assert [f"{n} (line {i})" for n, i in forbidden_calls(parse(path))] == []
@@ -112,19 +140,19 @@ def forbidden_calls(tree: ast.AST) -> Iterator[tuple[str, int]]:
 @pytest.mark.parametrize(
     ("source", "found"),
     [
-        ("from lightning_efficient.export import export", ["lightning_efficient.export.export"]),
+        ("from lightning_efficient.export import export", ["lightning_efficient.deploy.export.export"]),
         ("def f():\n  import lightning_efficient.cli", ["lightning_efficient.cli"]),
-        ("from ..callbacks import base", ["lightning_efficient.callbacks.base"]),
-        ("from .. import recipe", ["lightning_efficient.recipe"]),
+        ("from ..callbacks import base", ["lightning_efficient.lifecycle.base"]),
+        ("from .. import recipe", ["lightning_efficient.lifecycle.recipe"]),
         ("from lightning_efficient import anything_new", ["lightning_efficient.anything_new"]),
         ("import lightning_efficient", ["lightning_efficient"]),
         ("from . import sigma_reparam\nfrom .x import y", []),
-        ("from lightning_efficient.surgery.match import covers", []),
+        ("from lightning_efficient.common.match import covers", []),
         ("if TYPE_CHECKING:\n  from lightning_efficient.export import export", []),
     ],
 )
 def test_upward_imports_are_found(source: str, found: list[str]) -> None:
-    module = "lightning_efficient.methods.some"
+    module = "lightning_efficient.norms.some"
     names = [name for name, _ in imports(type_only(ast.parse(source)), module, is_package=False)]
     assert [name for name in names if upward(module, name)] == found
 
@@ -133,7 +161,7 @@ def test_relative_imports_of_packages() -> None:
     tree = ast.parse("from .x import y\nfrom ..recipe import z")
     assert [n for n, _ in imports(tree, "lightning_efficient.methods", is_package=True)] == [
         "lightning_efficient.methods.x.y",
-        "lightning_efficient.recipe.z",
+        "lightning_efficient.lifecycle.recipe.z",
     ]
 
 

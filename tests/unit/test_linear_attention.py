@@ -25,15 +25,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_efficient.export import export
-from lightning_efficient.formats import to_onnx, to_torch_export
-from lightning_efficient.methods.linear_attention import (
+from lightning_efficient.attention.linear import (
     LinearAttention,
     LinearAttentionConfig,
     apply_linear_attention,
     find_attention,
 )
-from lightning_efficient.surgery.match import NoMatchError
+from lightning_efficient.common.match import NoMatchError
+from lightning_efficient.deploy.export import export
+from lightning_efficient.deploy.formats import to_onnx, to_torch_export
 
 
 def seeded(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from lightning_efficient import measure
-from lightning_efficient.inference import Call, ExportError
-from lightning_efficient.measure import ExportReport, compare_models, count_macs
+from lightning_efficient.common.comparing import ExportError
+from lightning_efficient.common.running import Call
+from lightning_efficient.deploy import measure
+from lightning_efficient.deploy.measure import ExportReport, compare_models, count_macs
 
 
 def macs(model: nn.Module, *args: Any) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lightning_efficient import CollapseMonitor, SigmaReparam
-from lightning_efficient.methods_file import METHODS, build_callback, callback_class, read_methods_file
+from lightning_efficient.common.registry import METHODS, build_callback, callback_class, read_methods_file
 
 
 def write(folder: Path, text: str) -> Path:

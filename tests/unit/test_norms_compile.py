@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_efficient.methods.norms.blend import BlendNorm, blend_norms
-from lightning_efficient.methods.norms.swap import TARGETS, apply_norm_swap
+from lightning_efficient.norms.blend import BlendNorm, blend_norms
+from lightning_efficient.norms.swap import TARGETS, apply_norm_swap
 
 
 @pytest.fixture(autouse=True)

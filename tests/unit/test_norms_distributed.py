@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_efficient.methods.norms.repbn import RepBN
+from lightning_efficient.norms.repbn import RepBN
 
 C = 3
 

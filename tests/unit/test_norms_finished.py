@@ -11,12 +11,12 @@ import timm.utils
 import torch
 from torch import Tensor, nn
 
-from lightning_efficient.methods.norms.blend import BlendNorm, blend_norms
-from lightning_efficient.methods.norms.repbn import RepBN
-from lightning_efficient.methods.norms.sources import recognise
-from lightning_efficient.methods.norms.swap import TARGETS, NormSwapConfig, apply_norm_swap, make_target
-from lightning_efficient.methods.norms.targets import FixedAffine
-from lightning_efficient.methods.norms.unified import UnifiedNorm
+from lightning_efficient.norms.blend import BlendNorm, blend_norms
+from lightning_efficient.norms.repbn import RepBN
+from lightning_efficient.norms.sources import recognise
+from lightning_efficient.norms.swap import TARGETS, NormSwapConfig, apply_norm_swap, make_target
+from lightning_efficient.norms.targets import FixedAffine
+from lightning_efficient.norms.unified import UnifiedNorm
 
 C = 6
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_efficient.methods.norms.blend import blend_norms
-from lightning_efficient.methods.norms.recalibrate import recalibrate
-from lightning_efficient.methods.norms.swap import apply_norm_swap
+from lightning_efficient.norms.blend import blend_norms
+from lightning_efficient.norms.recalibrate import recalibrate
+from lightning_efficient.norms.swap import apply_norm_swap
 
 C = 4
 

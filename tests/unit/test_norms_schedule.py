@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lightning_efficient.schedule import transition, transition_steps
+from lightning_efficient.common.schedule import transition, transition_steps
 
 SHAPES = st.sampled_from(["linear", "cosine"])
 

@@ -15,7 +15,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from lightning_efficient.methods.norms.sources import Source, recognise
+from lightning_efficient.norms.sources import Source, recognise
 
 
 class Own(nn.Module):

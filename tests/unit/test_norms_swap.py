@@ -10,11 +10,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from lightning_efficient.methods.norms.blend import BlendNorm, blend_norms
-from lightning_efficient.methods.norms.repbn import RepBN
-from lightning_efficient.methods.norms.swap import METHOD, TARGETS, NormSwapConfig, apply_norm_swap, find_norms
-from lightning_efficient.surgery.match import NoMatchError
-from lightning_efficient.surgery.order import ORDER
+from lightning_efficient.common.match import NoMatchError
+from lightning_efficient.common.registry import ORDER
+from lightning_efficient.norms.blend import BlendNorm, blend_norms
+from lightning_efficient.norms.repbn import RepBN
+from lightning_efficient.norms.swap import METHOD, TARGETS, NormSwapConfig, apply_norm_swap, find_norms
 from lightning_efficient.surgery.replace import reinstate_modules, restore_modules
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_efficient.callbacks.padding import capture_padding, valid_rows
-from lightning_efficient.methods.norms.blend import blend_norms
-from lightning_efficient.methods.norms.swap import apply_norm_swap
+from lightning_efficient.norms.blend import blend_norms
+from lightning_efficient.norms.padding import capture_padding, valid_rows
+from lightning_efficient.norms.swap import apply_norm_swap
 
 DROP = torch.tensor([[False, False, True, True], [False, False, False, True], [False, True, True, True]])
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_efficient.pruning.graph import find_groups
-from lightning_efficient.pruning.groups import Groups
-from lightning_efficient.surgery.match import NoMatchError
+from lightning_efficient.common.match import NoMatchError
+from lightning_efficient.structured.graph import find_groups
+from lightning_efficient.structured.groups import Groups
 
 
 class Residual(nn.Module):

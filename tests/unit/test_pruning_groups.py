@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_efficient.pruning.groups import Groups, Slice, UnitGroup, check_keep
+from lightning_efficient.structured.groups import Groups, Slice, UnitGroup, check_keep
 
 HEADS = torch.tensor([[0, 1], [2, 3], [4, 5]])
 

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations
 
-from lightning_efficient.pruning import MaskTransform, pack_mask, set_mask, unpack_mask
-from lightning_efficient.pruning.masks import forget
-from lightning_efficient.pruning.rewind import rewind, take
+from lightning_efficient.common.match import NoMatchError
 from lightning_efficient.pruning.targets import find_targets
-from lightning_efficient.surgery.match import NoMatchError
 from lightning_efficient.weightspace import Block, Boundary, SpectralTransform
+from lightning_efficient.weightspace.mask import MaskTransform, forget, pack_mask, set_mask, unpack_mask
+from lightning_efficient.weightspace.snapshot import rewind, take
 
 # -- bits ------------------------------------------------------------------------------------------------------------
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_efficient.pruning.graph import find_groups
-from lightning_efficient.pruning.groups import Groups
-from lightning_efficient.pruning.slim import apply_slim, plan_slim, replay_slim
-from lightning_efficient.surgery.match import NoMatchError
+from lightning_efficient.common.match import NoMatchError
+from lightning_efficient.structured.graph import find_groups
+from lightning_efficient.structured.groups import Groups
+from lightning_efficient.structured.slim import apply_slim, plan_slim, replay_slim
 from tests.slim_models import lively
 
 PADDING = torch.tensor([[False] * 6, [False] * 4 + [True] * 2])

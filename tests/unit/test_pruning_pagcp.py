@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_efficient.pruning.budgets import Budget, decay, read_budgets, tolerances
-from lightning_efficient.pruning.cost import Cost
-from lightning_efficient.pruning.groups import Slice, UnitGroup
-from lightning_efficient.pruning.held import UnitMask
-from lightning_efficient.pruning.pagcp import Layer, PagcpConfig, search, unit_scores
+from lightning_efficient.structured.budgets import Budget, decay, read_budgets, tolerances
+from lightning_efficient.structured.cost import Cost
+from lightning_efficient.structured.groups import Slice, UnitGroup
+from lightning_efficient.structured.pagcp import Layer, PagcpConfig, search, unit_scores
+from lightning_efficient.weightspace.mask import UnitMask
 
 # -- budgets ---------------------------------------------------------------------------------------------------------
 

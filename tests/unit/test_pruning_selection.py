@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_efficient.pruning import criteria, make_mask, make_masks
-from lightning_efficient.pruning.schedules import Schedule, cubic, iterative
-from lightning_efficient.pruning.selection import count_of, lowest
-from lightning_efficient.pruning.units import Granularity
+from lightning_efficient.common.schedule import Schedule, cubic, iterative
+from lightning_efficient.pruning import criteria
+from lightning_efficient.pruning.granularity import Granularity
+from lightning_efficient.pruning.selection import count_of, lowest, make_mask, make_masks
 
 properties = settings(max_examples=100, deadline=None, derandomize=True)
 amounts = st.floats(0, 0.999)

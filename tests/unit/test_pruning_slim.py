@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_efficient.pruning.absorb import absorb_constants
-from lightning_efficient.pruning.graph import find_groups
-from lightning_efficient.pruning.groups import Groups, Slice, UnitGroup
-from lightning_efficient.pruning.slim import apply_slim, is_cut, plan_slim, replay_slim
+from lightning_efficient.common.nests import tensors_in
+from lightning_efficient.structured.graph import find_groups
+from lightning_efficient.structured.groups import Groups, Slice, UnitGroup
+from lightning_efficient.structured.slim import apply_slim, is_cut, plan_slim, replay_slim
 from lightning_efficient.surgery.cuts import cut_states
-from lightning_efficient.surgery.tags import tensors_in
 from tests.slim_models import MODELS, ResNet, Transformer, images, lively, tokens
 
 
@@ -241,23 +240,3 @@ def test_a_compiled_model_sees_the_cut() -> None:
         compiled(x)
         apply_slim(compiled, _half(groups), groups)
         torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=1e-6)
-
-
-def test_constants_of_zeroed_units_move_into_biases() -> None:
-    torch.manual_seed(0)
-    model = lively(nn.Sequential(nn.Linear(4, 6), nn.Sigmoid(), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)))
-    x = torch.randn(3, 4)
-    groups = find_groups(model, x, inexact=True)
-    assert not groups.found["0"].exact
-    assert groups.found["2"].exact
-    keep = {"0": [0, 3, 4], "2": [1, 2]}
-    zeroed = _zeroed(model, groups, keep)
-    plain = copy.deepcopy(model)
-    apply_slim(plain, keep, groups)
-    assert not torch.allclose(_outputs(plain, x)[0], _outputs(zeroed, x)[0], atol=1e-3)
-    assert absorb_constants(model, x, keep, groups) == {"2": "absorbed", "4": "nothing comes from the units"}
-    apply_slim(model, keep, groups)
-    torch.testing.assert_close(_outputs(model, x)[0], _outputs(zeroed, x)[0], rtol=0, atol=1e-6)
-    silent = nn.Sequential(nn.Linear(4, 6), nn.Sigmoid(), nn.Linear(6, 2, bias=False))
-    groups = find_groups(silent, x, inexact=True)
-    assert "no bias" in absorb_constants(silent, x, {"0": [0]}, groups)["2"]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_efficient.recipe import KEY, VERSION, Entry, RecipeError, read, write
+from lightning_efficient.lifecycle.recipe import KEY, VERSION, Entry, RecipeError, read, write
 
 
 def good() -> dict[str, Any]:

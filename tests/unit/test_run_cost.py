@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_efficient import CollapseMonitor, RunCost
-from lightning_efficient.callbacks.base import SUITE
-from lightning_efficient.callbacks.tensorboard import CHARTS
-from lightning_efficient.compare import compare
-from lightning_efficient.compare.exported import log_exported
+from lightning_efficient.comparison import compare
+from lightning_efficient.deploy.measure import log_exported
+from lightning_efficient.lifecycle.base import SUITE
+from lightning_efficient.trainer.tensorboard import CHARTS
 
 
 class Slow(LightningModule):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_efficient.pruning.groups import Slice, UnitGroup
-from lightning_efficient.pruning.saliency import CRITERIA, all_sums, unit_sums
-from lightning_efficient.pruning.saliency import saliency as saliency_of
+from lightning_efficient.structured.groups import Slice, UnitGroup
+from lightning_efficient.structured.saliency import CRITERIA, all_sums, unit_sums
+from lightning_efficient.structured.saliency import saliency as saliency_of
 
 
 def saliency(

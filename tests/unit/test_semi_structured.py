@@ -19,12 +19,12 @@ from torch.sparse._semi_structured_conversions import (
 )
 from zoo import Classifier, loader
 
-from lightning_efficient import MagnitudePruning, semi_structured
-from lightning_efficient.export import export
-from lightning_efficient.inference import ExportError
-from lightning_efficient.pruning import make_mask
-from lightning_efficient.pruning.pattern import holds_pattern
-from lightning_efficient.semi_structured import find_semi_structured, to_semi_structured
+from lightning_efficient import MagnitudePruning
+from lightning_efficient.common.comparing import ExportError
+from lightning_efficient.deploy import semi_structured
+from lightning_efficient.deploy.export import export
+from lightning_efficient.deploy.semi_structured import find_semi_structured, holds_pattern, to_semi_structured
+from lightning_efficient.pruning.selection import make_mask
 
 GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 

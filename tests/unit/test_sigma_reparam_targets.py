@@ -14,14 +14,14 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils import parametrizations
 from zoo import Decoder
 
-from lightning_efficient.methods.sigma_reparam import (
+from lightning_efficient.common.match import NoMatchError
+from lightning_efficient.weightspace.sigma_reparam import (
     SigmaReparamConfig,
     Targets,
     apply_sigma_reparam,
     describe,
     find_targets,
 )
-from lightning_efficient.surgery.match import NoMatchError
 
 
 class Net(nn.Module):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import rich
 
-from lightning_efficient.pruning.graph import find_groups
-from lightning_efficient.pruning.slim import apply_slim
-from lightning_efficient.slim_report import slim_report
+from lightning_efficient.deploy.measure import slim_report
+from lightning_efficient.structured.graph import find_groups
+from lightning_efficient.structured.slim import apply_slim
 from tests.slim_models import ResNet, images, lively
 
 

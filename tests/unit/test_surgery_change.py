@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from lightning_efficient.surgery.change import Change
+from lightning_efficient.common.change import Change
 
 
 def test_defaults_are_empty_and_not_shared():

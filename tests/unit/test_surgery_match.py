@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from lightning_efficient.surgery.match import (
+from lightning_efficient.common.match import (
     NoMatchError,
     canonical_name,
     covers,

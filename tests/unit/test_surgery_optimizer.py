@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler as lrs
 
-from lightning_efficient.surgery.change import Change
+from lightning_efficient.common.change import Change
 from lightning_efficient.surgery.optimizer import add_parameters, plain_view, rebind
 from lightning_efficient.surgery.replace import replace_modules
 

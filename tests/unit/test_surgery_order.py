@@ -4,7 +4,7 @@ from itertools import permutations
 
 import pytest
 
-from lightning_efficient.surgery.order import CONFLICTS, ORDER, STRUCTURED, check_methods, sort_methods
+from lightning_efficient.common.registry import CONFLICTS, ORDER, STRUCTURED, check_methods, sort_methods
 
 
 def test_every_conflict_names_two_known_methods_and_says_what_to_do():

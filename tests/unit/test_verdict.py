@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lightning_efficient.compare import Comparison, Difference, Run, Series
-from lightning_efficient.compare.estimate import holm
+from lightning_efficient.comparison import Comparison, Difference, Run, Series
+from lightning_efficient.comparison.estimate import holm
 
 A, B = (0.91, 0.93, 0.90, 0.94), (0.95, 0.94, 0.96, 0.99)
 

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_efficient.methods.sigma_reparam import (
+from lightning_efficient.surgery.optimizer import add_parameters
+from lightning_efficient.weightspace import Block, Boundary, SpectralTransform, leading_singular_triplet
+from lightning_efficient.weightspace.sigma_reparam import (
     SigmaReparamConfig,
     apply_sigma_reparam,
     find_targets,
     make_transform,
 )
-from lightning_efficient.surgery.optimizer import add_parameters
-from lightning_efficient.weightspace import Block, Boundary, SpectralTransform, leading_singular_triplet
 
 # -- singular vectors ------------------------------------------------------------------------------------------------
 

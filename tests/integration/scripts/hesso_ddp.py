@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from zoo import Classifier, loader
 
 from lightning_efficient import HESSOPruning
-from lightning_efficient.callbacks.slim import cut
+from lightning_efficient.lifecycle.cuts import cut
 from lightning_efficient.testing.case import Dealt
 
 

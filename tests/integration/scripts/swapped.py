@@ -18,7 +18,7 @@ from torch import Tensor
 from zoo import Classifier, loader
 
 from lightning_efficient import PRepBN
-from lightning_efficient.methods.norms.blend import blend_norms
+from lightning_efficient.norms.blend import blend_norms
 from lightning_efficient.testing.case import ResumableLoader
 
 STEPS, HALF, TROUBLE = 60, 33, 30

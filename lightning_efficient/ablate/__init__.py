@@ -1,1 +1,0 @@
-"""``ablate``: one configuration, methods toggled, over seeds. Imports nothing: runs load the reporter only."""

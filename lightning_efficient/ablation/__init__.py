@@ -1,0 +1,3 @@
+"""``ablate``: one configuration, methods toggled, over seeds. Imports nothing: runs load the reporter only."""
+
+from __future__ import annotations

@@ -1,0 +1,226 @@
+"""``ablate``: a configuration with methods toggled, over seeds; resumable, and compared in the end."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lightning_efficient.ablation.engines import (
+    ENGINES,
+    Engine,
+    LocalEngine,
+    RayEngine,
+    gpus_of_a_run,
+    make_slots,
+    visible_gpus,
+)
+from lightning_efficient.ablation.files import EXPORT, read_json, write_json
+from lightning_efficient.ablation.plan import Planned, check, jobs, locked, plan
+from lightning_efficient.ablation.start import started_alike
+from lightning_efficient.ablation.target import find_target
+from lightning_efficient.ablation.variants import BASELINE, VariantsLike, read_variants
+from lightning_efficient.ablation.view import RunRow, View, errors, row_of, shown_metric, table
+from lightning_efficient.comparison import Comparison, compare
+from lightning_efficient.comparison.html import to_html
+
+RESULT = "ablation.json"
+PICTURE = "curves.png"
+PAGE = "report.html"
+_ON: dict[str, Any] = {"enabled": True}
+_IMPORTS = "lightning_efficient.cli.preload"
+_LOOK = 0.5  # seconds between two looks at the runs' files
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What ``ablate`` found.
+
+    Args:
+        folder: The output folder.
+        runs: Every run, failed ones with their error.
+        comparison: Of the finished runs; ``None`` if there are none, or none of them logged a metric.
+        notes: What to know before reading the comparison.
+    """
+
+    folder: Path
+    runs: list[RunRow]
+    comparison: Comparison | None
+    notes: list[str]
+
+    @property
+    def finished(self) -> bool:
+        """Whether every run has finished."""
+        return all(run.state == "finished" for run in self.runs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON-able data."""
+        comparison = None if self.comparison is None else self.comparison.to_dict()
+        return {"runs": [asdict(run) for run in self.runs], "notes": self.notes, "comparison": comparison}
+
+
+def ablate(
+    variants: VariantsLike,
+    script: str | os.PathLike[str] | None = None,
+    arguments: Sequence[str] = (),
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    out: str | os.PathLike[str] = "ablation",
+    metrics: Sequence[str] | None = None,
+    test: bool = False,
+    run_cost: bool = True,
+    export: bool = False,
+    retry_failed: bool = False,
+    n_jobs: int | None = None,
+    threads: int = 1,
+    engine: str = "local",
+    address: str | None = None,
+    checkpoint_every: float = 30.0,
+    console: Console | None = None,
+) -> Ablation:
+    """Train one configuration with and without methods, over seeds, and compare.
+
+    Every run is a process with its own folder ``<out>/<variant>/seed_<n>``. Finished runs are not repeated, so that the
+    same call continues what was interrupted or killed; runs that fail stay as rows with their error.
+
+    Args:
+        variants: A YAML file, a mapping name → methods, or names such as ``["sigma_reparam", "norm_swap+temp_scale"]``.
+            The baseline, the configuration as it is, is always added.
+        script: A LightningCLI script that need not know this package: a file, or a module's import path. ``None``:
+            ``lightning-efficient fit``.
+        arguments: For every run, such as ``["--config=base.yaml", "--trainer.max_epochs=3"]``.
+        seeds: For ``--seed_everything``; each variant is trained once with each.
+        out: Folder for everything.
+        metrics: Names or globs for the comparison, as for :func:`~lightning_efficient.comparison.compare`.
+        test: Also run the script's ``test`` with the best checkpoint of each run, if it has a test stage.
+        run_cost: Log time a step, peak memory and parameters of every run
+            (:class:`~lightning_efficient.RunCost`). ``False`` for a script that has that callback itself.
+        export: Also export each model as its training ends, and log size, multiply-accumulates and latency of the
+            copy. Needs an ``example_input_array``.
+        retry_failed: Train failed runs anew.
+        n_jobs: Runs at a time; ``None``: cores ÷ ``threads``, or as many as the GPUs have room for.
+        threads: ``OMP_NUM_THREADS`` of each run.
+        engine: ``"local"``, or ``"ray"``.
+        address: Of a Ray cluster; ``None``: one on this machine.
+        checkpoint_every: Least number of seconds between two points to resume from; written between epochs.
+        console: Where to report; ``None``: the terminal.
+
+    Returns:
+        The runs and their comparison, also written to ``<out>/ablation.json``.
+
+    Raises:
+        FileNotFoundError: No such script or file.
+        ValueError: A wrong argument, a variant or a script that cannot work, or a folder that holds something else.
+        ImportError: The engine's package is missing.
+    """
+    console = console or Console()
+    _check_arguments(seeds, n_jobs, threads, engine, address)
+    found = read_variants(variants)
+    if run_cost:
+        found = {name: {**methods, "run_cost": methods.get("run_cost", _ON)} for name, methods in found.items()}
+    target = find_target(script, arguments)
+    if test and not target.subcommands:
+        raise ValueError("`test` needs a script with subcommands: this one has LightningCLI(run=False).")
+    folder = Path(out).resolve()
+    runs = plan(found, list(seeds), folder)
+    check(runs, target)
+    with locked(folder) as lock:
+        left = jobs(runs, target, test, retry_failed, checkpoint_every, export)
+        slots = make_slots(target.config, n_jobs, threads, gpus := visible_gpus())[: max(1, len(left))]
+        console.print(
+            f"[bold]lightning-efficient ablate[/]  {len(found)} variants × {len(seeds)} seeds, {len(left)} of "
+            f"{len(runs)} runs to do, {len(slots)} at a time → {folder}", highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        if left:
+            each = gpus_of_a_run(target.config, len(gpus))
+            # A user's script may set variables before its imports, and a fork cannot use a GPU that its parent opened.
+            imports = _IMPORTS if script is None and not each and sys.platform == "linux" else None
+            local = engine == "local"
+            with _stopped(
+                LocalEngine(slots, [lock], imports) if local else RayEngine(slots, address, threads, each)
+            ) as started:
+                started.start(left)
+                _watch(started, runs, View(console, metrics))
+        return _report(folder, runs, metrics, console)
+
+
+def _check_arguments(seeds: Sequence[int], n_jobs: int | None, threads: int, engine: str, address: str | None) -> None:
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise ValueError(f"`seeds` should be different numbers from 0 on; got {list(seeds)}.")
+    for name, value in (("n_jobs", n_jobs), ("threads", threads)):
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` should be at least 1; got {value}.")
+    if engine not in ENGINES:
+        raise ValueError(f"`engine` should be one of {', '.join(ENGINES)}; got {engine!r}.")
+    if address is not None and engine != "ray":
+        raise ValueError(f"`address` is for engine='ray'; got engine={engine!r}.")
+
+
+@contextmanager
+def _stopped(engine: Engine) -> Iterator[Engine]:
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+def _watch(engine: Engine, runs: Sequence[Planned], view: View) -> None:
+    def rows() -> list[RunRow]:
+        return [row_of(run) for run in runs]
+
+    try:
+        with view.open():
+            view.update(rows())
+            while not engine.wait(_LOOK):
+                view.update(rows())
+            view.update(rows())
+    except KeyboardInterrupt:
+        view.console.print("Interrupted: ending the runs. The same command continues.", highlight=False)
+        raise
+
+
+def _not_exported(runs: Sequence[Planned]) -> list[str]:
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        if error := read_json(run.folder / EXPORT).get("error"):
+            found.setdefault(error, []).append(f"{run.variant} seed {run.seed}")
+    return [f"Trained, but not exported: {', '.join(who)}: {error}" for error, who in found.items()]
+
+
+def _report(folder: Path, runs: Sequence[Planned], metrics: Sequence[str] | None, console: Console) -> Ablation:
+    rows = [row_of(run) for run in runs]
+    notes = started_alike(runs) + _not_exported(runs)
+    comparison: Comparison | None = None
+    finished = [row for row in rows if row.state == "finished"]
+    try:
+        if finished:
+            has_baseline = any(row.variant == BASELINE for row in finished)
+            comparison = compare([row.folder for row in finished], metrics, BASELINE if has_baseline else None)
+    except (ValueError, OSError) as error:
+        notes.append(f"No comparison: {error}")
+    ablation = Ablation(folder, rows, comparison, notes)
+    write_json(folder / RESULT, ablation.to_dict())
+    plain: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
+    console.print(table(rows, shown_metric(rows, metrics)))
+    for text in errors(rows):
+        console.print(text, style="red", **plain)
+    if comparison is not None:
+        console.print(comparison.table())
+        for verdict in comparison.verdicts():
+            console.print(f"{verdict.variant}  {verdict.text}", **plain)
+        comparison.figure().savefig(folder / PICTURE, dpi=150)
+        (folder / PAGE).write_text(to_html(comparison), encoding="utf-8")
+    for note in notes:
+        console.print(note, **plain)
+    if any(row.state == "failed" for row in rows):
+        console.print("Failed runs are kept as they are: --retry-failed trains them anew.", **plain)
+    files = [RESULT, *([PICTURE, PAGE] if comparison is not None else [])]
+    console.print(f"written   {', '.join(str(folder / file) for file in files)}", **plain)
+    console.print(f"curves    tensorboard --logdir {folder}", **plain)
+    return ablation

@@ -1,0 +1,164 @@
+"""What is trained: a user's LightningCLI script or our own ``fit``, asked once for its whole configuration."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from lightning_efficient.ablation.files import METHODS_FILE
+from lightning_efficient.ablation.job import error_lines
+from lightning_efficient.ablation.variants import Methods
+from lightning_efficient.common.names import RUN_VARIABLE, VARIABLE
+from lightning_efficient.common.registry import METHODS, near
+
+_HEADER = "# lightning.pytorch=="
+_TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
+_CSV = "lightning.pytorch.loggers.CSVLogger"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A training command that is understood.
+
+    Args:
+        command: What follows ``python``: a script, or ``-m`` and a module.
+        arguments: For every run, before those that ``ablate`` adds.
+        subcommands: ``False`` for a script with ``LightningCLI(run=False)``, which has no ``fit``, ``test`` or
+            ``--ckpt_path``.
+        methods_are_keys: Each method is a key of its configuration (``EfficientCLI``).
+        config: The whole configuration that these arguments give, without the seed.
+    """
+
+    command: tuple[str, ...]
+    arguments: tuple[str, ...]
+    subcommands: bool
+    methods_are_keys: bool
+    config: dict[str, Any]
+
+    def argv(
+        self, step: str, folder: Path, methods: Methods, seed: int, checkpoint: Path | None = None
+    ) -> tuple[str, ...]:
+        """The command line of one run, after ``python``.
+
+        Args:
+            step: ``"fit"`` or ``"test"``.
+            folder: The run's, ``<out>/<variant>/seed_<n>``.
+            methods: Of its variant.
+            seed: For ``--seed_everything``.
+            checkpoint: To continue from.
+        """
+        argv = [*self.command, *([step] if self.subcommands else []), *self.arguments]
+        if self.methods_are_keys and methods:
+            argv += [f"--config={folder / METHODS_FILE}"]
+        argv += [
+            f"--seed_everything={seed}",
+            f"--trainer.default_root_dir={folder}",
+            f"--trainer.logger={json.dumps(loggers(self.config, folder))}",
+            "--trainer.enable_progress_bar=false",
+        ]
+        return (*argv, *([f"--ckpt_path={checkpoint}"] if checkpoint and self.subcommands else []))
+
+    def environment(self, folder: Path, methods: Methods) -> dict[str, str]:
+        """What switches the methods on in a script that does not know them.
+
+        Args:
+            folder: The run's.
+            methods: Of its variant.
+        """
+        return {VARIABLE: "" if self.methods_are_keys or not methods else str(folder / METHODS_FILE)}
+
+
+def find_target(script: str | os.PathLike[str] | None, arguments: Sequence[str], subcommand: str = "fit") -> Target:
+    """Ask a script for its configuration, so that what is wrong with it is said once and before any run.
+
+    Args:
+        script: A file, or a module's import path. ``None``: ``lightning-efficient fit``.
+        arguments: For every run, such as ``["--config=base.yaml", "--trainer.max_epochs=3"]``.
+        subcommand: Which one trains.
+
+    Raises:
+        FileNotFoundError: No such script.
+        ValueError: It refuses the arguments, or it is not a LightningCLI script.
+    """
+    command = _command(script)
+    failed = ""
+    for words in ([subcommand], []):
+        done = _probe([*command, *words, *arguments, "--print_config"])
+        if done.returncode == 0:
+            config = _config(done.stdout, " ".join(command))
+            keys = [config.get(method) for method in METHODS]
+            efficient = all(isinstance(key, Mapping) and "enabled" in key for key in keys)
+            return Target(command, tuple(arguments), bool(words), efficient, config)
+        failed = failed or error_lines(done.stderr)
+        if f"arguments: {subcommand}" not in done.stderr:
+            break
+    raise ValueError(f"`python {' '.join([*command, subcommand, *arguments])}` would not start:\n{failed}")
+
+
+def loggers(config: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """The user's loggers, those that write files led into the run's folder, and TensorBoard in any case.
+
+    Args:
+        config: The whole configuration.
+        folder: ``<out>/<variant>/seed_<n>``: TensorBoard shows the run under this name.
+    """
+    given = config.get("trainer", {}).get("logger") or []
+    entries = [e for e in (given if isinstance(given, list) else [given]) if isinstance(e, Mapping)]
+    place = {"save_dir": str(folder.parents[1]), "name": folder.parent.name, "version": folder.name}
+    board: dict[str, Any] = {"class_path": _TENSORBOARD, "init_args": place}
+    others: list[dict[str, Any]] = []
+    for entry in entries:
+        path, init = entry.get("class_path"), dict(entry.get("init_args") or {})
+        if path == _TENSORBOARD:
+            board["init_args"] = {**init, **place, "sub_dir": None}
+        elif path == _CSV:
+            others.append(
+                {"class_path": _CSV, "init_args": {**init, "save_dir": str(folder), "name": "", "version": "csv"}}
+            )
+        else:
+            others.append(dict(entry))
+    return [board, *others]
+
+
+def _command(script: str | os.PathLike[str] | None) -> tuple[str, ...]:
+    if script is None:
+        return ("-m", "lightning_efficient")
+    name = os.fspath(script)
+    if Path(name).is_file():
+        return (name,)
+    try:
+        spec = importlib.util.find_spec(name) if not name.endswith(".py") and os.sep not in name else None
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None:
+        parent = Path(name).parent
+        here = [str(file) for file in parent.glob("*.py")] if parent.is_dir() else []
+        raise FileNotFoundError(f"no script {name!r}{near(name, here)}: neither a file nor an importable module.")
+    return ("-m", name)
+
+
+def _probe(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, VARIABLE: "", RUN_VARIABLE: json.dumps({"probe": True})}
+    return subprocess.run(
+        [sys.executable, *argv], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+
+
+def _config(printed: str, command: str) -> dict[str, Any]:
+    _, found, text = printed.partition(_HEADER)
+    config = yaml.safe_load(_HEADER + text) if found else None
+    if not isinstance(config, dict) or "trainer" not in config:
+        raise ValueError(
+            f"`python {command} fit --print_config` printed no configuration: `ablate` runs LightningCLI scripts."
+        )
+    config.pop("seed_everything", None)
+    return config

@@ -1,0 +1,196 @@
+"""Running a model as it would be deployed, without leaving a trace in it, and comparing what comes out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_efficient.common.eager import uncompiled
+from lightning_efficient.common.nests import mapped, named_tensors, tensors_in
+
+# One tensor, a tuple of positional arguments, or a dict of keyword arguments (as Lightning's
+# example_input_array).
+Inputs: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
+
+def first_line(error: Exception) -> str:
+    """Kind and first line of an error, for messages that quote it."""
+    text = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one ``model(...)`` call."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] | None = None
+
+    def on(self, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Fresh copies of the arguments on the model's device: a model may work on its input in place."""
+        device = device_of(model)
+        fresh = apply_to_collection(
+            (self.args, dict(self.kwargs or {})), Tensor, lambda t: t.detach().to(device, copy=True)
+        )
+        return fresh[0], fresh[1]
+
+    def run(self, model: nn.Module) -> Any:
+        """The model's output; the random state (CPU and the model's CUDA devices) is as before."""
+        args, kwargs = self.on(model)
+        with torch.random.fork_rng(devices=_cuda_devices(model)), uncompiled():
+            return model(*args, **kwargs)
+
+    def resized(self, batch: int) -> Call:
+        """The same call with ``batch`` samples: rows of every tensor, repeated or cut along its first axis.
+
+        Raises:
+            ValueError: The tensors do not share a first axis, so it cannot be the batch.
+        """
+        sizes = {name: t.shape[0] if t.ndim else None for name, t in named_tensors(self.parts)}
+        if len(set(sizes.values())) != 1 or None in sizes.values():
+            raise ValueError(
+                f"the example inputs share no first (batch) axis: sizes {sizes}. Measure them as given with "
+                "`batch_sizes=None`; save with `dynamic_batch=False`."
+            )
+
+        def rows(tensor: Tensor) -> Tensor:
+            return tensor[torch.arange(batch, device=tensor.device) % tensor.shape[0]]
+
+        parts = apply_to_collection((self.args, dict(self.kwargs or {})), Tensor, rows)
+        return Call(parts[0], parts[1])
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """Name → argument; positional ones are named by their place."""
+        return {**{str(i): value for i, value in enumerate(self.args)}, **(self.kwargs or {})}
+
+    def __str__(self) -> str:
+        shapes = [f"{name}: {tuple(t.shape)} {t.dtype}" for name, t in named_tensors(self.parts)]
+        return ", ".join(shapes) or "no tensors"
+
+
+def as_call(example_inputs: Inputs) -> Call:
+    """Read example inputs as Lightning reads ``example_input_array``.
+
+    Args:
+        example_inputs: A tensor (the only argument), a tuple (positional arguments) or a mapping (keyword
+            arguments).
+
+    Raises:
+        TypeError: Anything else; a list could be either one argument or several.
+    """
+    if isinstance(example_inputs, Tensor):
+        return Call((example_inputs,))
+    if isinstance(example_inputs, tuple):
+        return Call(example_inputs)
+    if isinstance(example_inputs, Mapping):
+        return Call((), dict(example_inputs))
+    raise TypeError(
+        "`example_inputs` takes a tensor, a tuple of positional or a dict of keyword arguments; got "
+        f"{type(example_inputs).__name__}. One list as the only argument is written `([...],)`."
+    )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of the model's first parameter or buffer; the CPU if it has none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def _cuda_devices(model: nn.Module) -> list[int]:
+    tensors = (*model.parameters(), *model.buffers())
+    return sorted({t.device.index for t in tensors if t.device.type == "cuda" and t.device.index is not None})
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; training flags, buffers and random state come back as they were.
+
+    Args:
+        models: The models that will run. Module by module their flags return, however they were mixed.
+    """
+    modules = [module for model in models for module in model.modules()]
+    flags = [(module, module.training) for module in modules]
+    buffers = [(m, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
+    devices = sorted({index for model in models for index in _cuda_devices(model)})
+    try:
+        for model in models:
+            model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+        with torch.no_grad():
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer
+                # An unconditional copy_ would raise the version counter of every buffer autograd may have
+                # saved.
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+def forget(model: nn.Module) -> None:
+    """Let modules drop what they keep from their weights in evaluation mode (timm's LeViT: position biases).
+
+    Args:
+        model: Comes out with every module in the mode it was in.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    for module, mode in modes:
+        if not mode:
+            module.train(False)
+    for module, mode in modes:  # a parent's `train` takes its children along
+        module.training = mode
+
+
+_LOW = (torch.float32, torch.float16, torch.bfloat16)
+_CASTS = (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16)
+
+
+class Float64(TorchFunctionMode):
+    """Keeps a float64 model in float64 where its code asks for less (``softmax(dtype=torch.float32)``).
+
+    Rounding to float32 in the middle of a forward would hide an error of 1e-8 and show one where there is none.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """The same call with every lower floating dtype among its arguments raised."""
+        func = torch.Tensor.double if func in _CASTS else func
+        args, kwargs = (mapped(part, _raised) for part in (args, dict(kwargs or {})))
+        out = func(*args, **kwargs)
+        made = isinstance(out, Tensor) and out.dtype in _LOW and next(tensors_in((args, kwargs)), None) is None
+        return out.double() if made else out
+
+
+def float64_copy(model: nn.Module) -> nn.Module:
+    """A deep copy in float64 and evaluation mode, to try things on."""
+    twin = copy.deepcopy(model).double().eval()
+    for module in twin.modules():
+        # A compiled function is copied by reference, so that it would run the original.
+        original = getattr(vars(module).get("forward"), "_torchdynamo_orig_callable", None)
+        if getattr(original, "__func__", None) is type(module).forward:
+            del module.forward
+    return twin
+
+
+def _raised(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value in _LOW else value
+
+
+def _double(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.double() if value.is_floating_point() else value.clone()

@@ -1,0 +1,1 @@
+"""Who reads the output of a norm, and absorbs it."""

@@ -1,0 +1,1 @@
+"""When a method acts inside a Trainer, and what a file says of it."""

@@ -1,0 +1,268 @@
+"""Checkpoints of models whose modules were changed: plain on disk wherever a change folds exactly.
+
+Weight-space methods never come here: their ``state_dict`` is plain at all times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import IO, Any, Protocol, TypeVar, cast, runtime_checkable
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_efficient.attention.adapter import set_laws, take_laws, write_laws
+from lightning_efficient.attention.temper import Law
+from lightning_efficient.common.change import Change
+from lightning_efficient.common.match import canonical_name
+from lightning_efficient.lifecycle import recipe
+from lightning_efficient.lifecycle.recipe import Entry, RecipeError
+from lightning_efficient.structured.slim import Cuts, replay_slim
+
+# method → "module:function" that applies it: function(model, config, names) -> Change. An allow-list: what a file names
+# is looked up here and nowhere else.
+STRUCTURAL: dict[str, str] = {
+    "remove_norms": "lightning_efficient.norms.remove:apply_remove_norms",
+    "norm_swap": "lightning_efficient.norms.swap:apply_norm_swap",
+    "linear_attention": "lightning_efficient.attention.linear:apply_linear_attention",
+}
+
+# Keys of the entries of method "slim": what has been cut out of the weights in the file, and what lies in them as
+# zeros, to be cut out by `export`.
+CUT, PROMISED = "cut", "promised"
+
+# `current_model_state` is where Lightning's WeightAveraging keeps the weights being trained.
+_STATES = ("state_dict", "current_model_state")
+
+M = TypeVar("M", bound=LightningModule)
+
+
+@runtime_checkable
+class Foldable(Protocol):
+    """A replacement module whose tensors determine those of the module it replaced, exactly."""
+
+    def fold_state(self, live: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The original module's tensors, from this module's; a pure function of its argument."""
+
+    def unfold_state(self, plain: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This module's tensors, from the original's, with the function preserved."""
+
+
+class StructuralRequest(Protocol):
+    """What the codec needs of a callback's request."""
+
+    method: str
+    key: str
+    config: dict[str, Any]
+    changes: list[Change]
+
+
+def fold(model: nn.Module, requests: Sequence[StructuralRequest], checkpoint: dict[str, Any]) -> None:
+    """Make every state in ``checkpoint`` plain where it folds, keep the raw tensors in the recipe."""
+    for request in requests:
+        if not request.changes:
+            continue
+        tensors: dict[str, dict[str, Tensor]] = {name: {} for c in request.changes for name in c.swaps}
+        for state_name in _STATES:
+            if state_name not in checkpoint:
+                continue
+            state = checkpoint[state_name] = dict(checkpoint[state_name])
+            for name, prefix, module in _prefixes(model, request.changes):
+                if f"{prefix}_extra_state" in state:  # an averaged copy does not keep it up to date
+                    state[f"{prefix}_extra_state"] = module.get_extra_state()
+                if isinstance(module, Foldable):
+                    live = _take(state, prefix)
+                    tensors[name] |= {f"{state_name}/{key}": value for key, value in live.items()}
+                    state.update({prefix + key: value for key, value in module.fold_state(live).items()})
+        recipe.write(checkpoint, Entry(request.method, request.key, request.config, tensors))
+    for state_name in _STATES:
+        if state_name in checkpoint:  # an averaged copy, made earlier, knows nothing of adapters
+            write_laws(model, checkpoint[state_name])
+
+
+def unfold(model: nn.Module, requests: Sequence[StructuralRequest], checkpoint: dict[str, Any]) -> None:
+    """Give every changed module its tensors back: the raw ones if saved, else derived from the plain ones.
+
+    Raises:
+        RecipeError: The checkpoint was written with other structural changes than the model has now.
+    """
+    saved = {(e.method, e.key): e for e in recipe.read(checkpoint) if e.method in STRUCTURAL}
+    if unknown := [key for key in saved if key not in {(r.method, r.key) for r in requests if r.changes}]:
+        raise RecipeError(
+            f"the checkpoint was written with {[key for _, key in unknown]}, which this run lacks or "
+            f"configures differently (it has {[r.key for r in requests] or 'none'}). "
+            "Add the same callback with the same arguments."
+        )
+    for request in requests:
+        entry = saved.get((request.method, request.key))
+        for state_name in _STATES:
+            if state_name not in checkpoint:
+                continue
+            state = checkpoint[state_name] = dict(checkpoint[state_name])
+            for name, prefix, module in _prefixes(model, request.changes):
+                _unfold_one(state, prefix, module, name, request, entry, state_name)
+    _adapt(model, checkpoint)
+
+
+def _adapt(model: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Give the model the attention adapters of a file, and leave its own keys in the states."""
+    laws: dict[str, Law] = {}
+    for state_name in _STATES:
+        if state_name in checkpoint:
+            checkpoint[state_name] = dict(checkpoint[state_name])
+            laws |= take_laws(checkpoint[state_name])
+    set_laws(model, laws)
+
+
+def _unfold_one(
+    state: dict[str, Tensor],
+    prefix: str,
+    module: nn.Module,
+    name: str,
+    request: StructuralRequest,
+    entry: Entry | None,
+    state_name: str,
+) -> None:
+    if entry is not None and name not in entry.tensors:
+        raise RecipeError(
+            f"{request.key} changes {name!r} now but did not when the checkpoint was written (it changed "
+            f"{list(entry.tensors)[:5]}). Use the same `include` and `exclude`."
+        )
+    if not isinstance(module, Foldable):
+        if entry is None:
+            raise RecipeError(
+                f"the checkpoint was written without {request.method}, and {type(module).__name__} {name!r} cannot "
+                "take over its tensors. Load it into a model without the callback."
+            )
+        return
+    plain = _take(state, prefix)
+    raw = {} if entry is None else _take(dict(entry.tensors[name]), f"{state_name}/")
+    state.update({prefix + k: v for k, v in (raw or module.unfold_state(plain)).items()})
+
+
+def _prefixes(model: nn.Module, changes: Sequence[Change]) -> Iterator[tuple[str, str, nn.Module]]:
+    """Target name, state-dict prefix and module of every changed module, once for each name it is registered under."""
+    target = {id(new): name for change in changes for name, (_, new) in change.swaps.items()}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in target:
+            yield target[id(module)], f"{canonical_name(name)}.", module
+
+
+def _take(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    keys = [key for key in state if key.startswith(prefix)]
+    return {key[len(prefix) :]: state.pop(key) for key in keys}
+
+
+def write_cuts(checkpoint: dict[str, Any], key: str, cuts: Cuts | None) -> None:
+    """Put cuts into a checkpoint's recipe.
+
+    Args:
+        checkpoint: The checkpoint.
+        key: :data:`CUT` or :data:`PROMISED`.
+        cuts: None: there are none.
+    """
+    if cuts is not None and cuts.kept:
+        tensors = {name: {str(dim): mask for dim, mask in masks.items()} for name, masks in cuts.kept.items()}
+        recipe.write(checkpoint, Entry("slim", key, {"attributes": cuts.attributes, "units": cuts.units}, tensors))
+
+
+def read_cuts(checkpoint: Mapping[str, Any], key: str) -> Cuts | None:
+    """The cuts that a checkpoint's recipe holds under a key; None if there are none.
+
+    Raises:
+        RecipeError: They are malformed.
+    """
+    entry = next((e for e in recipe.read(checkpoint) if (e.method, e.key) == ("slim", key)), None)
+    if entry is None:
+        return None
+    kept: dict[str, dict[int, Tensor]] = {}
+    for name, masks in entry.tensors.items():
+        for dim, mask in masks.items():
+            if not dim.isdecimal() or mask.dtype != torch.bool or mask.ndim != 1:
+                raise RecipeError(
+                    f"the checkpoint's cuts of {name!r} should be flags along an axis; got {dim!r}: {mask.dtype}."
+                )
+            kept.setdefault(name, {})[int(dim)] = mask
+    return Cuts(kept, dict(entry.config.get("attributes", {})), dict(entry.config.get("units", {})))
+
+
+def make_cuts(model: nn.Module, cuts: Cuts) -> None:
+    """Cut a model as a checkpoint says, before its weights load; one that is cut already stays as it is.
+
+    Raises:
+        RecipeError: The model was built with other widths.
+    """
+    try:
+        replay_slim(model, cuts)
+    except ValueError as error:
+        raise RecipeError(f"the checkpoint holds a smaller model: {error}") from error
+
+
+def load_from_checkpoint(cls: type[M], path: str | Path | IO[bytes], map_location: Any = None, **kwargs: Any) -> M:
+    """``cls.load_from_checkpoint`` for files whose modules were changed: the changes are made before weights load.
+
+    Args:
+        cls: The user's LightningModule class.
+        path: A checkpoint written by a Trainer.
+        map_location: As in ``torch.load``.
+        **kwargs: Further arguments of ``cls.load_from_checkpoint``, such as hyper-parameters and ``strict``.
+
+    Returns:
+        An instance of ``cls``, with the structure that the recipe describes. A file without structural changes loads as
+        the stock method would.
+
+    Raises:
+        RecipeError: The recipe is malformed, newer, or names modules that the model does not have.
+    """
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if hasattr(path, "seek"):
+        cast(IO[bytes], path).seek(0)
+    entries = [entry for entry in recipe.read(content) if entry.method in STRUCTURAL]
+    cut, promised = read_cuts(content, CUT), read_cuts(content, PROMISED)
+    if not (entries or cut or promised or take_laws(dict(content["state_dict"]))):
+        return cls.load_from_checkpoint(path, map_location=map_location, **kwargs)
+    if "_class_path" in content.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}):
+        kwargs.setdefault("_class_path", None)  # written by a CLI; it would have to name a subclass of the loader below
+
+    def configure_model(self: LightningModule) -> None:
+        cls.configure_model(self)
+        for entry in entries:
+            _replay(self, entry)
+        if cut is not None:
+            make_cuts(self, cut)
+
+    def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
+        cls.on_load_checkpoint(self, checkpoint)
+        _adapt(self, checkpoint)
+
+    # A subclass that lives for this call only: all of Lightning's logic for hyper-parameters is reused as it is.
+    hooks = {"configure_model": configure_model, "on_load_checkpoint": on_load_checkpoint}
+    loader = cast(
+        type[M],
+        type(cls.__name__, (cls,), hooks | {"__module__": cls.__module__}),
+    )
+    model = loader.load_from_checkpoint(path, map_location=map_location, **kwargs)
+    model.__class__ = cls
+    if cut is not None or promised is not None:
+        attach = import_module("lightning_efficient.lifecycle.hooks")  # which builds upon this module
+        attach.attachment(model).cut = cut
+        attach.set_promised(model, promised)
+        attach.carry(model)
+    return model
+
+
+def _replay(model: nn.Module, entry: Entry) -> None:
+    # What folded exactly is plain in the file (its raw tensors lie in the entry) and needs no other module.
+    names = [name for name, raw in entry.tensors.items() if not raw]
+    present = {canonical_name(name) for name, _ in model.named_modules()}
+    if lacking := [name for name in names if name not in present]:
+        raise RecipeError(
+            f"the checkpoint's {entry.method} changed modules that {type(model).__name__} lacks: {lacking[:5]}. "
+            "Was the model built with other arguments?"
+        )
+    if names:
+        module_name, _, function = STRUCTURAL[entry.method].partition(":")
+        getattr(import_module(module_name), function)(model, entry.config, names)

@@ -1,0 +1,88 @@
+"""Units of a LightningModule cut out, or promised to ``export``: the optimizers, copies and files with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_efficient.common.change import Change
+from lightning_efficient.lifecycle.hooks import carry
+from lightning_efficient.lifecycle.state import attachment, set_promised
+from lightning_efficient.lifecycle.weights import WeightSpaceCallback
+from lightning_efficient.structured.groups import Groups
+from lightning_efficient.structured.slim import plan_slim, replay_slim
+from lightning_efficient.surgery.cuts import cut_states
+from lightning_efficient.trainer.averages import averaged_copies
+
+
+def promise(pl_module: LightningModule, keep: Mapping[str, Iterable[int]], groups: Groups) -> None:
+    """Say that units of a module are zero: its files hold that, and ``export`` cuts them out.
+
+    Args:
+        pl_module: The module; it keeps its size.
+        keep: Group → indices of the units that stay. Groups that are not named stay whole.
+        groups: Of this module, with its names.
+
+    Raises:
+        ValueError: See :func:`~lightning_efficient.structured.slim.plan_slim`.
+    """
+    set_promised(pl_module, plan_slim(pl_module, keep, groups))
+    carry(pl_module)
+
+
+def cut(
+    pl_module: LightningModule, keep: Mapping[str, Iterable[int]], groups: Groups, trainer: Trainer | None = None
+) -> Change:
+    """Cut units out of a module for good, in place: between fits, or in the middle of one on a single device.
+
+    Parameters keep their identity, so optimizers and schedulers go on; what optimizers remember, and averaged copies,
+    become smaller with them. From now on the module's files hold the smaller weights and what was cut. A run that
+    resumes from one, with any structured pruning callback, cuts its module before the weights load;
+    :func:`~lightning_efficient.load_from_checkpoint` returns a small module.
+
+    Args:
+        pl_module: The module.
+        keep: Group → indices of the units that stay. Groups that are not named stay whole.
+        groups: Of this module as it is now, with its names.
+        trainer: The Trainer whose optimizers and averaged copies hold its parameters. None: there is none.
+
+    Returns:
+        What was changed.
+
+    Raises:
+        ValueError: See :func:`~lightning_efficient.structured.slim.plan_slim`; or a fit is running on several devices
+            or
+            with a callback that keeps state of the weights' old size. Nothing is changed then.
+    """
+    if trainer is not None and trainer.training:
+        _refuse(trainer)
+    cuts = plan_slim(pl_module, keep, groups)
+    copies = [] if trainer is None else list(averaged_copies(trainer, pl_module))
+    change = replay_slim(pl_module, cuts)
+    for copy in copies:
+        replay_slim(copy, cuts)
+    if trainer is not None:
+        cut_states(trainer.optimizers, change.cuts)
+    mine = attachment(pl_module)
+    mine.cut = cuts if mine.cut is None else mine.cut.then(cuts)
+    set_promised(pl_module, None)
+    carry(pl_module)
+    rank_zero_info(change.report())
+    return change
+
+
+def _refuse(trainer: Trainer) -> None:
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        raise ValueError(
+            f"a model cannot be cut while {type(trainer.strategy).__name__} trains it: its processes exchange "
+            "gradients of the old sizes. Cut it between two fits, or leave it to `export`."
+        )
+    callbacks = [cb for cb in trainer.callbacks if isinstance(cb, WeightSpaceCallback) and cb.enabled]  # type: ignore[attr-defined]
+    if callbacks:
+        raise ValueError(
+            f"a model cannot be cut while {', '.join(type(cb).__name__ for cb in callbacks)} trains it: what it keeps "
+            "of the weights has the old sizes. Cut it between two fits, or leave it to `export`."
+        )

@@ -1,0 +1,205 @@
+"""What the callbacks that prune share: targets, masks on the optimizer boundary, averaged copies, reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lightning_efficient.common.change import Change
+from lightning_efficient.common.registry import MASKS, STRUCTURED
+from lightning_efficient.lifecycle import recipe
+from lightning_efficient.lifecycle.base import peers
+from lightning_efficient.lifecycle.recipe import RecipeError
+from lightning_efficient.lifecycle.weights import Plan, WeightSpaceCallback, _logs_now
+from lightning_efficient.metrics.functional import sparsity
+from lightning_efficient.pruning.targets import Target, find_targets
+from lightning_efficient.trainer.averages import averaged_copies, averages
+from lightning_efficient.weightspace import Boundary, Site, Transform
+from lightning_efficient.weightspace.mask import MaskTransform, forget, pack_mask, set_mask, unpack_mask
+from lightning_efficient.weightspace.snapshot import Snapshot, rewind, take
+
+PREFIX = "efficient/pruning"
+NO_SPEED = (
+    "Masks make nothing faster or smaller by themselves: dense kernels multiply the zeros too, and files store them."
+)
+
+
+class PruningCallback(WeightSpaceCallback):
+    """Base of the callbacks that prune with masks.
+
+    Args:
+        enabled: ``False`` leaves the run bit-identical to one without the callback.
+        include: Globs over module names.
+        exclude: Globs over module names, applied after ``include``.
+        embeddings: Include ``nn.Embedding`` tables.
+    """
+
+    def __init__(
+        self,
+        enabled: bool = True,
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        embeddings: bool = False,
+    ) -> None:
+        super().__init__(enabled, include, exclude)
+        self.embeddings = embeddings
+        self.granularity, self.criterion = "element", "magnitude"
+        self._targets: dict[str, Target] = {}
+        self._snapshot: Snapshot | None = None
+        self._sparsity = 0.0
+
+    def config(self) -> dict[str, Any]:
+        """The arguments of this callback as plain data."""
+        return super().config() | {"embeddings": self.embeddings}
+
+    def plan(self, pl_module: LightningModule) -> Plan:
+        """Choose and check the weights, without changing anything."""
+        found = find_targets(
+            pl_module, self.granularity, self.criterion, self.include, self.exclude, self.embeddings, self._tensors
+        )
+        self._targets = found.matched
+        change = Change(method=self.method, skipped=dict(found.skipped))
+        plan = Plan(change=change)
+        for name, target in found.matched.items():
+            plan.sites[name] = (target.param, partial(MaskTransform, target.param.shape))
+            change.targets[name] = "×".join(map(str, target.param.shape))
+        return plan
+
+    # -- masks -----------------------------------------------------------------------------------------------------
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Parameter name → bool mask, True where the weight is kept; of the run that goes on, or of the last one."""
+        if self._boundary is not None:
+            return {name: t.mask for name, t in self._mask_transforms().items()}
+        shapes = {name: target.param.shape for name, target in self._targets.items()}
+        return {name: unpack_mask(state["mask"], shapes[name]) for name, state in self._tensors.items()}
+
+    def _mask_transforms(self) -> dict[str, MaskTransform]:
+        return {name: cast(MaskTransform, transform) for name, transform in self._transforms.items()}
+
+    def _sites(self) -> dict[str, Site]:
+        assert self._boundary is not None
+        return self._boundary.sites
+
+    def _set_masks(
+        self, trainer: Trainer, pl_module: LightningModule, masks: Mapping[str, Tensor], advance: bool
+    ) -> bool:
+        """Put masks on weights, memory of the optimizers and averaged copies alike; whether anything changed."""
+        if trainer.world_size > 1:  # weights are equal on all processes, scores almost surely: one of them decides
+            packed = trainer.strategy.broadcast({name: pack_mask(mask).cpu() for name, mask in masks.items()})
+            masks = {name: unpack_mask(packed[name], mask.shape).to(mask.device) for name, mask in masks.items()}
+        transforms = self._mask_transforms()
+        changed = {name: mask for name, mask in masks.items() if not torch.equal(mask, transforms[name].mask)}
+        for name, mask in changed.items():
+            set_mask(self._sites()[name], transforms[name], mask, advance=advance)
+        if changed:
+            forget(trainer.optimizers, {self._targets[name].param: transforms[name].dropped for name in changed})
+            self._mask_copies(trainer, pl_module)
+            self._measure()
+        return bool(changed)
+
+    @torch.no_grad()
+    def _mask_copies(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """An average over time forgets what was pruned too slowly to be zero; averages of zeros stay zero."""
+        for copy in averaged_copies(trainer, pl_module):
+            params = dict(copy.named_parameters())
+            for name, transform in self._mask_transforms().items():
+                if (param := params.get(self._own_name(pl_module, name))) is not None:
+                    param.masked_fill_(transform.dropped.to(param.device), 0)
+
+    def _own_name(self, pl_module: LightningModule, name: str) -> str:
+        """The parameter's name with the wrappers in it."""
+        param = self._targets[name].param
+        return next(own for own, other in pl_module.named_parameters() if other is param)
+
+    def _measure(self) -> None:
+        self._sparsity = float(sparsity(target.param.detach() for target in self._present().values()))
+
+    def _present(self) -> dict[str, Target]:
+        return {name: self._targets[name] for name in self._transforms}
+
+    # -- going back ------------------------------------------------------------------------------------------------
+
+    def _take(self, trainer: Trainer, pl_module: LightningModule) -> Snapshot:
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        return take(pl_module, self._sites(), trainer.optimizers, schedulers)
+
+    def _rewind(self, trainer: Trainer, pl_module: LightningModule, snapshot: Snapshot, weights: bool = True) -> None:
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        rewind(snapshot, pl_module, self._sites(), trainer.optimizers, schedulers, weights=weights)
+        if weights:
+            for average in averages(trainer):  # of a training that has been undone: begin anew
+                average.n_averaged.zero_()
+        self._measure()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Masks of another method would be lost, as zeros that grow again: refuse."""
+        if self.enabled and trainer.state.fn == "fit":
+            present, masks = [cb.method for cb in peers(trainer)], (*MASKS, *STRUCTURED)
+            lost = [e.key for e in recipe.read(checkpoint) if e.method in masks and e.method not in present]
+            if lost:
+                raise RecipeError(
+                    f"the checkpoint holds masks of {lost}; this run has {self.state_key}, which would not keep them. "
+                    "Resume with the same callback, or start a new run from the weights alone "
+                    f"({type(pl_module).__name__}.load_from_checkpoint(path))."
+                )
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+    # -- life cycle ------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the state of an earlier run; one that is resumed is loaded after this."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._snapshot = None
+
+    def _begin(self, pl_module: LightningModule, boundary: Boundary) -> None:
+        super()._begin(pl_module, boundary)
+        for name, transform in self._mask_transforms().items():
+            if not transform.fits(self._targets[name].param.detach(), 0.0):  # weights from elsewhere
+                set_mask(self._sites()[name], transform, transform.mask)
+        self._measure()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the share of the targets' weights that are zero."""
+        if self._boundary is None or trainer.barebones or not _logs_now(trainer, pl_module):
+            return
+        for name, value in self.quantities(self._transforms).items():
+            pl_module.log(f"{PREFIX}/{name}", value, on_step=True, on_epoch=False)
+
+    def quantities(self, transforms: Mapping[str, Transform]) -> dict[str, Tensor]:
+        """The true sparsity, counted when masks change."""
+        return {"sparsity": torch.tensor(self._sparsity)}
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what was pruned, what that buys, and which weights are gone altogether."""
+        if self._boundary is None:
+            return
+        self._measure()
+        present = self._present()
+        size = sum(target.param.numel() for target in present.values())
+        everything = sum(p.numel() for p in pl_module.parameters())
+        zeros = round(self._sparsity * size)
+        rank_zero_info(
+            f"{type(self).__name__}: {zeros} of {size} weights in {len(present)} tensors are zero "
+            f"({self._sparsity:.1%}; {zeros / max(everything, 1):.1%} of all parameters). {NO_SPEED}"
+        )
+        gone = [name for name, target in present.items() if not bool(target.param.detach().any())]
+        if gone:
+            rank_zero_warn(
+                f"{type(self).__name__} pruned {len(gone)} weight(s) altogether ({gone[:3]}), so nothing passes them "
+                "any more. Use scope='layer', a lower amount, or `exclude` them."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to a running fit, so that ``ddp_spawn`` can send the callback to its processes."""
+        return super().__getstate__() | {"_targets": {}, "_snapshot": None}

@@ -1,0 +1,92 @@
+"""What this package keeps on a LightningModule instance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from lightning_efficient.common.change import Change
+from lightning_efficient.common.match import canonical_name
+from lightning_efficient.lifecycle.recipe import Entry
+from lightning_efficient.structured.slim import Cuts
+
+NAME = "_lightning_efficient"
+# On submodules, plain data: their part of what is promised, so that they can be exported by themselves.
+PART = "_lightning_efficient_promised"
+
+
+@dataclass
+class Request:
+    """A structural method asked for by a callback, and what came of it.
+
+    Args:
+        method: Name of the method in the recipe.
+        key: ``state_key`` of the callback.
+        config: The callback's arguments, plain data.
+        apply: Changes the modules of a model that are not changed yet; raises ``NoMatchError`` if there are none.
+        changes: One for each time it found something to change.
+    """
+
+    method: str
+    key: str
+    config: dict[str, Any]
+    apply: Callable[[LightningModule], Change]
+    changes: list[Change] = field(default_factory=list)
+
+
+@dataclass
+class Attachment:
+    """What this package keeps on a LightningModule instance.
+
+    Args:
+        requests: Structural methods.
+        previous: What the instance had in place of our hooks.
+        example_batch: Two samples of the first training batch.
+        held: Methods whose effect the weights hold since they were trained, so that it must not be given twice: method
+            -> entry of the recipe. Written to every file, read from it.
+        cut: What has been cut out of the module since it was built. Written to every file; a model that loads such a
+            file is cut first.
+        promised: Units that are zero and can be cut out: :func:`~lightning_efficient.export` does. Written to every
+            file, read from it.
+    """
+
+    requests: list[Request] = field(default_factory=list)
+    held: dict[str, Entry] = field(default_factory=dict)
+    previous: dict[str, Any] = field(default_factory=dict)
+    example_batch: Any = None
+    cut: Cuts | None = None
+    promised: Cuts | None = None
+
+    @property
+    def changes(self) -> list[Change]:
+        """Every structural change, in the order made."""
+        return [change for request in self.requests for change in request.changes]
+
+
+def attached(module: nn.Module) -> Attachment | None:
+    """The module's attachment, if it has one."""
+    return module.__dict__.get(NAME)
+
+
+def attachment(pl_module: LightningModule) -> Attachment:
+    """The module's attachment, made on first use."""
+    return pl_module.__dict__.setdefault(NAME, Attachment())  # type: ignore[no-any-return]
+
+
+def set_promised(pl_module: LightningModule, cuts: Cuts | None) -> None:
+    """Have the module and its submodules know which of their units are zero and can be cut out; None: of none."""
+    attachment(pl_module).promised = cuts
+    for name, module in pl_module.named_modules(remove_duplicate=False):
+        vars(module).pop(PART, None)
+        if name and cuts is not None and (part := cuts.within(canonical_name(name))).kept:
+            vars(module)[PART] = part
+
+
+def promised(model: nn.Module) -> Cuts | None:
+    """The cuts promised for a module: its own, or its part of those of the LightningModule that it belongs to."""
+    mine = attached(model)
+    return vars(model).get(PART) if mine is None or mine.promised is None else mine.promised

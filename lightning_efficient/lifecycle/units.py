@@ -1,0 +1,239 @@
+"""What the callbacks that prune units share: groups, masks on the optimizer boundary, averaged copies, reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_efficient.common.change import Change
+from lightning_efficient.common.match import canonical_name
+from lightning_efficient.common.registry import MASKS, STRUCTURED
+from lightning_efficient.lifecycle import recipe
+from lightning_efficient.lifecycle.base import peers
+from lightning_efficient.lifecycle.cuts import promise
+from lightning_efficient.lifecycle.hooks import carry
+from lightning_efficient.lifecycle.recipe import RecipeError
+from lightning_efficient.lifecycle.weights import Plan, WeightSpaceCallback
+from lightning_efficient.structured.cost import Cost
+from lightning_efficient.structured.graph import find_groups
+from lightning_efficient.structured.groups import Groups, groups_as_plain, groups_from_plain
+from lightning_efficient.trainer.averages import averaged_copies
+from lightning_efficient.trainer.example import example_of, first_batch
+from lightning_efficient.weightspace import Boundary, Site
+from lightning_efficient.weightspace.mask import UnitMask, drop_entries, forget
+
+
+class UnitPruningCallback(WeightSpaceCallback):
+    """Base of the callbacks that prune units: channels, hidden neurons, heads.
+
+    During ``fit`` the network keeps its size and pruned units are exact zeros, in the model, in the optimizer's memory
+    and in averaged copies; cutting them out is ``export``'s. The groups are found once, when training begins, by
+    running the network on two samples of the first batch; resumed runs read them from the checkpoint.
+
+    Args:
+        enabled: ``False`` leaves the run bit-identical to one without the callback.
+        include: Globs over module names: groups made by one of them. ``None``: all.
+        exclude: Globs over module names: groups made by none of them.
+        inexact: Also prune groups whose zeros are not gone (LayerNorm over the residual width, ...).
+    """
+
+    def __init__(
+        self,
+        enabled: bool = True,
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        inexact: bool = False,
+    ) -> None:
+        super().__init__(enabled, include, exclude)
+        self.inexact = inexact
+        self.groups = Groups()
+        self._cost_data: dict[str, Any] | None = None
+        self._params: dict[str, nn.Parameter] = {}
+        self._shapes: dict[str, torch.Size] = {}
+        self._loaded = False
+
+    def config(self) -> dict[str, Any]:
+        """The arguments of this callback as plain data."""
+        return super().config() | {"inexact": self.inexact}
+
+    @property
+    def keep(self) -> dict[str, list[int]]:
+        """Group → indices of the units that stay, of groups that have lost any; what physical removal takes."""
+        raise NotImplementedError
+
+    # -- groups ----------------------------------------------------------------------------------------------------
+
+    def wants_macs(self) -> bool:
+        """Whether multiply-accumulates have to be counted."""
+        return False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work, and forget what a run that failed has left."""
+        super().setup(trainer, pl_module, stage)
+        if self.enabled:
+            carry(pl_module)  # a checkpoint may hold a smaller model
+        if stage == "fit":
+            self._loaded = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the groups, or take those of the run that is resumed, then put the masks on."""
+        if self.enabled:
+            again = self._trained() is pl_module and self._shapes == _shapes(pl_module)
+            if not (again or self._loaded):
+                self.groups, self._cost_data = self._find(trainer, pl_module)
+            self._shapes = _shapes(pl_module)
+        super().on_fit_start(trainer, pl_module)
+
+    def _find(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Groups, dict[str, Any] | None]:
+        example = example_of(trainer, pl_module, "fit", first_batch(trainer))
+        groups = find_groups(example.model, example.args, self.include, self.exclude, inexact=self.inexact)
+        if not self.wants_macs():
+            return groups, None
+        cost = Cost.macs(example.model, groups.found, lambda: example.model(*example.args))
+        return groups, {"amounts": cost.amounts, "fixed": cost.fixed}
+
+    def plan(self, pl_module: LightningModule) -> Plan:
+        """Choose and check the parameters, without changing anything."""
+        if not self.groups.found:  # asked before any training: `lightning-efficient targets`
+            example = getattr(pl_module, "example_input_array", None)
+            if example is None:
+                raise ValueError(
+                    "units are found while the model runs, and this one has no `example_input_array` to run on."
+                )
+            return Plan(change=_change(self.method, find_groups(pl_module, example, self.include, self.exclude)))
+        self.groups = _without_idle(self.groups, pl_module)
+        params = _parameters(pl_module)
+        made = {part.name for group in self.groups.found.values() for part in group.produced}
+        self._params = {name: params[name] for name in params if name in made}
+        sites = {name: (param, UnitMask) for name, param in self._params.items()}
+        return Plan(dict(sites), _change(self.method, self.groups))
+
+    # -- masks -----------------------------------------------------------------------------------------------------
+
+    def _sites(self) -> dict[str, Site]:
+        assert self._boundary is not None
+        return self._boundary.sites
+
+    def _entries(self, units: Mapping[str, Tensor]) -> dict[str, dict[int, Tensor]]:
+        """Parameter → axis → entries of the marked units."""
+        found: dict[str, dict[int, list[Tensor]]] = {}
+        for name, marked in units.items():
+            chosen = marked.nonzero().flatten().tolist()
+            for part in self.groups.found[name].produced if chosen else ():
+                if part.name in self._params:
+                    found.setdefault(part.name, {}).setdefault(part.dim, []).append(part.entries(chosen))
+        return {
+            name: {dim: torch.cat(parts).to(self._params[name].device) for dim, parts in axes.items()}
+            for name, axes in found.items()
+        }
+
+    def _drop(self, trainer: Trainer, pl_module: LightningModule, units: Mapping[str, Tensor]) -> None:
+        """Prune units for good: weights, memory of the optimizers and averaged copies alike."""
+        entries = self._entries(units)
+        for name, axes in entries.items():
+            drop_entries(self._sites()[name], cast(UnitMask, self._transforms[name]), axes)
+        dropped = {
+            self._params[name]: cast(UnitMask, self._transforms[name]).dropped(self._params[name].detach())
+            for name in entries
+        }
+        forget(trainer.optimizers, dropped)
+        self._mask_copies(trainer, pl_module)
+        promise(pl_module, self.keep, self.groups)
+
+    @torch.no_grad()
+    def _mask_copies(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """An average over time forgets what was pruned too slowly to be zero; averages of zeros stay zero."""
+        for copy in averaged_copies(trainer, pl_module):
+            params = _parameters(copy)
+            for name, transform in self._transforms.items():
+                if (param := params.get(name)) is not None:
+                    mask = cast(UnitMask, transform).dropped(self._params[name].detach())
+                    param.masked_fill_(mask.to(param.device), 0)
+
+    def _begin(self, pl_module: LightningModule, boundary: Boundary) -> None:
+        super()._begin(pl_module, boundary)
+        for name, transform in self._transforms.items():
+            if not transform.fits(self._params[name].detach(), 0.0):  # weights from elsewhere
+                drop_entries(self._sites()[name], cast(UnitMask, transform), {})
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def record(self) -> dict[str, Any]:
+        """The arguments, and the units that stay."""
+        return self.config() | {"keep": self.keep}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The groups, which a resumed run does not look for again."""
+        if not self.enabled:
+            return super().state_dict()
+        return super().state_dict() | {"groups": groups_as_plain(self.groups), "cost": self._cost_data}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the groups of the run that is resumed."""
+        if self.enabled:
+            self.groups, self._cost_data = groups_from_plain(state_dict["groups"]), state_dict["cost"]
+            self._loaded = True
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """What another method pruned would be lost, as zeros that grow again: refuse."""
+        if self.enabled and trainer.state.fn == "fit":
+            present = [cb.method for cb in peers(trainer)]
+            held = (*MASKS, *STRUCTURED)
+            lost = [e.key for e in recipe.read(checkpoint) if e.method in held and e.method not in present]
+            if lost:
+                raise RecipeError(
+                    f"the checkpoint holds what {lost} pruned; this run has {self.state_key}, which would not keep it "
+                    "so. Resume with the same callback, or start a new run from the weights alone "
+                    f"({type(pl_module).__name__}.load_from_checkpoint(path))."
+                )
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+    def _report(self) -> None:
+        """Every model has widths that cannot be cut, its outputs first of all: a report, not a warning."""
+        if self.change is not None:
+            rank_zero_info(self.change.report(examples=8))
+
+    def _say_widths(self, removed: float, unit: str) -> None:
+        kept = self.keep
+        left = {name: len(kept.get(name, range(group.units))) for name, group in self.groups.found.items()}
+        widths = [f"{name} {group.units} -> {left[name]}" for name, group in self.groups.found.items()]
+        shown = ", ".join(widths[:8]) + (f", ... {len(widths) - 8} more" if len(widths) > 8 else "")
+        rank_zero_info(
+            f"{type(self).__name__}: {removed:.1%} of the {unit} pruned; units left: {shown}. The network is as large "
+            "as before until `lightning_efficient.export` cuts them out."
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to a running fit, so that ``ddp_spawn`` can send the callback to its processes."""
+        return super().__getstate__() | {"_params": {}}
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {canonical_name(name): param for name, param in model.named_parameters()}
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: param.shape for name, param in _parameters(model).items()}
+
+
+def _without_idle(groups: Groups, pl_module: LightningModule) -> Groups:
+    """Groups that optimizers move altogether; a part that nothing trains could not be shrunk beside the rest."""
+    held = {id(p) for o in pl_module.trainer.optimizers for group in o.param_groups for p in group["params"]}
+    params = _parameters(pl_module)
+    idle: dict[str, str] = {}
+    for name, group in groups.found.items():
+        still = [p.name for p in group.produced if p.name in params and id(params[p.name]) not in held]
+        if still:
+            idle[name] = f"{still[0]} is in no optimizer"
+    found = {name: group for name, group in groups.found.items() if name not in idle}
+    return Groups(found, groups.refused | idle)
+
+
+def _change(method: str, groups: Groups) -> Change:
+    targets = {name: f"{group.units} units in {len(group.slices)} tensors" for name, group in groups.found.items()}
+    return Change(method, targets=targets, skipped=dict(groups.refused))

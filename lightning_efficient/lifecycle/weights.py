@@ -1,0 +1,316 @@
+"""When a weight-space method acts inside a Trainer; what it does stands in :mod:`lightning_efficient.weightspace`."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import ref
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning, LearningRateFinder
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_efficient.common.change import Change
+from lightning_efficient.lifecycle import recipe
+from lightning_efficient.lifecycle.base import EfficientCallback, peers
+from lightning_efficient.lifecycle.recipe import Entry, RecipeError
+from lightning_efficient.lifecycle.structural import rebind_all
+from lightning_efficient.surgery.optimizer import add_parameters
+from lightning_efficient.surgery.schedulers import adopt_untrained_groups
+from lightning_efficient.weightspace import Boundary, Transform
+
+
+@dataclass
+class Plan:
+    """What a method would do: parameter name → (parameter, how to make its transform), and the report."""
+
+    sites: dict[str, tuple[nn.Parameter, Callable[[], Transform]]] = field(default_factory=dict)
+    change: Change | None = None
+
+
+class WeightSpaceCallback(EfficientCallback):
+    """Base of the callbacks whose method is a :class:`~lightning_efficient.weightspace.Transform`.
+
+    All of them share the boundary of the first one in the Trainer, so that they chain on a common weight. The model is
+    plain whenever a forward can run, which is why evaluation, EMA copies and stock checkpoints need nothing from us.
+    """
+
+    resume_may_change: frozenset[str] = frozenset({"enabled"})
+
+    @property
+    def prefix(self) -> str:
+        """Of the names under which quantities are logged."""
+        return f"efficient/{self.method}"
+
+    def __init__(
+        self, enabled: bool = True, include: list[str] | None = None, exclude: list[str] | None = None
+    ) -> None:
+        super().__init__(enabled, include, exclude)
+        self.change: Change | None = None
+        self._boundary: Boundary | None = None
+        self._chosen: dict[str, tuple[nn.Parameter, Transform]] = {}
+        self._transforms: dict[str, Transform] = {}
+        self._trained: Callable[[], object] = lambda_none
+        # State to start from; whether it is a checkpoint's; the checkpoint, if it was written without this callback.
+        self._tensors: dict[str, dict[str, Tensor]] = {}
+        self._resumed = False
+        self._foreign: dict[str, Any] | None = None
+        self._logged_step = -1
+
+    @abstractmethod
+    def plan(self, pl_module: LightningModule) -> Plan:
+        """Choose and check the weights, without changing anything."""
+
+    def quantities(self, transforms: Mapping[str, Transform]) -> dict[str, Tensor]:
+        """Scalars worth logging, called on logging steps only."""
+        return {}
+
+    def record(self) -> dict[str, Any]:
+        """What the recipe keeps beside tensors: the arguments, and what else a resumed run must not look for again."""
+        return self.config()
+
+    # -- life cycle ----------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work, and forget what a run that failed has left."""
+        super().setup(trainer, pl_module, stage)
+        if self.enabled and stage == "fit":
+            self._resumed, self._foreign = False, None
+            callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+            if _members(trainer)[0] is self and any(isinstance(cb, LearningRateFinder) for cb in callbacks):
+                rank_zero_warn(
+                    f"LearningRateFinder runs before {type(self).__name__} starts, so it finds a rate for the model "
+                    "without it. Set the learning rate from short runs instead."
+                )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the transforms on, after weights are loaded and before the optimizer's state is."""
+        super().on_fit_start(trainer, pl_module)
+        if not self.enabled:
+            return
+        rebind_all(trainer, pl_module)  # callbacks that replace modules may be listed after this one
+        self._chosen = self._choose(trainer, pl_module)
+        members = _members(trainer)
+        if members[-1] is self:
+            _start(trainer, pl_module, members)
+
+    def _choose(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, tuple[nn.Parameter, Transform]]:
+        """The weights of this run and their transforms; nothing of the model has changed yet."""
+        plan = self.plan(pl_module)
+        sites = _only_optimized(plan, trainer.optimizers, type(self).__name__)
+        skipped = {} if plan.change is None else plan.change.skipped
+        again = self._trained() is pl_module
+        if not self._resumed:
+            self._tensors = {name: state for name, state in self._tensors.items() if again and name in sites}
+        elif missing := [name for name in self._tensors if name not in sites]:
+            reasons = [f"{name} ({skipped.get(name, 'not in the model')})" for name in missing]
+            raise RecipeError(
+                f"{type(self).__name__}: the checkpoint has a state for {len(self._tensors)} weights, of which "
+                f"{len(missing)} are no targets now: {'; '.join(reasons[:5])}."
+            )
+        elif self._tensors:
+            # Zero or frozen when the run began, so without a place in the optimizer's saved state.
+            for name in [name for name in sites if name not in self._tensors]:
+                del sites[name]
+                skipped[name] = "left alone when the checkpoint was written"
+        self.change = plan.change
+        # An optimizer that outlives the fit (LightningCLI makes those) holds the transforms' parameters already.
+        known = self._transforms if again else {}
+        return {name: (param, known.get(name) or make()) for name, (param, make) in sites.items()}
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Gradients are complete and unscaled, and not yet clipped."""
+        if self._boundary is not None and _members(trainer)[0] is self:
+            self._boundary.before_step(optimizer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log this method's scalars on the Trainer's logging steps."""
+        if self._boundary is None or trainer.barebones or not _logs_now(trainer, pl_module):
+            return
+        if trainer.global_step != self._logged_step:
+            self._logged_step = trainer.global_step
+            for name, value in self.quantities(self._transforms).items():
+                pl_module.log(f"{self.prefix}/{name}", value, on_step=True, on_epoch=False)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the network's weights in the model, whatever happened inside the step."""
+        if self._boundary is not None:
+            self._boundary.restore()
+        self._release()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the optimizers; keep the state for a further ``fit`` and for checkpoints written later."""
+        self._release()
+
+    def _begin(self, pl_module: LightningModule, boundary: Boundary) -> None:
+        self._boundary, self._trained = boundary, ref(pl_module)
+        self._transforms = {name: transform for name, (_, transform) in self._chosen.items()}
+        # The transforms own the state now; a checkpoint held on to would double the memory of the optimizer.
+        self._tensors, self._resumed, self._foreign = {}, False, None
+
+    def _release(self) -> None:
+        if self._boundary is not None:
+            self._tensors = self._live_tensors()
+            self._boundary.detach()
+        self._boundary, self._chosen, self._foreign = None, {}, None
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add this callback's entry to the recipe; the file's ``state_dict`` is plain as it is."""
+        if not self.enabled:
+            return
+        tensors = self._tensors if self._resumed or self._trained() is pl_module else {}
+        if self._boundary is not None:
+            tensors = self._live_tensors()
+        # Without tensors: fit has not quite started, and a tuner saves what it will restore.
+        if tensors or trainer.state.fn == "fit":
+            recipe.write(checkpoint, Entry(self.method, self.state_key, self.record(), tensors))
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Find this callback's entry when training resumes; evaluation needs nothing."""
+        if trainer.state.fn != "fit":
+            return
+        entries = {entry.key: entry for entry in recipe.read(checkpoint) if entry.method == self.method}
+        mine = entries.get(self.state_key)
+        if mine is not None and not self.enabled:
+            raise RecipeError(
+                f"the checkpoint was trained with {self.state_key}, which this run switches off (enabled=False): "
+                "its optimizer state does not fit. Switch it on to resume, or start a new run from the weights alone "
+                f"({type(pl_module).__name__}.load_from_checkpoint(path))."
+            )
+        present = [cb.state_key for cb in _members(trainer) if cb.method == self.method]
+        if (self.enabled and mine is None and entries) or not entries.keys() <= set(present):
+            raise RecipeError(
+                f"the checkpoint was trained with {list(entries)}; this run has {present or self.state_key}. Resume "
+                "with the same `include` and `exclude`."
+            )
+        if not self.enabled:
+            return
+        if mine is None:
+            rank_zero_info(
+                f"{type(self).__name__}: the checkpoint was trained without it; its weights are taken as they are."
+            )
+        else:
+            self._check_config(mine)
+        tensors = {} if mine is None else mine.tensors
+        if self._boundary is None:
+            self._tensors, self._resumed = tensors, True
+            self._foreign = None if tensors else checkpoint
+        else:  # restored in the middle of a fit, as a tuner does
+            for name, state in tensors.items():
+                self._boundary.sites[name].load(self._transforms[name], state)
+
+    def _check_config(self, entry: Entry) -> None:
+        now = self.config()
+        changed = [
+            f"`{name}`: {entry.config.get(name)!r} then, {value!r} now"
+            for name, value in now.items()
+            if name not in self.resume_may_change and entry.config.get(name) != value
+        ]
+        if changed:
+            raise RecipeError(
+                f"{type(self).__name__} was configured differently when the checkpoint was written: "
+                f"{'; '.join(changed)}. Resume with the saved values."
+            )
+
+    def _live_tensors(self) -> dict[str, dict[str, Tensor]]:
+        assert self._boundary is not None
+        out = {}
+        for name, transform in self._transforms.items():
+            out[name] = transform.state_dict()
+            if (raw := self._boundary.sites[name].raw) is not None:
+                out[name]["raw"] = raw.clone()
+        return out
+
+    def _report(self) -> None:
+        if self.change is None:
+            return
+        rank_zero_info(self.change.report())
+        asked_for = ("excluded", "not covered")
+        surprises = {n: why for n, why in self.change.skipped.items() if not why.startswith(asked_for)}
+        if surprises:
+            listed = "; ".join(f"{n} ({why})" for n, why in list(surprises.items())[:6])
+            more = f"; and {len(surprises) - 6} more" if len(surprises) > 6 else ""
+            rank_zero_warn(f"{type(self).__name__} leaves {len(surprises)} weight(s) alone: {listed}{more}.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to a running fit, so that ``ddp_spawn`` can send the callback to its processes."""
+        return self.__dict__ | {
+            "_boundary": None, "_chosen": {}, "_transforms": {}, "_trained": lambda_none, "_foreign": None,
+        }  # fmt: skip
+
+
+def lambda_none() -> None:
+    """A reference to nothing (module level, so that callbacks can be pickled)."""
+
+
+def _members(trainer: Trainer) -> list[WeightSpaceCallback]:
+    return [cb for cb in peers(trainer) if isinstance(cb, WeightSpaceCallback)]
+
+
+def _logs_now(trainer: Trainer, pl_module: LightningModule) -> bool:
+    # The Trainer counts the batches that end with a step, and under manual optimization all of them.
+    batches = trainer.fit_loop.total_batch_idx + 1
+    stepped = trainer.global_step if pl_module.automatic_optimization else batches
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return every > 0 and stepped > 0 and (stepped % every == 0 or trainer.should_stop)
+
+
+def _only_optimized(
+    plan: Plan, optimizers: list[Optimizer], who: str
+) -> dict[str, tuple[nn.Parameter, Callable[[], Transform]]]:
+    """Drop the weights that no optimizer moves: they are as good as frozen."""
+    held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+    kept = {name: site for name, site in plan.sites.items() if id(site[0]) in held}
+    if plan.sites and not kept:
+        raise ValueError(
+            f"{who}: none of the {len(plan.sites)} matched weights is in an optimizer ({list(plan.sites)[:3]} ...). "
+            "Does `configure_optimizers` use other parameters, or does the optimizer step inside backward?"
+        )
+    if plan.change is not None:
+        for name in [name for name in plan.sites if name not in kept]:
+            plan.change.targets.pop(name, None)
+            plan.change.skipped[name] = "in no optimizer"
+    return kept
+
+
+def _start(trainer: Trainer, pl_module: LightningModule, members: list[WeightSpaceCallback]) -> None:
+    """Every callback has chosen its weights: check the rest, give the optimizers their parameters, put them on."""
+    boundary = Boundary()
+    for member in members:
+        for name, (param, transform) in member._chosen.items():
+            boundary.add(name, param, transform, member._tensors.get(name))
+    boundary.check(trainer.optimizers)
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    thetas = [boundary.thetas(optimizer) for optimizer in trainer.optimizers]
+    if any(thetas) and any(isinstance(cb, BaseFinetuning) for cb in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ValueError(
+            f"{type(members[0]).__name__} trains parameters that are not the module's, and Lightning's BaseFinetuning "
+            "looks up every parameter of the optimizer by its name in the module. Freeze and unfreeze in hooks of the "
+            "LightningModule instead, or leave the parameters constant (SigmaReparam(learnable_gain=False))."
+        )
+    foreign = members[0]._foreign if all(member._foreign is not None for member in members) else None
+    for index, optimizer in enumerate(trainer.optimizers):
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        new = [(theta, weight) for theta, weight in thetas[index] if id(theta) not in held]
+        add_parameters(optimizer, new, schedulers)
+        if new and foreign is not None:
+            adopt_untrained_groups(foreign, index, optimizer, new, schedulers)
+    strangers = boundary.start()
+    boundary.attach(trainer.optimizers)
+    for member in members:
+        member._begin(pl_module, boundary)
+    if strangers:
+        rank_zero_warn(
+            f"{len(strangers)} weight(s) changed since the state of {[type(m).__name__ for m in members]} was saved "
+            f"({strangers[:3]} ...; an averaged model?). Training goes on from these weights, the function unchanged."
+        )
+    for member in members:
+        member._report()

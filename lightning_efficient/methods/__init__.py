@@ -1,1 +1,0 @@
-"""The functional core: one method, one file; torch only, never Lightning."""

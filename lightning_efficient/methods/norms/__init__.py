@@ -1,1 +1,0 @@
-"""The progressive norm swap: normalization layers traded during training for ones that fold away."""

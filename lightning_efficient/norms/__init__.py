@@ -1,0 +1,1 @@
+"""Norms that fold into linear maps, and the way to them."""

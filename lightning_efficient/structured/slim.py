@@ -1,0 +1,281 @@
+"""Units cut out of a model for good: smaller tensors, the same modules, the same parameters.
+
+What is cut is planned first, as plain data (:class:`Cuts`): which entries of which tensor stay along which axis, and
+the new values of the integer attributes that say how wide a layer is. Replaying that on a model of the original size
+needs no tracing. A parameter keeps its identity and only its data become smaller, so optimizers, schedulers, weight
+tying and hooks go on as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from lightning_efficient.common.change import Change
+from lightning_efficient.common.match import canonical_name, modules_by_name
+from lightning_efficient.structured.groups import Groups, check_keep
+from lightning_efficient.surgery.cuts import cut_tensor
+
+# Integer attributes that say how wide a module is. What a checkpoint names is looked up here and nowhere else.
+LAYER_ATTRIBUTES = (
+    "in_features", "out_features", "in_channels", "out_channels", "groups", "num_features", "num_channels",
+    "normalized_shape", "num_parameters", "embedding_dim", "nx", "nf",
+    "kdim", "vdim",
+)  # fmt: skip
+HEAD_ATTRIBUTES = (
+    "num_heads", "n_heads", "num_attention_heads", "n_head", "nhead", "heads", "num_key_value_heads", "num_kv_heads",
+    "n_kv_heads", "n_local_heads", "n_local_kv_heads",
+)  # fmt: skip
+INNER_ATTRIBUTES = (
+    "attn_dim", "all_head_size", "split_size", "inner_dim", "attention_dim", "kv_dim", "d_inner", "hidden_dim",
+    "embed_dim", "dim",
+)  # fmt: skip
+ATTRIBUTES = frozenset(LAYER_ATTRIBUTES + HEAD_ATTRIBUTES + INNER_ATTRIBUTES)
+
+
+@dataclass(frozen=True, eq=False)
+class Cuts:
+    """What stays of a model, as plain data.
+
+    Args:
+        kept: Tensor → axis → bool, as long as the axis was: True where an entry stays.
+        attributes: Module → attribute → its value afterwards; ``normalized_shape`` is a list.
+        units: Group → units that stay, for people.
+    """
+
+    kept: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    units: dict[str, list[int]] = field(default_factory=dict)
+
+    def then(self, later: Cuts) -> Cuts:
+        """These cuts and others made on what they left, as one.
+
+        Args:
+            later: Planned on the smaller model.
+        """
+        kept = {name: dict(masks) for name, masks in self.kept.items()}
+        for name, masks in later.kept.items():
+            for dim, mask in masks.items():
+                before = kept.setdefault(name, {}).get(dim)
+                kept[name][dim] = mask if before is None else before.clone().masked_scatter_(before, mask)
+        attributes = {name: dict(values) for name, values in self.attributes.items()}
+        for name, values in later.attributes.items():
+            attributes.setdefault(name, {}).update(values)
+        units = dict(self.units)
+        for name, stay in later.units.items():
+            units[name] = [units[name][unit] for unit in stay] if name in units else stay
+        return Cuts(kept, attributes, units)
+
+    def within(self, module: str) -> Cuts:
+        """Those of tensors and modules inside a submodule, under the names that they have in it.
+
+        Args:
+            module: Its canonical name.
+        """
+        inside = f"{module}."
+        kept = {n.removeprefix(inside): masks for n, masks in self.kept.items() if n.startswith(inside)}
+        attributes = {
+            n.removeprefix(inside) if n != module else "": values
+            for n, values in self.attributes.items()
+            if n == module or n.startswith(inside)
+        }
+        return Cuts(kept, attributes, self.units)
+
+    def of(self, model: nn.Module) -> Cuts:
+        """Those of tensors and modules that a model has (others were folded into their neighbours)."""
+        tensors, modules = tensors_by_name(model), modules_by_name(model)
+        kept = {name: masks for name, masks in self.kept.items() if name in tensors}
+        attributes = {
+            n: {a: v for a, v in values.items() if hasattr(modules.get(n), a)} for n, values in self.attributes.items()
+        }
+        return Cuts(kept, attributes, self.units)
+
+
+def plan_slim(model: nn.Module, keep: Mapping[str, Iterable[int]], groups: Groups) -> Cuts:
+    """What cutting would do; nothing is changed.
+
+    Args:
+        model: The model, as wide as when the groups were found.
+        keep: Group → indices of the units that stay. Groups that are not named stay whole.
+        groups: From ``find_groups``.
+
+    Returns:
+        The cuts.
+
+    Raises:
+        ValueError: See :func:`~lightning_efficient.structured.groups.check_keep`; or the groups do not belong to the
+            model, or nothing would stay of a tensor.
+    """
+    units = check_keep(groups, keep)
+    tensors = tensors_by_name(model)
+    kept: dict[str, dict[int, Tensor]] = {}
+    for name, stay in units.items():
+        group = groups.found[name]
+        gone = sorted(set(range(group.units)) - set(stay))
+        for part in group.slices:
+            if (tensor := tensors.get(part.name)) is None or tensor.shape[part.dim] <= int(part.index.max()):
+                raise ValueError(_foreign(name, part.name, tensor))
+            mask = kept.setdefault(part.name, {}).setdefault(
+                part.dim, torch.ones(tensor.shape[part.dim], dtype=torch.bool)
+            )
+            mask[part.entries(gone)] = False
+            if not mask.any():
+                raise ValueError(f"`keep`: nothing of {part.name!r} would stay along axis {part.dim}. Keep more units.")
+    attributes = _layer_attributes(model, kept)
+    for name, stay in units.items():
+        group = groups.found[name]
+        for module, counts in group.counts.items():
+            values = attributes.setdefault(module, {})
+            for attribute, step in counts.items():
+                now = values.get(attribute, getattr(modules_by_name(model)[module], attribute))
+                values[attribute] = now - step * (group.units - len(stay))
+    return Cuts(kept, attributes, units)
+
+
+def apply_slim(model: nn.Module, keep: Mapping[str, Iterable[int]], groups: Groups) -> Change:
+    """Cut units out of a model, in place. All or nothing: whatever is wrong is found before anything changes.
+
+    Call ``surgery.cut_states(optimizers, change.cuts)`` if training goes on.
+
+    Args:
+        model: The model.
+        keep: Group → indices of the units that stay. Groups that are not named stay whole.
+        groups: From ``find_groups``, of this model.
+
+    Returns:
+        What was changed; ``Change.cuts`` holds what stays of each parameter.
+
+    Raises:
+        ValueError: See :func:`plan_slim`.
+    """
+    return replay_slim(model, plan_slim(model, keep, groups))
+
+
+def replay_slim(model: nn.Module, cuts: Cuts) -> Change:
+    """Cut a model as planned before; a model that is cut already stays as it is.
+
+    Args:
+        model: A model as wide as the one that the cuts were planned for.
+        cuts: From :func:`plan_slim`, or read from a checkpoint.
+
+    Returns:
+        What was changed.
+
+    Raises:
+        ValueError: The model lacks a tensor, module or attribute, or has other sizes. Nothing is changed then.
+    """
+    change = Change("slim")
+    tensors, modules = tensors_by_name(model), modules_by_name(model)
+    if not _check(cuts, tensors, modules):
+        return change
+    widths = {name: list(tensors[name].shape) for name in cuts.kept}
+    parameters = {name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
+    for name, kept in cuts.kept.items():
+        cut_tensor(tensors[name], kept)
+        if name in parameters:
+            change.cuts[tensors[name]] = kept  # type: ignore[index]
+    for name, attributes in cuts.attributes.items():
+        for attribute, value in attributes.items():
+            setattr(modules[name], attribute, tuple(value) if isinstance(value, list | tuple) else value)
+    for name, before in widths.items():
+        change.targets[name] = f"{tuple(before)} -> {tuple(tensors[name].shape)}"
+    return change
+
+
+def is_cut(model: nn.Module, cuts: Cuts) -> bool:
+    """Whether a model has been cut so already.
+
+    Raises:
+        ValueError: It is neither as wide as before the cuts nor as after.
+    """
+    return not _check(cuts, tensors_by_name(model), modules_by_name(model))
+
+
+def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
+    """Canonical name → parameter or buffer, shared ones under every name."""
+    both = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    return {canonical_name(name): tensor for source in both for name, tensor in source}
+
+
+def _check(cuts: Cuts, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the cuts are still to be made."""
+    states = set()
+    for name, kept in cuts.kept.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            raise ValueError(f"the cuts name {name!r}, which the model lacks. Was it built with other arguments?")
+        for dim, mask in kept.items():
+            size = tensor.shape[dim] if dim < tensor.ndim else 0
+            if size not in (mask.numel(), int(mask.sum())):
+                raise ValueError(
+                    f"the cuts take {name!r} from {mask.numel()} to {int(mask.sum())} along axis {dim}; it has "
+                    f"{size}. Was the model built with other arguments?"
+                )
+            if mask.numel() != int(mask.sum()):
+                states.add(size == mask.numel())
+    if len(states) > 1:
+        raise ValueError("the model is cut in part already, so the cuts cannot be made on it. Build it anew.")
+    for name, attributes in cuts.attributes.items():
+        for attribute in attributes:
+            if attribute not in ATTRIBUTES or not hasattr(modules.get(name), attribute):
+                raise ValueError(
+                    f"the cuts set `{attribute}` of {name!r}, which is no attribute that a cut may set on this model."
+                )
+    return True in states
+
+
+def _layer_attributes(model: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]) -> dict[str, dict[str, Any]]:
+    """The attributes of the layers whose tensors become smaller."""
+    attributes: dict[str, dict[str, Any]] = {}
+    for name, module in modules_by_name(model).items():
+        own = {n for n, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))}
+        cut = {n: kept[f"{name}.{n}" if name else n] for n in own if (f"{name}.{n}" if name else n) in kept}
+        sizes = {(n, dim): int(mask.sum()) for n, masks in cut.items() for dim, mask in masks.items()}
+        if sizes and (values := _attributes(module, sizes)):
+            attributes[name] = values
+    return attributes
+
+
+def _attributes(module: nn.Module, sizes: Mapping[tuple[str, int], int]) -> dict[str, Any]:
+    first, second = sizes.get(("weight", 0)), sizes.get(("weight", 1))
+    values: dict[str, Any] = {}
+    if isinstance(module, _ConvNd):
+        groups = module.groups
+        if module.groups == module.in_channels > 1 and first is not None:  # depthwise: a channel is a group
+            groups = first * module.groups // module.out_channels
+            values = {"groups": groups, "in_channels": groups, "out_channels": first}
+        else:
+            made, read = (second, first) if module.transposed else (first, second)
+            values = {
+                "out_channels": made and made * (groups if module.transposed else 1),
+                "in_channels": read and read * (1 if module.transposed else groups),
+            }
+    elif isinstance(module, nn.Linear):
+        values = {"out_features": first, "in_features": second}
+    elif isinstance(module, nn.Embedding):
+        values = {"embedding_dim": second}
+    elif isinstance(module, _NormBase):
+        values = {"num_features": next(iter(sizes.values()))}
+    elif isinstance(module, nn.GroupNorm):
+        values = {"num_channels": first}
+    elif isinstance(module, nn.LayerNorm):
+        values = {"normalized_shape": [*module.normalized_shape[:-1], next(iter(sizes.values()))]}
+    elif isinstance(module, nn.MultiheadAttention):
+        inner = sizes[("in_proj_weight", 1)]
+        values = {**dict.fromkeys(("embed_dim", "kdim", "vdim"), inner), "num_heads": inner // module.head_dim}
+    elif isinstance(module, nn.PReLU):
+        values = {"num_parameters": first}
+    elif hasattr(module, "nx") and hasattr(module, "nf"):  # Hugging Face's Conv1D: (inputs, outputs)
+        values = {"nx": first, "nf": second}
+    return {attribute: value for attribute, value in values.items() if value is not None}
+
+
+def _foreign(group: str, name: str, tensor: Tensor | None) -> str:
+    what = "is not in the model" if tensor is None else f"has shape {tuple(tensor.shape)}"
+    return f"group {group!r} does not belong to this model: {name!r} {what}. Find the groups of the model as it is now."

@@ -1,0 +1,281 @@
+"""``Ŵ = M ∘ W``: masks as a transform at the optimizer boundary.
+
+A pruned weight is gone: it is zero in the network *and* in ``W``. That makes the transform invertible (no second copy
+of the weights), and its way back plain: gradients are masked, weights are zero already. What could still move a pruned
+weight is the optimizer's memory, so :func:`forget` empties it: with a zero weight, gradient, momentum and second moment
+every torch optimizer's update, weight decay included, is exactly zero. :meth:`MaskTransform.push` writes the zeros all
+the same, for optimizers that keep their memory elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_efficient.weightspace import Site, Transform
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """A bool tensor as bits, eight a byte, the first entry in the lowest bit.
+
+    Args:
+        mask: Any shape.
+
+    Returns:
+        uint8, ``(ceil(numel / 8),)``.
+    """
+    flat = mask.reshape(-1).to(torch.uint8)
+    bytes_ = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
+    return (bytes_ << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack_mask(packed: Tensor, shape: Iterable[int]) -> Tensor:
+    """The inverse of :func:`pack_mask`.
+
+    Args:
+        packed: uint8, as packed.
+        shape: Shape of the mask.
+
+    Returns:
+        Bool of that shape.
+
+    Raises:
+        ValueError: ``packed`` is not of the right type or length.
+    """
+    size = torch.Size(shape)
+    if packed.dtype != torch.uint8 or packed.shape != (-(-size.numel() // 8),):
+        raise ValueError(
+            f"a mask of shape {tuple(size)} is {-(-size.numel() // 8)} bytes; got {packed.dtype} of shape "
+            f"{tuple(packed.shape)}. Was the model changed since it was saved?"
+        )
+    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
+    return bits.view(-1)[: size.numel()].bool().view(size)
+
+
+class MaskTransform(Transform):
+    """``Ŵ = M ∘ W`` for one parameter.
+
+    First in the chain, so that what follows (a spectral norm) sees the pruned weight. Starts with everything kept.
+
+    Args:
+        shape: Of the parameter.
+    """
+
+    kind = "mask"
+    order = 10
+
+    def __init__(self, shape: Iterable[int]) -> None:
+        # All bits set where a weight is kept: `and` with the bits of a float is ten times faster than `masked_fill_`,
+        # and unlike a product it turns an infinite gradient into a zero, not into NaN.
+        self._bits = torch.full(torch.Size(shape), -1, dtype=torch.int32)
+        self._any = False
+
+    @property
+    def mask(self) -> Tensor:
+        """True where the weight is kept."""
+        return self._bits != 0
+
+    @mask.setter
+    def mask(self, kept: Tensor) -> None:
+        self._bits = -kept.to(self._bits.dtype)
+        self._any = not bool(kept.all())
+
+    @property
+    def dropped(self) -> Tensor:
+        """True where the weight is pruned."""
+        return self._bits == 0
+
+    def _zero(self, tensor: Tensor) -> None:
+        bits = torch.int64 if tensor.dtype == torch.float64 else torch.int32
+        if self._bits.dtype != bits:
+            self._bits = self._bits.to(bits)
+        tensor.view(bits).bitwise_and_(self._bits)
+
+    def start(self, weight: Tensor) -> None:
+        """Keep everything, zeros included."""
+        self.mask = torch.ones_like(weight, dtype=torch.bool)
+
+    def pull(self, weight: Tensor, grad: Tensor | None) -> None:
+        """Mask the gradient; what is pruned in ``Ŵ`` is zero in ``W``."""
+        if grad is not None and self._any:
+            self._zero(grad)
+
+    def advance(self, weight: Tensor) -> None:
+        """Masks change between steps only, see :func:`set_mask`."""
+
+    def push(self, weight: Tensor) -> None:
+        """Write the zeros."""
+        if self._any:
+            self._zero(weight)
+
+    def fits(self, weight: Tensor, tolerance: float) -> bool:
+        """Whether everything pruned is zero."""
+        return not self._any or not bool(weight[self.dropped].any())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """``mask``, packed eight entries a byte."""
+        return {"mask": pack_mask(self.mask)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], weight: Tensor) -> None:
+        """Take over a mask."""
+        if set(state) != {"mask"}:
+            raise ValueError(f"the state of a mask holds 'mask'; got {sorted(state)}.")
+        self.mask = unpack_mask(state["mask"].to(weight.device), weight.shape)
+
+
+@torch.no_grad()
+def set_mask(site: Site, transform: MaskTransform, mask: Tensor, *, advance: bool = False) -> None:
+    """Put a new mask on a weight, now: ``W`` and ``Ŵ`` become zero where it is False.
+
+    Args:
+        site: The weight.
+        transform: Its mask.
+        mask: True where the weight is kept; may also bring weights back, as zeros.
+        advance: Let the other transforms of the weight follow (a power iteration on what is left). For changes outside
+            the optimizer's step; inside, the step itself does.
+    """
+    window = site.pulled  # the parameter holds W already, and will be pushed after the step
+    if not window:
+        site.pull(None)
+    transform.mask = mask
+    site.param.data.masked_fill_(transform.dropped, 0)
+    if site.param.grad is not None:
+        site.param.grad.masked_fill_(transform.dropped, 0)
+    if not window:
+        site.push(advance=False, follow=advance)
+
+
+def forget(optimizers: Iterable[Optimizer], dropped: Mapping[nn.Parameter, Tensor]) -> None:
+    """Empty the optimizers' memory of pruned weights: momentum, second moments, whatever has the weight's shape.
+
+    Args:
+        optimizers: They hold the parameters.
+        dropped: Parameter → True where it is pruned.
+    """
+    for optimizer in optimizers:
+        for param, where in dropped.items():
+            for value in optimizer.state.get(param, {}).values():
+                if isinstance(value, Tensor) and value.shape == param.shape:
+                    value.masked_fill_(where, 0)
+
+
+class UnitMask(Transform):
+    """``Ŵ = M ∘ W`` where ``M`` is zero along whole entries of some axes.
+
+    Of the same kind as :class:`~lightning_efficient.weightspace.mask.MaskTransform`: a parameter takes one of them.
+    Starts with everything kept.
+    """
+
+    kind = "mask"
+    order = 10
+
+    def __init__(self) -> None:
+        self._kept: dict[int, Tensor] = {}  # axis → bool, what is kept of it
+        self._index: dict[int, Tensor] = {}  # axis → long, what is dropped, for writing
+
+    def drop(self, dim: int, entries: Tensor, weight: Tensor) -> None:
+        """Prune entries of an axis, beside those pruned already; the weight itself is written by :meth:`push`.
+
+        Args:
+            dim: The axis.
+            entries: Long, their positions.
+            weight: The parameter, for its shape and device.
+        """
+        kept = self._kept.get(dim, torch.ones(weight.shape[dim], dtype=torch.bool, device=weight.device)).clone()
+        kept[entries.to(kept.device)] = False
+        self._set(dim, kept)
+
+    def _set(self, dim: int, kept: Tensor) -> None:
+        self._kept[dim] = kept
+        self._index[dim] = (~kept).nonzero().flatten()
+
+    def dropped(self, weight: Tensor) -> Tensor:
+        """True where the weight is pruned, of its shape (a view that may be read only)."""
+        gone = torch.zeros((), dtype=torch.bool, device=weight.device)
+        for dim, kept in self._kept.items():
+            gone = gone | ~kept.to(weight.device).view([-1 if axis == dim else 1 for axis in range(weight.ndim)])
+        return gone.expand(weight.shape)
+
+    def _zero(self, tensor: Tensor) -> None:
+        for dim, index in self._index.items():
+            if len(index):
+                tensor.index_fill_(dim, index, 0)
+
+    def start(self, weight: Tensor) -> None:
+        """Keep everything, zeros included."""
+        self._kept, self._index = {}, {}
+
+    def pull(self, weight: Tensor, grad: Tensor | None) -> None:
+        """Mask the gradient; what is pruned in ``Ŵ`` is zero in ``W``."""
+        if grad is not None:
+            self._zero(grad)
+
+    def advance(self, weight: Tensor) -> None:
+        """Masks change between steps only."""
+
+    def push(self, weight: Tensor) -> None:
+        """Write the zeros."""
+        self._zero(weight)
+
+    def fits(self, weight: Tensor, tolerance: float) -> bool:
+        """Whether everything pruned is zero."""
+        return not any(bool(weight.index_select(dim, index).any()) for dim, index in self._index.items())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """``axis0`` and so on: what is kept of each axis, eight entries a byte."""
+        return {f"axis{dim}": pack_mask(kept) for dim, kept in self._kept.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], weight: Tensor) -> None:
+        """Take over a mask."""
+        names = {f"axis{dim}": dim for dim in range(weight.ndim)}
+        if not state.keys() <= names.keys():
+            raise ValueError(f"the state of a mask of units holds {sorted(names)}; got {sorted(state)}.")
+        kept = {names[n]: unpack_mask(bits.to(weight.device), (weight.shape[names[n]],)) for n, bits in state.items()}
+        self._kept, self._index = {}, {}
+        for dim, mask in kept.items():
+            self._set(dim, mask)
+
+
+@torch.no_grad()
+def drop_entries(site: Site, transform: UnitMask, entries: Mapping[int, Tensor], *, advance: bool = False) -> None:
+    """Prune entries of a weight now: ``W``, ``Ŵ`` and the gradient become zero there.
+
+    Args:
+        site: The weight.
+        transform: Its mask.
+        entries: Axis → positions on it.
+        advance: Let the other transforms of the weight follow (a power iteration on what is left). For changes outside
+            the optimizer's step; inside, the step itself does.
+    """
+    window = site.pulled  # the parameter holds W already, and will be pushed after the step
+    if not window:
+        site.pull(None)
+    for dim, where in entries.items():
+        transform.drop(dim, where, site.param)
+    transform.push(site.param.data)
+    if site.param.grad is not None:
+        transform.push(site.param.grad)
+    if not window:
+        site.push(advance=False, follow=advance)
+
+
+@torch.no_grad()
+def scale_entries(site: Site, entries: Mapping[int, Tensor], factor: float) -> None:
+    """Multiply entries of a weight, in ``W`` and so in ``Ŵ``, between two steps; other transforms of the weight follow.
+
+    Args:
+        site: The weight.
+        entries: Axis → positions on it, each once.
+        factor: 0 writes zeros.
+    """
+    site.pull(None)
+    weight = site.param.data
+    for dim, where in entries.items():
+        if factor == 0.0:
+            weight.index_fill_(dim, where, 0)
+        else:
+            weight.index_copy_(dim, where, weight.index_select(dim, where).mul_(factor))
+    site.push(advance=False, follow=True)
