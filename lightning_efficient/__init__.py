@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from lightning_efficient.deploy.formats import save_exported
     from lightning_efficient.deploy.measure import log_exported, slim_report
     from lightning_efficient.deploy.semi_structured import to_semi_structured
-    from lightning_efficient.lifecycle.checkpoint import load_from_checkpoint
     from lightning_efficient.lifecycle.cuts import cut
+    from lightning_efficient.lifecycle.load import load_from_checkpoint
     from lightning_efficient.trainer.tensorboard import plot_sap_curve
     from lightning_efficient.tuning.validation import tune_on_validation
 
@@ -54,7 +54,7 @@ _HOMES = {
     "cut": "lifecycle.cuts",
     "export": "deploy.export",
     "find_attention": "attention.sites",
-    "load_from_checkpoint": "lifecycle.checkpoint",
+    "load_from_checkpoint": "lifecycle.load",
     "log_exported": "deploy.measure",
     "plot_sap_curve": "trainer.tensorboard",
     "read_runs": "comparison",

@@ -135,6 +135,7 @@ class CollapseMonitor(EfficientCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The next multiple of ``every_n_steps``, also after resuming."""
+        super().on_train_start(trainer, pl_module)
         self._due = math.ceil(trainer.global_step / self.every_n_steps) * self.every_n_steps
         self._vectors, self._reported = {}, ""
 
@@ -181,10 +182,12 @@ class CollapseMonitor(EfficientCallback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook and no mode behind."""
+        super().on_exception(trainer, pl_module, exception)
         self._abort()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook and no mode behind."""
+        super().teardown(trainer, pl_module, stage)
         self._abort()
 
     def _close(self) -> None:
@@ -225,7 +228,7 @@ class CollapseMonitor(EfficientCallback):
                 scalars["spectral_norm_max"] = torch.stack([norm.float() for norm in norms.values()]).max().item()
         if self._embeddings:
             scalars["rankme"] = rankme(self._embeddings[0]).item()
-        prefix = f"efficient/{self.method}"
+        prefix = self.prefix
         scalars = {f"{prefix}/{name}": value for name, value in _over_processes(trainer, pl_module, scalars).items()}
         for name, value in scalars.items():
             # logger=False: Lightning would drop values of steps that are no multiple of log_every_n_steps.
@@ -240,7 +243,7 @@ class CollapseMonitor(EfficientCallback):
             logger.log_metrics(scalars | layers, self._step)
             return
         logger.log_metrics(scalars, self._step)
-        tag = f"efficient/{self.method}/attention_entropy"
+        tag = f"{self.prefix}/attention_entropy"
         if self.heatmap and table.sites:
             logger.experiment.add_image(tag, table.picture(self._step), self._step)
         heads = torch.cat(table.values["entropy"]) if table.sites else torch.empty(0)

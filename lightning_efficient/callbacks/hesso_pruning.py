@@ -7,17 +7,17 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_efficient.lifecycle.standing import check_same_schedule
-from lightning_efficient.lifecycle.units import UnitPruningCallback
+from lightning_efficient.common.schema import MapOf, OrNone, Record, TensorOf, Text
+from lightning_efficient.lifecycle.units import FOUND, UnitPruningCallback
 from lightning_efficient.lifecycle.weights import Plan as WeightPlan
 from lightning_efficient.structured.cost import Cost
 from lightning_efficient.structured.cric import CricPlan
 from lightning_efficient.structured.hesso import (
+    HESSO_STATE,
     PRUNED,
     SHRINKING,
     HessoConfig,
@@ -27,8 +27,7 @@ from lightning_efficient.structured.hesso import (
     shrink_factor,
 )
 from lightning_efficient.structured.saliency import all_sums, saliency
-from lightning_efficient.trainer.cycles import Cycles
-from lightning_efficient.trainer.length import run_length
+from lightning_efficient.trainer.cycles import CYCLES, Cycles
 from lightning_efficient.weightspace import Boundary, Transform
 from lightning_efficient.weightspace.mask import scale_entries
 
@@ -55,7 +54,7 @@ class HESSOPruning(UnitPruningCallback):
         unit: Of what: ``"groups"`` (units, all the same), ``"params"`` or ``"macs"`` of the whole network.
         start: When the first units are chosen: steps (int) or fraction of the run (float).
         duration: How long it takes until the last are gone, likewise.
-        periods: In how many portions.
+        periods: In how many portions; ``None``: 10, or as many as ``duration`` has steps.
         group_divisible: As many units as a multiple of this stay in every group that loses any.
         cric: Find out what is redundant in cycles that are tried and undone (Corrective Redundancy Identification):
             ``periods`` are then the most cycles there are, all within ``duration``, and what was chosen goes at once
@@ -70,7 +69,9 @@ class HESSOPruning(UnitPruningCallback):
     """
 
     method = "hesso_pruning"
-    prefix = "efficient/hesso"
+    progress_schema = Record(
+        {**FOUND, "hesso": HESSO_STATE, "sums": MapOf(Text(), MapOf(Text(), TensorOf())), "cycles": OrNone(CYCLES)}
+    )
 
     def __init__(
         self,
@@ -81,7 +82,7 @@ class HESSOPruning(UnitPruningCallback):
         unit: Literal["groups", "params", "macs"] = "groups",
         start: int | float = 0.1,
         duration: int | float = 0.2,
-        periods: int = 10,
+        periods: int | None = None,
         group_divisible: int = 1,
         cric: bool = False,
         saliency: dict[str, float] | None = None,
@@ -92,10 +93,8 @@ class HESSOPruning(UnitPruningCallback):
         self.cric = cric
         self.hesso = HessoState()
         self._cycles: Cycles | None = None
-        self._saved_cycles: dict[str, Any] | None = None
         self._plan: Plan | None = None
         self._pruner: Pruner | None = None
-        self._saved_plan: tuple[int, int, int] | None = None
         # Parameter → sums over its units: of the last backward, and of parameters whose optimizer has come to its step.
         self._latest: dict[str, dict[str, Tensor]] = {}
         self._sums: dict[str, dict[str, Tensor]] = {}
@@ -120,38 +119,32 @@ class HESSOPruning(UnitPruningCallback):
 
     # -- life cycle ------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def progress(self) -> dict[str, Any]:
         """Where the schedule is."""
-        if not self.enabled:
-            return super().state_dict()
-        plan = None if self._plan is None else [self._plan.first, self._plan.span, self._plan.periods]
-        return super().state_dict() | {
-            "hesso": self.hesso.as_plain(), "plan": plan, "sums": self._sums,
-            "cycles": self._saved_cycles if self._cycles is None else self._cycles.as_plain(),
-        }  # fmt: skip
+        cycles = None if self._cycles is None else self._cycles.as_plain()
+        return super().progress() | {"hesso": self.hesso.as_plain(), "sums": self._sums, "cycles": cycles}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def resume(self, progress: Mapping[str, Any]) -> None:
         """Go on where the run that is resumed was."""
-        super().load_state_dict(state_dict)
-        if self.enabled:
-            self.hesso = HessoState.from_plain(state_dict["hesso"])
-            self._sums = {name: dict(sums) for name, sums in state_dict["sums"].items()}
-            self._saved_cycles = state_dict["cycles"]
-            self._saved_plan = state_dict["plan"] and tuple(state_dict["plan"])
+        super().resume(progress)
+        self.hesso = HessoState.from_plain(progress["hesso"])
+        self._sums = {name: dict(sums) for name, sums in progress["sums"].items()}
+        if progress["cycles"] is not None and self.standing.schedule is not None:
+            self._cycles = Cycles.from_plain(CricPlan(*self.standing.schedule), progress["cycles"])
+
+    def restart(self) -> None:
+        """Begin the schedule anew; units that the model has lost stay gone."""
+        super().restart()
+        self._plan, self._sums, self._cycles, self.hesso = None, {}, None, HessoState()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin a schedule anew; units that an earlier run of the same module has pruned stay pruned."""
+        """Refuse what cannot work before anything has changed."""
         super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self._plan, self._saved_plan, self._sums = None, None, {}
-            self._cycles, self._saved_cycles = None, None
-            if self.enabled and self.cric and not pl_module.automatic_optimization:
-                raise ValueError(
-                    "cric=True compares losses that `training_step` returns, and under manual optimization it steps "
-                    "instead. Use cric=False."
-                )
-            self.hesso.release()
-            self.hesso.chosen, self.hesso.shrunk = 0, 0
+        if stage == "fit" and self.enabled and self.cric and not pl_module.automatic_optimization:
+            raise ValueError(
+                "cric=True compares losses that `training_step` returns, and under manual optimization it steps "
+                "instead. Use cric=False."
+            )
 
     def plan(self, pl_module: LightningModule) -> WeightPlan:
         """Choose and check the parameters, without changing anything."""
@@ -160,9 +153,8 @@ class HESSOPruning(UnitPruningCallback):
             cost = self._cost(pl_module)
             self._pruner = Pruner(self.groups, self.options.unit, self.options.group_divisible, cost)
             self._pruner.check(self.options.target)
-            sizes = {name: group.units for name, group in self.groups.found.items()}
-            if {name: len(status) for name, status in self.hesso.status.items()} != sizes:
-                self.hesso = HessoState.of(self.groups)
+            if not self.standing.resumed:
+                self.hesso = HessoState.of(self.groups, self.gone(pl_module))
         return plan
 
     def _cost(self, pl_module: LightningModule) -> Cost | None:
@@ -177,17 +169,17 @@ class HESSOPruning(UnitPruningCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fix the schedule."""
+        super().on_train_start(trainer, pl_module)
         if not self.enabled:
             return
-        self._plan = self.options.plan(run_length(trainer))
-        now = (self._plan.first, self._plan.span, self._plan.periods)
-        check_same_schedule(type(self).__name__, self._saved_plan, now, "first step, number of steps, periods")
+        self._plan = Plan(*self.standing.fix(trainer, type(self).__name__, self._resolve, lambda s: s[0] + s[1]))
         if self.cric:
-            self._cycles = Cycles(CricPlan(self._plan.first, self._plan.span, self._plan.periods))
-            if self._saved_cycles is not None:
-                self._cycles.load(self._saved_cycles)
-                self._saved_cycles = None
-                self._follow()
+            self._cycles = self._cycles or Cycles(CricPlan(self._plan.first, self._plan.span, self._plan.periods))
+            self._follow()
+
+    def _resolve(self, total: int | None) -> tuple[int, ...]:
+        plan = self.options.plan(total)
+        return plan.first, plan.span, plan.periods
 
     def _follow(self) -> None:
         """Find the entries of the units that shrink now."""
@@ -206,11 +198,11 @@ class HESSOPruning(UnitPruningCallback):
         # After the boundary's own hooks: parameters hold the network's weights again.
         self._handles = [optimizer.register_step_post_hook(after_step) for optimizer in trainer.optimizers]
 
-    def _release(self) -> None:
+    def _release(self, pl_module: LightningModule) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles, self._latest, self._active = [], {}, {}
-        super()._release()
+        super()._release(pl_module)
 
     # -- pruning ---------------------------------------------------------------------------------------------------
 
@@ -225,13 +217,13 @@ class HESSOPruning(UnitPruningCallback):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gradients of the network's weights, before anything is done to them; those of the last micro-batch stay."""
-        if self._due(trainer.global_step) is not None:
+        if self._due(self.step(trainer)) is not None:
             grads = {name: param.grad for name, param in self._params.items()}
             self._latest = all_sums(self.groups.found.values(), self._params, grads)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Choose units at the start of a period, then on with the step."""
-        period = self._due(trainer.global_step)
+        period = self._due(self.step(trainer))
         if period is not None and self._latest:
             # Of several optimizers each has cleared the gradients of its own parameters only.
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -261,27 +253,28 @@ class HESSOPruning(UnitPruningCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """CRIC: begin a cycle, or decide."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        step, cycles = trainer.global_step, self._cycles
-        if self._boundary is None or cycles is None or not cycles.due(step):
+        step, cycles = self.step(trainer), self._cycles
+        if self._boundary is None or self._plan is None or cycles is None or not cycles.due(step):
             return
         if cycles.snapshot is None:
             cycles.keep(trainer, pl_module, self._sites())
             cycles.probe(trainer, pl_module, batch, self.groups, self._params)
         else:
-            cycles.go_back(trainer, pl_module, self._sites())
+            cycles.go_back(trainer, pl_module, self._sites(), step)
         cycles.state.trial = trainer.strategy.broadcast(cycles.state.trial)  # as for single choices: one decides
-        if cycles.state.over(self.options.periods):
-            self._pick(trainer, cycles.decide(step), self.options.periods - 1)
-            cycles.say(self.options.periods)
+        if cycles.state.over(self._plan.periods):
+            self._pick(trainer, cycles.decide(step), self._plan.periods - 1)
+            cycles.say(self._plan.periods)
         else:
             cycles.state.begin()
             self.hesso.shrunk = step
             self._follow()
 
     def _pick(self, trainer: Trainer, scores: Mapping[str, Tensor], period: int) -> None:
+        assert self._plan is not None
         # Weights are equal on all processes, and scores almost surely: one of them decides.
-        units = trainer.strategy.broadcast(self._lowest(scores, (period + 1) / self.options.periods))
-        self.hesso.choose(units, period, trainer.global_step)
+        units = trainer.strategy.broadcast(self._lowest(scores, (period + 1) / self._plan.periods))
+        self.hesso.choose(units, period, self.step(trainer))
         self._follow()
 
     @torch.no_grad()
@@ -290,7 +283,7 @@ class HESSOPruning(UnitPruningCallback):
         if not self._active or self._plan is None:
             return
         begin, end = self._interval(self._plan)
-        factor = shrink_factor(begin, end, self.hesso.shrunk, done := trainer.global_step + 1)
+        factor = shrink_factor(begin, end, self.hesso.shrunk, done := self.step(trainer) + 1)
         if factor == 1.0:
             return
         for name, axes in self._active.items():
@@ -322,12 +315,15 @@ class HESSOPruning(UnitPruningCallback):
             return
         removed = self._pruner.removed({name: int(where.sum()) for name, where in self.hesso.marked(PRUNED).items()})
         self._say_widths(removed, self.options.unit)
-        if trainer.global_step and (self.hesso.chosen < self._plan.periods or self._active):
-            rank_zero_warn(
-                f"{type(self).__name__} stopped in period {self.hesso.chosen} of {self._plan.periods}: the run ended "
-                f"at step {trainer.global_step}, and the schedule ends at {self._plan.first + self._plan.span}. Units "
-                "that were shrinking stay, as small as they are."
-            )
+        super().on_train_end(trainer, pl_module)
+
+    def unfinished(self) -> str:
+        """For the report of a schedule that the run did not finish."""
+        assert self._plan is not None
+        return (
+            f"it is in period {self.hesso.chosen} of {self._plan.periods}, and units that were shrinking stay, as "
+            "small as they are."
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a running fit."""

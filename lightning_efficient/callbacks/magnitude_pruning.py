@@ -16,13 +16,12 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_efficient.common.match import covers
 from lightning_efficient.common.schedule import Schedule, check_amount, transition_steps
+from lightning_efficient.common.schema import Flag, OrNone, Record
 from lightning_efficient.lifecycle.masks import PruningCallback
-from lightning_efficient.lifecycle.standing import check_same_schedule
 from lightning_efficient.pruning import criteria
 from lightning_efficient.pruning.granularity import Granularity
 from lightning_efficient.pruning.selection import check_scope, count_of, make_masks
-from lightning_efficient.trainer.length import run_length
-from lightning_efficient.weightspace.snapshot import restore_snapshot
+from lightning_efficient.weightspace.snapshot import SNAPSHOT, restore_snapshot
 
 
 class MagnitudePruning(PruningCallback):
@@ -57,12 +56,14 @@ class MagnitudePruning(PruningCallback):
             and its weights compete among themselves.
         embeddings: Include ``nn.Embedding`` tables.
         seed: Of the random criterion.
+        keep_zeros: Hold weights that are zero when a new run begins (a model that was pruned elsewhere) at zero.
 
     Raises:
         ValueError: An argument is out of range, or the schedule does not fit into the run.
     """
 
     method = "magnitude_pruning"
+    progress_schema = Record({"snapshot": OrNone(SNAPSHOT), "back": Flag()})
 
     def __init__(
         self,
@@ -83,16 +84,15 @@ class MagnitudePruning(PruningCallback):
         amounts: dict[str, float] | None = None,
         embeddings: bool = False,
         seed: int = 0,
+        keep_zeros: bool = False,
     ) -> None:
-        super().__init__(enabled, include, exclude, embeddings)
+        super().__init__(enabled, include, exclude, embeddings, keep_zeros)
         self.amount, self.amounts, self.scope, self.granularity = amount, amounts, scope, granularity
         self.criterion, self.seed = criterion, seed
         self.rewind, self.rewind_to = rewind, rewind_to
         self.schedule = Schedule(schedule, start, length, every, rounds)
         self._check_arguments()
-        self._total: int | None = None
         self._steps: tuple[int, ...] = ()
-        self._saved_steps: tuple[int, ...] | None = None
         self._step = 0
         self._applied: dict[str, float] = {}
         self._back = False
@@ -129,36 +129,31 @@ class MagnitudePruning(PruningCallback):
 
     # -- life cycle ------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """The steps at which things happen, and what to go back to."""
-        if not self.enabled:
-            return super().state_dict()
-        snapshot = None if self._snapshot is None else self._snapshot.as_plain()
-        return super().state_dict() | {"steps": list(self._steps), "snapshot": snapshot, "back": self._back}
+    def progress(self) -> dict[str, Any]:
+        """What to go back to, and whether that is due."""
+        return {"snapshot": None if self._snapshot is None else self._snapshot.as_plain(), "back": self._back}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def resume(self, progress: Mapping[str, Any]) -> None:
         """Go on with the schedule of the run that is resumed."""
-        if self.enabled:
-            self._saved_steps = tuple(state_dict["steps"])
-            self._snapshot, self._back = restore_snapshot(state_dict["snapshot"]), bool(state_dict["back"])
+        self._snapshot, self._back = restore_snapshot(progress["snapshot"]), progress["back"]
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the state of an earlier run."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self._saved_steps, self._applied, self._back, self._step = None, {}, False, -1
+    def restart(self) -> None:
+        """Begin the schedule anew; masks that the model has stay on."""
+        super().restart()
+        self._applied, self._back, self._step, self._steps = {}, False, -1, ()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fix the schedule, before anything is pruned."""
-        if not self.enabled:
-            return
-        self._total = run_length(trainer)
-        self._steps = self._resolve(self._total)
-        check_same_schedule(type(self).__name__, self._saved_steps, self._steps, "first, span, every, rewind_to")
+        super().on_train_start(trainer, pl_module)
+        if self.enabled:
+            self._steps = self.standing.fix(trainer, type(self).__name__, self._resolve, self.schedule.end)
 
     def _resolve(self, total: int | None) -> tuple[int, ...]:
+        """``(first, span, every, rewind_to)`` in steps; nothing in a run of no steps."""
+        if total == 0:
+            return 0, 0, 1, 0
         first, span, every = self.schedule.steps(total)
-        if self.schedule.kind != "iterative" or total == 0 or self.rewind == "none":
+        if self.schedule.kind != "iterative" or self.rewind == "none":
             return first, span, every, 0
         back, _ = transition_steps(total, hold=self.rewind_to, length=0)
         if back >= first:
@@ -173,7 +168,7 @@ class MagnitudePruning(PruningCallback):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._boundary is None:
             return
-        self._step = step = trainer.global_step
+        self._step = step = self.step(trainer)
         returns = self.schedule.kind == "iterative" and self.rewind != "none"
         if returns and self._snapshot is None and step >= self._steps[3]:
             self._snapshot = self._take(trainer, pl_module)
@@ -192,7 +187,7 @@ class MagnitudePruning(PruningCallback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gradients of the network's weights, before anything is done to them; those of the last micro-batch stay."""
         self._collect = True
-        if self._boundary is not None and self.criterion == "taylor" and self._due(trainer.global_step):
+        if self._boundary is not None and self.criterion == "taylor" and self._due(self.step(trainer)):
             grads = {name: self._targets[name].param.grad for name in self._transforms}
             self._scores = {
                 name: criteria.taylor(self._targets[name].param, grad)
@@ -245,10 +240,12 @@ class MagnitudePruning(PruningCallback):
 
     def _due(self, step: int) -> dict[str, float]:
         """Pattern → share to be pruned now, where it has grown."""
-        if self._total == 0 or step < 0:
+        if not self._steps or step < 0:
             return {}
+        first, span, every, _ = self._steps
         shares = {
-            glob: self.schedule.amount_at(step, self._total, amount) for glob, (amount, _) in self._groups().items()
+            glob: self.schedule.share(step, (first, span, every), amount)
+            for glob, (amount, _) in self._groups().items()
         }
         return {glob: share for glob, share in shares.items() if share > self._applied.get(glob, 0.0)}
 
@@ -259,7 +256,7 @@ class MagnitudePruning(PruningCallback):
         return criteria.magnitude(param)
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule, scores: Mapping[str, Tensor], advance: bool) -> None:
-        due, groups, kept = self._due(trainer.global_step), self._groups(), self.masks
+        due, groups, kept = self._due(self.step(trainer)), self._groups(), self.masks
         masks: dict[str, Tensor] = {}
         for glob, share in due.items():
             targets = {name: self._targets[name] for name in groups[glob][1]}

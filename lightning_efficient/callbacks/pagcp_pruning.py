@@ -14,8 +14,8 @@ from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from lightning_efficient.common.schedule import moments
-from lightning_efficient.lifecycle.standing import check_same_schedule
-from lightning_efficient.lifecycle.units import UnitPruningCallback
+from lightning_efficient.common.schema import Int, ListOf, MapOf, Plain, Record, TensorOf, Text
+from lightning_efficient.lifecycle.units import FOUND, UnitPruningCallback
 from lightning_efficient.lifecycle.weights import Plan
 from lightning_efficient.structured.budgets import read_budgets
 from lightning_efficient.structured.cost import Cost
@@ -28,7 +28,6 @@ from lightning_efficient.structured.pagcp import (
     table,
     unit_scores,
 )
-from lightning_efficient.trainer.length import run_length
 from lightning_efficient.trainer.validation import ValidationOracle
 from lightning_efficient.weightspace import Transform
 
@@ -71,7 +70,12 @@ class PAGCPPruning(UnitPruningCallback):
     """
 
     method = "pagcp_pruning"
-    prefix = "efficient/pagcp"
+    progress_schema = Record(
+        {
+            **FOUND, "done": Int(low=0), "gone": MapOf(Text(), TensorOf(torch.bool, ndim=1)),
+            "history": ListOf(MapOf(Text(), Plain())),
+        }
+    )  # fmt: skip
     resume_may_change = frozenset({"enabled"})
 
     def __init__(
@@ -101,7 +105,6 @@ class PAGCPPruning(UnitPruningCallback):
         self.history: list[dict[str, Any]] = []
         self._gone: dict[str, Tensor] = {}
         self._moments: tuple[int, ...] = ()
-        self._saved_moments: tuple[int, ...] | None = None
         self._done = 0
 
     def config(self) -> dict[str, Any]:
@@ -122,27 +125,21 @@ class PAGCPPruning(UnitPruningCallback):
 
     # -- life cycle ------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def progress(self) -> dict[str, Any]:
         """How far it has got, and what was decided."""
-        if not self.enabled:
-            return super().state_dict()
-        return super().state_dict() | {
-            "moments": list(self._moments), "done": self._done, "gone": dict(self._gone),
-            "history": [dict(row) for row in self.history],
-        }  # fmt: skip
+        own = {"done": self._done, "gone": dict(self._gone), "history": [dict(row) for row in self.history]}
+        return super().progress() | own
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def resume(self, progress: Mapping[str, Any]) -> None:
         """Go on where the run that is resumed was."""
-        super().load_state_dict(state_dict)
-        if self.enabled:
-            self._saved_moments, self._done = tuple(state_dict["moments"]), state_dict["done"]
-            self._gone, self.history = dict(state_dict["gone"]), list(state_dict["history"])
+        super().resume(progress)
+        self._done, self._gone = progress["done"], dict(progress["gone"])
+        self.history = [dict(row) for row in progress["history"]]
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin the rounds anew; what an earlier run of the same module has pruned stays pruned."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self._saved_moments, self._done, self.history = None, 0, []
+    def restart(self) -> None:
+        """Begin the rounds anew; units that the model has lost stay gone."""
+        super().restart()
+        self._done, self._gone, self._moments, self.history = 0, {}, (), []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that there is something to judge by, then find the groups and put the masks on."""
@@ -155,24 +152,27 @@ class PAGCPPruning(UnitPruningCallback):
     def plan(self, pl_module: LightningModule) -> Plan:
         """Choose and check the parameters, without changing anything."""
         plan = super().plan(pl_module)
-        sizes = {name: group.units for name, group in self.groups.found.items()}
-        if {name: len(gone) for name, gone in self._gone.items()} != sizes:
-            self._gone = {name: torch.zeros(size, dtype=torch.bool) for name, size in sizes.items()}
+        if not self.standing.resumed:
+            self._gone = self.gone(pl_module)
         return plan
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fix the moments."""
-        if not self.enabled:
-            return
-        self._moments = moments(run_length(trainer), self.start, self.every, self.rounds)
-        check_same_schedule(type(self).__name__, self._saved_moments, self._moments, "steps of the rounds")
+        super().on_train_start(trainer, pl_module)
+        if self.enabled:
+            self._moments = self.standing.fix(
+                trainer, type(self).__name__, self._resolve, lambda s: s[-1] + 1 if s else 0
+            )
+
+    def _resolve(self, total: int | None) -> tuple[int, ...]:
+        return moments(total, self.start, self.every, self.rounds)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Prune between two steps, when it is time."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._boundary is None:
             return
-        while self._done < len(self._moments) and trainer.global_step >= self._moments[self._done]:
+        while self._done < len(self._moments) and self.step(trainer) >= self._moments[self._done]:
             self._round(trainer, pl_module)
             self._done += 1
 
@@ -210,8 +210,8 @@ class PAGCPPruning(UnitPruningCallback):
             units[name][list(chosen)] = True
             self._gone[name] = self._gone[name] | units[name]
         self._drop(trainer, pl_module, units)
-        self.history.append(self._entry(decision, trainer.global_step))
-        self._say(decision, trainer.global_step)
+        self.history.append(self._entry(decision, self.step(trainer)))
+        self._say(decision, self.step(trainer))
 
     def _entry(self, decision: Decision, step: int) -> dict[str, Any]:
         """A decision as plain data."""
@@ -297,8 +297,8 @@ class PAGCPPruning(UnitPruningCallback):
             return
         cost = self._cost()
         self._say_widths(1.0 - cost(self._counts()) / cost() if cost() else 0.0, "multiply-accumulates")
-        if trainer.global_step and self._done < len(self._moments):
-            rank_zero_warn(
-                f"{type(self).__name__} did {self._done} of {len(self._moments)} rounds: the run ended at step "
-                f"{trainer.global_step}, the next one was due at {self._moments[self._done]}."
-            )
+        super().on_train_end(trainer, pl_module)
+
+    def unfinished(self) -> str:
+        """For the report of a schedule that the run did not finish."""
+        return f"{len(self._moments) - self._done} of {len(self._moments)} rounds have not come."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_efficient.common.change import Change
+from lightning_efficient.lifecycle.standing import is_smoke_run
 from lightning_efficient.lifecycle.state import Request
 from lightning_efficient.lifecycle.structural import StructuralCallback
 from lightning_efficient.lifecycle.weights import Plan
@@ -21,16 +23,15 @@ from lightning_efficient.norms.causal import CausalAttentionError, CausalWatch
 from lightning_efficient.norms.padding import capture_padding
 from lightning_efficient.norms.swap import METHOD, NormSwapConfig, apply_norm_swap, find_norms
 from lightning_efficient.trainer.finished import FinishedForm
-from lightning_efficient.trainer.length import run_length
 from lightning_efficient.trainer.statistics import average_over_processes, recalibrate_in
-from lightning_efficient.trainer.transition import GuardedTransition
+from lightning_efficient.trainer.transition import TRANSITION, GuardedTransition
 
 
 class PRepBN(StructuralCallback):
     """Trade layer norms and RMS norms for ones that can be folded away, progressively (SLAB, arXiv 2405.11582).
 
     Every matched norm computes ``lam · old(x) + (1 - lam) · new(x)``; ``lam`` is a pure function of
-    ``trainer.global_step``: 1 during ``hold``, down to 0 over ``transition``, 0 from there on. Validation during the
+    ``self.step(trainer)``: 1 during ``hold``, down to 0 over ``transition``, 0 from there on. Validation during the
     transition evaluates this blend, the network being trained; what it would say of the finished form is logged beside
     it, as ``efficient/norm_swap/finished/<name of your metric>``. Logs ``efficient/norm_swap/lam``. At the end of the
     run the running statistics are averaged anew. The files of such a run load with
@@ -63,6 +64,7 @@ class PRepBN(StructuralCallback):
     """
 
     method = METHOD
+    progress_schema = TRANSITION
 
     def __init__(
         self,
@@ -91,7 +93,7 @@ class PRepBN(StructuralCallback):
         self.allow_causal, self.recalibrate, self.finished_metrics = allow_causal, recalibrate, finished_metrics
         self._finished = FinishedForm(f"efficient/{METHOD}/finished/")
         self._recalibrated_at = -1
-        self._resumed = False
+        self._total: int | None = None
         self._norms: list[BlendNorm] = []
         self._handles: list[RemovableHandle] = []
         self._watch: CausalWatch | None = None
@@ -101,17 +103,20 @@ class PRepBN(StructuralCallback):
         own = {name: getattr(self, name) for name in ("allow_causal", "recalibrate", "finished_metrics")}
         return super().config() | vars(self.options) | self.transition.config() | own
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the transition of this run began and how far it is, and what the guard has seen."""
-        if not self.enabled:
-            return super().state_dict()
+    def progress(self) -> dict[str, Any]:
+        """Where the transition of this fit began and how far it is, and what the guard has seen."""
         self._settle()
-        return super().state_dict() | self.transition.state_dict()
+        return self.transition.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the transition of the run that is resumed."""
-        self.transition.load_state_dict(state_dict)
-        self._resumed = True
+    def resume(self, progress: Mapping[str, Any]) -> None:
+        """Go on with the transition of the fit that is resumed."""
+        self.transition.load_state_dict(progress)
+
+    def restart(self) -> None:
+        """Begin the transition anew, from where the norms of the model are."""
+        super().restart()
+        self.transition.restart(1.0)
+        self._recalibrated_at, self._total = -1, None
 
     def request(self) -> Request:
         """What to do to a model: plain data and a function, so that copies of the model can carry it."""
@@ -132,26 +137,27 @@ class PRepBN(StructuralCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fix the schedule, before anything trains."""
-        total = run_length(trainer)
-        if not self.enabled or total == 0:
+        fresh = not self.standing.resumed
+        super().on_train_start(trainer, pl_module)
+        if not self.enabled:
             return
-        way = self.transition
-        if what := way.plan(total):
-            rank_zero_warn(f"{type(self).__name__}: {what}")
+        self._total = self.standing.length(trainer)
+        if self._total == 0:
+            return
+        way, name = self.transition, type(self).__name__
+        way.fix(*self.standing.fix(trainer, name, way.resolve, sum))
         self._norms = list(blend_norms(pl_module).values())
-        self._recalibrated_at = -1
-        fresh, self._resumed = not self._resumed, False
-        if fresh:  # a further fit goes on from where the last one ended
+        if fresh:  # a further fit, or one of a model from a file, goes on from where the norms are
             way.restart(max(float(norm.lam) for norm in self._norms))
-        self._write(trainer.global_step)
+        self._write(self.step(trainer))
         self._handles = capture_padding(pl_module)
         rank_zero_info(
-            f"{type(self).__name__}: {len(self._norms)} norms become {self.options.target} over steps {way.first} to "
-            f"{way.first + way.length} of {way.total if way.total is not None else 'an open run'}."
+            f"{name}: {len(self._norms)} norms become {self.options.target} over steps {way.first} to "
+            f"{way.first + way.length} of {'an open run' if self._total is None else self._total}."
         )
         if self.recalibrate and fresh and way.start == 1.0 and (self.options.frozen or way.first == 0):
             # They evaluate, or train, with running statistics from the first step on.
-            recalibrate_in(trainer, pl_module, self.recalibrate, type(self).__name__)
+            recalibrate_in(trainer, pl_module, self.recalibrate, name)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the blend for this step; watch the first forward for causal attention."""
@@ -159,7 +165,7 @@ class PRepBN(StructuralCallback):
         if not self.enabled:
             return
         self._settle()
-        self._write(trainer.global_step)
+        self._write(self.step(trainer))
         uses_batch = any(norm.target.batch_statistics for norm in self._norms)
         if self._watch is None and uses_batch and not self.allow_causal and not self.options.frozen:
             self._watch = CausalWatch()
@@ -177,7 +183,7 @@ class PRepBN(StructuralCallback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Gradients as the step will see them, before clipping."""
         if self._norms:
-            self.transition.before_step(trainer, optimizer)
+            self.transition.before_step(trainer, optimizer, self.step(trainer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -186,18 +192,18 @@ class PRepBN(StructuralCallback):
         self._end_watch()
         if not self.enabled:
             return
-        self.transition.after_batch(trainer, outputs)
-        if not trainer.barebones:
-            scalars = {"lam": self.transition.at(trainer.global_step)}
+        self.transition.after_batch(trainer, outputs, self.step(trainer))
+        if self.logs_now(trainer, pl_module, every_step=True):
+            scalars = {"lam": self.transition.at(self.step(trainer))}
             if self.transition.guard != "off":
                 scalars["jumps"] = float(self.transition.jumps)
             for name, value in scalars.items():
-                pl_module.log(f"efficient/{self.method}/{name}", value, on_step=True, on_epoch=False)
+                pl_module.log(f"{self.prefix}/{name}", value, on_step=True, on_epoch=False)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Agree on running statistics over processes, and on the blend, which an averaged copy would average."""
         if self._norms and trainer.state.fn == "fit":
-            self._write(trainer.global_step)
+            self._write(self.step(trainer))
             average_over_processes(trainer, pl_module)
 
     def on_validation_batch_start(
@@ -206,10 +212,10 @@ class PRepBN(StructuralCallback):
         """Once more, after an averaged model has been swapped in: this is the network that is validated."""
         if not self._norms or batch_idx or dataloader_idx or trainer.state.fn != "fit":
             return
-        self._write(trainer.global_step)
-        if self.transition.over(trainer.global_step):
+        self._write(self.step(trainer))
+        if self._over(trainer):
             self._recalibrate(trainer, pl_module)
-        if self.finished_metrics and 0 < self.transition.at(trainer.global_step) < 1 and not trainer.sanity_checking:
+        if self.finished_metrics and 0 < self.transition.at(self.step(trainer)) < 1 and not trainer.sanity_checking:
             self._finished.start(pl_module)
 
     def on_validation_batch_end(
@@ -230,18 +236,19 @@ class PRepBN(StructuralCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before a file of the last epoch is written, where there is no validation."""
-        if self._norms and self.transition.over(trainer.global_step):
-            self._write(trainer.global_step)
+        if self._norms and self._over(trainer):
+            self._write(self.step(trainer))
             self._recalibrate(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The blend that the last step leads to."""
         if self._norms:
-            self._write(trainer.global_step)
-            if (lam := self.transition.at(trainer.global_step)) > 0:
+            step = self.step(trainer)
+            self._write(step)
+            if (lam := self.transition.at(step)) > 0 and step and not is_smoke_run(trainer):
                 jumps = self.transition.jumps
                 rank_zero_warn(
-                    f"{type(self).__name__}: training ended at step {trainer.global_step} with lam = {lam:.3f}, in the "
+                    f"{type(self).__name__}: training ended at step {step} with lam = {lam:.3f}, in the "
                     "middle of the transition: the old norms are still needed. "
                     + (f"The guard held it up {jumps} times (`guard`). " if jumps else "")
                     + "Shorten `transition` to finish."
@@ -250,13 +257,14 @@ class PRepBN(StructuralCallback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Statistics of the weights that are left in the module, which may be an average by now."""
         if self._norms:
-            self._write(trainer.global_step)
+            self._write(self.step(trainer))
             if any(isinstance(cb, WeightAveraging) for cb in trainer.callbacks):  # type: ignore[attr-defined]
                 self._recalibrated_at = -1
             self._recalibrate(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook and no mode behind."""
+        super().on_exception(trainer, pl_module, exception)
         self._release()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -276,13 +284,17 @@ class PRepBN(StructuralCallback):
             elif norm.phase != "target":
                 norm.finish()
 
+    def _over(self, trainer: Trainer) -> bool:
+        """Whether the run has had all its steps (False where that is unknown)."""
+        return self._total is not None and self.step(trainer) >= self._total
+
     def _settle(self) -> None:
         if what := self.transition.settle():
             rank_zero_warn(f"{type(self).__name__}: {what}")
 
     def _recalibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.recalibrate and self._recalibrated_at != trainer.global_step:
-            self._recalibrated_at = trainer.global_step
+        if self.recalibrate and self._recalibrated_at != self.step(trainer):
+            self._recalibrated_at = self.step(trainer)
             recalibrate_in(trainer, pl_module, self.recalibrate, type(self).__name__)
 
     def _collect(self, collect: bool) -> None:

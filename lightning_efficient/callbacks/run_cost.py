@@ -83,11 +83,13 @@ class RunCost(EfficientCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A run of one window has that one."""
+        super().on_train_end(trainer, pl_module)
         if self._windows == 1 and self._first is not None:
             self._log(trainer, pl_module, self._first)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """An open window is lost."""
+        super().on_exception(trainer, pl_module, exception)
         self._began = None
 
     def _close(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -109,7 +111,7 @@ class RunCost(EfficientCallback):
         if (peak := _peak_memory(pl_module.device)) is not None:
             figures["peak_memory_mib"] = peak / 2**20
         for logger in trainer.loggers:
-            logger.log_metrics({f"efficient/{self.method}/{k}": v for k, v in figures.items()}, trainer.global_step)
+            logger.log_metrics({f"{self.prefix}/{k}": v for k, v in figures.items()}, trainer.global_step)
 
 
 def _now(pl_module: LightningModule) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -10,14 +10,23 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_efficient.lifecycle.masks import PREFIX, PruningCallback
-from lightning_efficient.lifecycle.recipe import RecipeError
+from lightning_efficient.common.schema import Int, ListOf, MapOf, Number, OneOf, OrNone, Record, TensorOf, Text
+from lightning_efficient.lifecycle.masks import PruningCallback
+from lightning_efficient.lifecycle.standing import is_smoke_run
 from lightning_efficient.pruning.sap import SapConfig, SapStep, phase, sap_step
-from lightning_efficient.trainer.length import run_length
 from lightning_efficient.trainer.tensorboard import log_curve
 from lightning_efficient.weightspace import Boundary
 from lightning_efficient.weightspace.mask import pack_mask, set_mask, unpack_mask
-from lightning_efficient.weightspace.snapshot import Snapshot, restore_snapshot, rewind, take
+from lightning_efficient.weightspace.snapshot import SNAPSHOT, Snapshot, restore_snapshot, rewind, take
+
+_MASKS = MapOf(Text(), TensorOf(torch.uint8, ndim=1))
+_ROW = Record(
+    {
+        "iteration": Int(low=0), "step": Int(low=0), "left": Number(low=0, high=1), "pqi": Number(finite=False),
+        "pqi_scope": Number(finite=False), "score": OrNone(Number(finite=False)), "next_pruned": Int(low=0),
+        "phase": Text(),
+    }
+)  # fmt: skip
 
 
 class SAPPruning(PruningCallback):
@@ -50,12 +59,20 @@ class SAPPruning(PruningCallback):
             more than ``tolerance``, and keep the weights and masks of the iteration before.
         tolerance: As a share of the dense model's score.
         embeddings: Include ``nn.Embedding`` tables.
+        keep_zeros: Hold weights that are zero when a new run begins (a model that was pruned elsewhere) at zero.
 
     Raises:
         ValueError: An argument is out of range, the run is too short for an iteration, or there is no such metric.
     """
 
     method = "sap_pruning"
+    progress_schema = Record(
+        {
+            "history": ListOf(_ROW), "stopped": OneOf((None, "collapse", "stalled")), "closed_step": Int(low=0),
+            "next": OrNone(_MASKS), "score": OrNone(Number(finite=False)), "snapshot": OrNone(SNAPSHOT),
+            "keep": OrNone(Record({"snapshot": SNAPSHOT, "masks": _MASKS})), "best": OrNone(SNAPSHOT),
+        }
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -76,8 +93,9 @@ class SAPPruning(PruningCallback):
         stop_at: Literal["end", "collapse"] = "end",
         tolerance: float = 0.1,
         embeddings: bool = False,
+        keep_zeros: bool = False,
     ) -> None:
-        super().__init__(enabled, include, exclude, embeddings)
+        super().__init__(enabled, include, exclude, embeddings, keep_zeros)
         self.options = SapConfig(p, q, eta, gamma, beta, scope)
         self.iterations, self.epochs_per_iteration = iterations, epochs_per_iteration
         self.monitor, self.mode, self.select = monitor, mode, select
@@ -86,7 +104,6 @@ class SAPPruning(PruningCallback):
         self.history: list[dict[str, Any]] = []
         self.stopped: str | None = None
         self._total: int | None = None
-        self._saved_total: int | None = None
         self._closed_step = 0
         self._next: dict[str, Tensor] | None = None
         self._score: float | None = None
@@ -120,65 +137,63 @@ class SAPPruning(PruningCallback):
 
     # -- life cycle ------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def progress(self) -> dict[str, Any]:
         """How far it has got, what to go back to, and what comes next."""
-        if not self.enabled:
-            return super().state_dict()
         keep = self._keep and {"snapshot": self._keep[0].as_plain(), "masks": self._keep[1]}
-        return super().state_dict() | {
-            "history": [dict(row) for row in self.history], "stopped": self.stopped, "total": self._total,
+        return {
+            "history": [dict(row) for row in self.history], "stopped": self.stopped,
             "closed_step": self._closed_step, "next": self._next, "score": self._score, "keep": keep,
             "snapshot": self._snapshot and self._snapshot.as_plain(), "best": self._best and self._best.as_plain(),
         }  # fmt: skip
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def resume(self, progress: Mapping[str, Any]) -> None:
         """Go on where the run that is resumed was."""
-        if not self.enabled:
-            return
-        self.history, self.stopped = list(state_dict["history"]), state_dict["stopped"]
-        self._saved_total, self._closed_step = state_dict["total"], state_dict["closed_step"]
-        self._next, self._score = state_dict["next"], state_dict["score"]
-        self._snapshot, self._best = restore_snapshot(state_dict["snapshot"]), restore_snapshot(state_dict["best"])
-        keep = state_dict["keep"]
+        self.history, self.stopped = [dict(row) for row in progress["history"]], progress["stopped"]
+        self._closed_step, self._next, self._score = progress["closed_step"], progress["next"], progress["score"]
+        self._snapshot, self._best = restore_snapshot(progress["snapshot"]), restore_snapshot(progress["best"])
+        keep = progress["keep"]
         self._keep = keep and (Snapshot(**keep["snapshot"]), keep["masks"])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier run, unless this ``fit`` is its next iteration."""
-        goes_on = self.iterations == 0 and self._trained() is pl_module
-        initial = self._snapshot
+        goes_on = stage == "fit" and self.iterations == 0 and self._trained() is pl_module
+        earlier = (self._snapshot, self.history, self.stopped, self._next, self._keep)
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and goes_on:
-            self._snapshot, self._closed_step, self._score, self._best = initial, 0, None, None
-        elif stage == "fit":
-            self.history, self.stopped, self._saved_total, self._closed_step = [], None, None, 0
-            self._next, self._score, self._best, self._keep = None, None, None, None
+        if goes_on:
+            self._snapshot, self.history, self.stopped, self._next, self._keep = earlier
+
+    def restart(self) -> None:
+        """Begin with the first iteration; masks that the model has stay on."""
+        super().restart()
+        self.history, self.stopped, self._closed_step, self._total = [], None, 0, None
+        self._next, self._score, self._best, self._keep = None, None, None, None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the run has iterations, before anything is pruned."""
+        super().on_train_start(trainer, pl_module)
         if self.enabled:
-            self._total = run_length(trainer)
-            self._check_run(trainer)
+            total, by_steps = self.standing.length(trainer), self.iterations and self.epochs_per_iteration is None
+            self._check_epochs(trainer)
+            if by_steps:  # which divide the run that began, whatever its length is now
+                (total,) = self.standing.fix(trainer, type(self).__name__, self._resolve, lambda s: s[0])
+            self._total = total
 
-    def _check_run(self, trainer: Trainer) -> None:
+    def _check_epochs(self, trainer: Trainer) -> None:
         epochs, each = trainer.max_epochs, self.epochs_per_iteration
-        if each is not None:
-            if epochs is not None and 0 <= epochs <= each:
-                raise ValueError(
-                    f"`epochs_per_iteration`={each} leaves no second iteration in a run of {epochs} epochs, so nothing "
-                    "would be pruned. Lower it, or raise `max_epochs`."
-                )
-        elif self.iterations and self._total is None:
-            raise ValueError("`iterations` divide the run: set `max_steps` or `max_epochs`, or `epochs_per_iteration`.")
-        elif self.iterations and self._total and self._total <= self.iterations:
+        if each is not None and epochs is not None and 0 <= epochs <= each and not is_smoke_run(trainer):
             raise ValueError(
-                f"{self.iterations} `iterations` need more than {self.iterations} steps, but the run has {self._total}."
+                f"`epochs_per_iteration`={each} leaves no second iteration in a run of {epochs} epochs, so nothing "
+                "would be pruned. Lower it, or raise `max_epochs`."
             )
-        if each is None and self.iterations and self._saved_total not in (None, self._total) and self._total:
-            raise RecipeError(
-                f"{type(self).__name__}: the run that is resumed had {self._saved_total} steps, now there are "
-                f"{self._total}, which would divide it into other iterations. Resume with the same length, or use "
-                "`epochs_per_iteration`."
+
+    def _resolve(self, total: int | None) -> tuple[int, ...]:
+        if total is None:
+            raise ValueError("`iterations` divide the run: set `max_steps` or `max_epochs`, or `epochs_per_iteration`.")
+        if 0 < total <= self.iterations:
+            raise ValueError(
+                f"{self.iterations} `iterations` need more than {self.iterations} steps, but the run has {total}."
             )
+        return (total,)
 
     def _begin(self, pl_module: LightningModule, boundary: Boundary) -> None:
         super()._begin(pl_module, boundary)
@@ -241,7 +256,7 @@ class SAPPruning(PruningCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End the last iteration, and show the curve."""
         if self._boundary is not None:
-            if self.stopped is None and trainer.global_step > self._closed_step:
+            if self.stopped is None and self.step(trainer) > self._closed_step:
                 self._close(trainer, pl_module)
             log_curve(trainer.loggers, self.history, trainer.global_step)
         super().on_train_end(trainer, pl_module)
@@ -256,7 +271,7 @@ class SAPPruning(PruningCallback):
             return epochs // self.epochs_per_iteration > len(self.history)
         if not self.iterations or not self._total:
             return False
-        done = trainer.global_step * (self.iterations + 1) // self._total
+        done = self.step(trainer) * (self.iterations + 1) // self._total
         return min(done, self.iterations) > len(self.history)
 
     @torch.no_grad()
@@ -273,7 +288,7 @@ class SAPPruning(PruningCallback):
             self.options,
         )
         self._note(trainer, step)
-        self._closed_step = trainer.global_step
+        self._closed_step = self.step(trainer)
         if self.stop_at == "collapse" and self.history[-1]["phase"] == "collapse" and self._keep is not None:
             self._restore(trainer, pl_module)
             return self._stop(trainer, "collapse")
@@ -287,13 +302,13 @@ class SAPPruning(PruningCallback):
 
     def _note(self, trainer: Trainer, step: SapStep) -> None:
         row: dict[str, Any] = {
-            "iteration": len(self.history), "step": trainer.global_step, "left": step.left / step.total,
+            "iteration": len(self.history), "step": self.step(trainer), "left": step.left / step.total,
             "pqi": step.index, "pqi_scope": step.scoped, "score": self._score, "next_pruned": step.pruned,
         }  # fmt: skip
         rows = [*self.history, row]
         row["phase"] = phase([r["pqi"] for r in rows], [r["score"] for r in rows], self.tolerance, self.mode)
         self.history = rows
-        values = {f"{PREFIX}/{k}": row[k] for k in ("left", "pqi", "pqi_scope", "score") if row[k] is not None}
+        values = {f"{self.prefix}/{k}": row[k] for k in ("left", "pqi", "pqi_scope", "score") if row[k] is not None}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
         score = "" if row["score"] is None else f", {self.monitor} {row['score']:.4g}"

@@ -35,12 +35,10 @@ from lightning_efficient.common.match import canonical_name
 from lightning_efficient.common.schedule import transition, transition_steps
 from lightning_efficient.lifecycle import recipe
 from lightning_efficient.lifecycle.base import peers
-from lightning_efficient.lifecycle.hooks import carry
 from lightning_efficient.lifecycle.state import attachment
 from lightning_efficient.lifecycle.structural import spawned
 from lightning_efficient.lifecycle.weights import Plan, WeightSpaceCallback
 from lightning_efficient.trainer.example import Example, Stage, example_of, first_batch
-from lightning_efficient.trainer.length import run_length
 from lightning_efficient.weightspace import Block, Boundary, ScaleTransform, Temperature, Transform
 
 
@@ -97,7 +95,6 @@ class TempScale(WeightSpaceCallback):
         if learnable and transition:
             raise ValueError(f"`transition`={transition!r} would overwrite what `learnable=True` learns; drop one.")
         self._targets: Targets | None = None
-        self._layout: dict[str, Any] | None = None
         self._carriers: dict[str, str] = {}  # attention whose adapter moves -> the parameter it steps with
         self._applied = False
         self._steps: int | None = None
@@ -123,17 +120,21 @@ class TempScale(WeightSpaceCallback):
         super().on_fit_start(trainer, pl_module)
 
     def _targets_of_fit(self, trainer: Trainer, pl_module: LightningModule) -> Targets:
-        again = self._trained() is pl_module
-        if self._resumed and self._layout is not None:
-            # Not looked for: that takes a batch, and making the train loader now would lose its restored position.
-            return _from_plain(self._layout, self.options)
-        if again and self._targets is not None:
-            return self._targets
-        if METHOD in attachment(pl_module).held:
-            raise ValueError(
-                "the module was trained with another TempScale, and its weights hold that temperature: a second one "
-                "would multiply it. Go on with the same callback, or from a checkpoint (`ckpt_path`)."
-            )
+        held = attachment(pl_module).entry(METHOD)
+        if held is not None:  # the weights hold a temperature: its layout is known, and a second one would multiply
+            if held.key != self.state_key or not self._is_same(held):
+                raise ValueError(
+                    "the module was trained with another TempScale, and its weights hold that temperature: a second "
+                    f"one would multiply it ({self._differences(held)}). Go on with the same arguments, or from "
+                    "weights without a temperature."
+                )
+            if held.config["layout"] is None:
+                raise ValueError(
+                    "the module was cut since it was trained with TempScale, and its weights hold that temperature: "
+                    "train on without TempScale (enabled=False), or export the module."
+                )
+            self._steps = held.config["steps"]
+            return _from_plain(held.config["layout"], self.options)
         example = example_of(trainer, pl_module, "fit", first_batch(trainer))
         trained = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
         fixed = {canonical_name(name) for name, p in pl_module.named_parameters() if id(p) not in trained}
@@ -141,13 +142,28 @@ class TempScale(WeightSpaceCallback):
         check_gradients(example.model, example.args, targets)
         return targets
 
+    def _is_same(self, held: recipe.Entry) -> bool:
+        return all(held.config.get(name) == value for name, value in self.config().items() if name != "enabled")
+
+    def _differences(self, held: recipe.Entry) -> str:
+        now = self.config()
+        said = [f"`{n}`: {held.config.get(n)!r} then, {v!r} now" for n, v in now.items() if held.config.get(n) != v]
+        return "; ".join(said) or f"{held.key} then, {self.state_key} now"
+
+    def restart(self) -> None:
+        """Forget the targets of the last fit; a temperature that the weights hold is the model's."""
+        super().restart()
+        self._targets, self._steps = None, None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fix the schedule; from here on the weights hold the temperature."""
-        if self.enabled and self._boundary is not None:  # a tuner's loop runs before `on_fit_start` reaches us
-            # A run that goes on has the steps that it had, whatever its length is now.
-            if self.transition and (self._steps is None or METHOD not in attachment(pl_module).held):
-                self._steps = transition_steps(run_length(trainer), length=self.transition)[1]
-            attachment(pl_module).held[METHOD] = recipe.Entry(METHOD, self.state_key, self.config())
+        """Fix the schedule."""
+        super().on_train_start(trainer, pl_module)
+        # A tuner's loop runs before `on_fit_start` reaches us; a run that goes on has the steps that it had.
+        if self.enabled and self._boundary is not None and self.transition and self._steps is None:
+            (self._steps,) = self.standing.fix(trainer, type(self).__name__, self._resolve, sum)
+
+    def _resolve(self, total: int | None) -> tuple[int]:
+        return (transition_steps(total, length=self.transition, names=("hold", "transition"))[1],)
 
     def plan(self, pl_module: LightningModule) -> Plan:
         """Choose and check the weights, without changing anything."""
@@ -245,26 +261,17 @@ class TempScale(WeightSpaceCallback):
     # -- without training ----------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work; have files say that their weights hold a temperature."""
+        """Refuse what cannot work."""
         super().setup(trainer, pl_module, stage)
-        self._layout = None
-        if self.enabled:
-            if sum(isinstance(callback, TempScale) for callback in peers(trainer)) > 1:
-                raise ValueError(
-                    "more than one TempScale is enabled, and two temperatures would multiply. One takes a temperature "
-                    "for each attention: `tau=[...]`, in the order of the forward."
-                )
-            carry(pl_module)
+        if self.enabled and sum(isinstance(callback, TempScale) for callback in peers(trainer)) > 1:
+            raise ValueError(
+                "more than one TempScale is enabled, and two temperatures would multiply. One takes a temperature "
+                "for each attention: `tau=[...]`, in the order of the forward."
+            )
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Find this callback's entry when training resumes."""
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
-        mine = [e for e in recipe.read(checkpoint) if e.method == METHOD and e.key == self.state_key]
-        self._layout = mine[0].config.get("layout") if mine else None
-        if mine and mine[0].config.get("layout", "held") is None:  # a tuner's file, from before anything was changed
-            attachment(pl_module).held.pop(METHOD, None)
-        if mine and trainer.state.fn == "fit":
-            self._steps = mine[0].config.get("steps")
         if self._boundary is not None:  # a tuner's, in the middle of a fit
             self._adapt(pl_module)
 
@@ -301,7 +308,7 @@ class TempScale(WeightSpaceCallback):
     def _put_on(self, trainer: Trainer, pl_module: LightningModule, stage: Stage, batch: Any, index: int) -> None:
         if not self.enabled or index > 0:
             return
-        held = attachment(pl_module).held.get(METHOD)
+        held = attachment(pl_module).entry(METHOD)
         if held is not None:
             self._say_held(held.config)
             return

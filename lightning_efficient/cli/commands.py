@@ -19,7 +19,7 @@ from lightning_efficient.cli.efficient_cli import EfficientCLI
 from lightning_efficient.cli.errors import short_errors
 from lightning_efficient.cli.targets import show_targets
 from lightning_efficient.cli.tune import tune
-from lightning_efficient.lifecycle.checkpoint import load_from_checkpoint
+from lightning_efficient.lifecycle.load import load_from_checkpoint
 
 __all__ = ["run_ablate", "run_compare", "run_demo", "run_export", "run_targets", "run_tune_temperature", "train"]
 

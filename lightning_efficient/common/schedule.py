@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,13 +47,20 @@ def transition(
     return 1.0 - progress if shape == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def transition_steps(total: int | None, *, hold: int | float = 0, length: int | float = 0.8) -> tuple[int, int]:
+def transition_steps(
+    total: int | None,
+    *,
+    hold: int | float = 0,
+    length: int | float = 0.8,
+    names: tuple[str, str] = ("hold", "length"),
+) -> tuple[int, int]:
     """When a transition starts and how many steps it takes.
 
     Args:
         total: Optimizer steps in the run; None, -1 or infinity: unknown.
         hold: Steps (``int``) or fraction of the run (``float``) before it starts.
         length: Steps or fraction of the run from its start to its end.
+        names: Of the two, as the user knows them, for messages.
 
     Returns:
         (first step, number of steps). Fractions that fit together always do, however short the run: ``hold`` is rounded
@@ -62,7 +70,7 @@ def transition_steps(total: int | None, *, hold: int | float = 0, length: int | 
         ValueError: As for ``transition``.
     """
     known = total is not None and math.isfinite(total) and total >= 0
-    for name, value in (("hold", hold), ("length", length)):
+    for name, value in zip(names, (hold, length), strict=True):
         _check(name, value, known)
     run = total if known and total is not None else 0
     first = hold if isinstance(hold, int) else math.floor(hold * run + 1e-9)
@@ -78,8 +86,8 @@ def transition_steps(total: int | None, *, hold: int | float = 0, length: int | 
         span = 0
     if known and first + span > run:
         raise ValueError(
-            f"The transition ends at step {first + span} (`hold`={hold!r} and `length`={length!r}, together), but the "
-            f"run has {total}: it would end half way. Shorten it, for example to `length`=0.8."
+            f"`{names[0]}`={hold!r} and `{names[1]}`={length!r} together end at step {first + span}, but the run has "
+            f"{total}: it would end half way. Lower one of them, or train longer."
         )
     return first, span
 
@@ -276,9 +284,9 @@ class Schedule:
         start = _START[self.kind] if self.start is None else self.start
         length = 0 if self.kind == "one_shot" else _LENGTH[self.kind] if self.length is None else self.length
         try:
-            first, span = transition_steps(total, hold=start, length=length)
+            first, span = transition_steps(total, hold=start, length=length, names=("start", "length"))
         except ValueError as error:
-            raise ValueError(f"schedule={self.kind!r}, `start` (here `hold`) and `length`: {error}") from None
+            raise ValueError(f"schedule={self.kind!r}: {error}") from None
         if total is not None and first >= total:
             raise ValueError(
                 f"schedule={self.kind!r} would start at step {first} of a run of {total}, so nothing would be pruned. "
@@ -306,14 +314,27 @@ class Schedule:
         Raises:
             ValueError: See :meth:`steps`.
         """
+        return 0.0 if total == 0 else self.share(step, self.steps(total), amount)
+
+    def share(self, step: int, steps: tuple[int, int, int], amount: float) -> float:
+        """The share that is to be pruned after ``step`` steps of a schedule that is fixed already.
+
+        Args:
+            step: Optimizer steps done.
+            steps: From :meth:`steps`, perhaps of a run of another length.
+            amount: Final share, in [0, 1).
+        """
         check_amount(amount)
-        first, span, every = self.steps(total)
+        first, span, every = steps
         if self.kind == "constant":
             return constant(step, amount)
-        if total == 0:
-            return 0.0
         if self.kind == "one_shot":
             return one_shot(step, first, amount)
         if self.kind == "cubic":
             return cubic(step, first, span, amount, every=every)
         return iterative(step, span, amount, self.rounds)
+
+    def end(self, steps: Sequence[int]) -> int:
+        """Optimizer steps done when the last change has come."""
+        first, span, *_ = steps
+        return -(-span * self.rounds // (self.rounds + 1)) if self.kind == "iterative" else first + span

@@ -15,7 +15,7 @@ from lightning_efficient.common.comparing import difference
 from lightning_efficient.demo.data import Digits
 from lightning_efficient.demo.model import DigitsViT
 from lightning_efficient.deploy.export import export, save_exported
-from lightning_efficient.lifecycle.checkpoint import load_from_checkpoint
+from lightning_efficient.lifecycle.load import load_from_checkpoint
 
 
 def export_all(done: Ablation) -> Table:

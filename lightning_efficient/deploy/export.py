@@ -23,7 +23,7 @@ from lightning_efficient.deploy.plain import check_foreign, detached_copy, plain
 from lightning_efficient.deploy.semi_structured import to_semi_structured
 from lightning_efficient.folding.affine import Affine
 from lightning_efficient.folding.fold import fold_affines
-from lightning_efficient.lifecycle.state import NAME, promised
+from lightning_efficient.lifecycle.state import NAME, zeroed
 from lightning_efficient.norms.recalibrate import recalibrate as recalibrate_norms
 from lightning_efficient.structured.slim import Cuts, replay_slim
 
@@ -85,7 +85,7 @@ def export(
     check_foreign(plain)
     if fold and (affines := _channel_affines(model)):
         rank_zero_info(f"export: {fold_affines(plain, affines, lambda: call.run(plain))}")
-    cuts = promised(model) if slim else None
+    cuts = zeroed(model) if slim else None
     if cuts is not None:
         _cut(plain, cuts)
     alone = cuts is not None and not isinstance(model, LightningModule)
@@ -109,10 +109,10 @@ def _compared(plain: nn.Module, call: Call, expected: Any, tolerance: float, hin
     return apart
 
 
-def _cut(plain: nn.Module, promised: Cuts) -> None:
+def _cut(plain: nn.Module, cuts: Cuts) -> None:
     before = sum(p.numel() for p in plain.parameters())
     try:
-        replay_slim(plain, promised.of(plain))
+        replay_slim(plain, cuts.of(plain))
     except ValueError as error:
         raise ExportError(f"the pruned units cannot be cut out ({error}) Export with `slim=False`.") from error
     after = sum(p.numel() for p in plain.parameters())

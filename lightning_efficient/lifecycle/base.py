@@ -1,18 +1,24 @@
-"""What every callback of the suite shares: the switch, the target globs, the key of its state, one hparams record."""
+"""What every callback of the suite shares: the switch, the globs, where its fit stands, one hparams record."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_efficient.common.registry import ORDER, check_methods
+from lightning_efficient.common.schema import OneOf, Record, check
+from lightning_efficient.lifecycle import recipe
+from lightning_efficient.lifecycle.recipe import Entry, RecipeError
+from lightning_efficient.lifecycle.standing import STANDING, Standing
 from lightning_efficient.lifecycle.state import attachment
 from lightning_efficient.trainer.tensorboard import write_hparams, write_layout
 
@@ -27,6 +33,10 @@ SUITE = (
 class EfficientCallback(Callback):
     """Base class of every callback in this package.
 
+    What belongs to a fit is kept in :attr:`standing` and in what :meth:`progress` returns; it begins anew in every
+    ``setup("fit")`` (:meth:`restart`) and comes back where a fit resumes (:meth:`resume`). What is true of the model
+    stays with the model: :meth:`entry`.
+
     Args:
         enabled: ``False`` leaves the run bit-identical to one without the callback.
         include: Globs over module names; a glob also matches every module below a matching one. ``None``: all.
@@ -34,6 +44,8 @@ class EfficientCallback(Callback):
     """
 
     method: ClassVar[str]
+    # Of what `progress` returns: a file is checked against it before anything is loaded.
+    progress_schema: ClassVar[Record] = Record({})
     _autolog_paused = False
 
     def __init__(
@@ -46,25 +58,93 @@ class EfficientCallback(Callback):
         self.enabled = enabled
         self.include = include
         self.exclude = exclude
+        self.standing = Standing()
+        self._resumes = True
+        self._logged_step = -1
+
+    @property
+    def prefix(self) -> str:
+        """Of the names under which quantities are logged."""
+        return f"efficient/{self.method}"
 
     @property
     def state_key(self) -> str:
         """Key of this callback's state in a checkpoint; differs between two differently targeted instances."""
         return self._generate_state_key(include=self.include, exclude=self.exclude)
 
-    def state_dict(self) -> dict[str, Any]:
-        """A marker, so that Lightning itself warns when a checkpoint is resumed without this callback."""
-        return {"method": self.method} if self.enabled else {}
-
     def config(self) -> dict[str, Any]:
         """The arguments of this callback as plain data."""
         return {"enabled": self.enabled, "include": self.include, "exclude": self.exclude}
 
+    # -- what belongs to a fit -----------------------------------------------------------------------------------
+
+    def restart(self) -> None:
+        """Forget the progress of the last fit; a new one begins, perhaps of another model."""
+
+    def progress(self) -> dict[str, Any]:
+        """How far this fit is, as plain data, beside :attr:`standing`."""
+        return {}
+
+    def resume(self, progress: Mapping[str, Any]) -> None:
+        """Go on from there; the data fits :attr:`progress_schema`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the fit stands; also a marker, so that Lightning warns when one resumes without this callback."""
+        if not self.enabled:
+            return {}
+        return {"method": self.method, "standing": self.standing.as_plain(), **self.progress()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the fit that is resumed; files that are only evaluated have nothing to say of a fit."""
+        if self.enabled and self._resumes and state_dict:
+            self._check_state(state_dict)
+            self.standing = Standing.from_plain(state_dict["standing"])
+            self.resume({k: v for k, v in state_dict.items() if k not in ("method", "standing")})
+
+    def _check_state(self, state: Any) -> None:
+        fields = {**self.progress_schema.fields, "method": OneOf((self.method,)), "standing": STANDING}
+        check(state, Record(fields), f"the checkpoint's state of {self.state_key}", RecipeError)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def entry(self, pl_module: LightningModule) -> Entry | None:
+        """What the file says of the weights that are saved now; None: nothing beyond what the model carries."""
+        return None
+
+    def check_checkpoint(
+        self, pl_module: LightningModule, checkpoint: dict[str, Any], entries: Sequence[Entry]
+    ) -> None:
+        """Before anything is loaded, refuse a file that this callback cannot go on from; changes nothing.
+
+        Args:
+            pl_module: The module, inside a Trainer.
+            checkpoint: The file.
+            entries: Its recipe.
+
+        Raises:
+            RecipeError: Says which callback, what the file has and what was expected.
+        """
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if self.enabled and pl_module.trainer.state.fn == "fit" and state:
+            self._check_state(state)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note whether a fit resumes. What is on has been asked by the module's hook already."""
+        self._resumes = trainer.state.fn == "fit"
+        if not self.enabled:
+            self.check_checkpoint(pl_module, checkpoint, recipe.read(checkpoint))
+
+    # -- life cycle ----------------------------------------------------------------------------------------------
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work before anything has changed."""
-        if self.enabled and stage == "fit":
-            check_strategy(trainer, type(self).__name__)
-            check_methods([cb.method for cb in peers(trainer) if cb.method in ORDER])
+        """Refuse what cannot work before anything has changed; begin anew."""
+        if stage == "fit":
+            if self.enabled:
+                check_strategy(trainer, type(self).__name__)
+                check_methods([cb.method for cb in peers(trainer) if cb.method in ORDER])
+            self.standing = Standing()
+            self._logged_step = -1
+            self.restart()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log one record of hyper-parameters for the whole suite."""
@@ -74,12 +154,66 @@ class EfficientCallback(Callback):
             # Lightning's own record, which comes next, would be a second one of half the keys.
             trainer.enable_autolog_hparams, self._autolog_paused = False, True
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The schedule of this fit counts from here, unless it goes on."""
+        if self.enabled:
+            self.standing.begin(trainer)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep two samples of the first batch, for an :func:`~lightning_efficient.export` without example inputs."""
-        if self._autolog_paused:
-            trainer.enable_autolog_hparams, self._autolog_paused = True, False
         if self.enabled and attachment(pl_module).example_batch is None:
             attachment(pl_module).example_batch = apply_to_collection(batch, Tensor, _two_samples)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say if the schedule was not finished: training ended early, or was shorter than Lightning had estimated."""
+        if self.enabled and (missing := self.standing.missing(trainer)):
+            done = self.step(trainer)
+            rank_zero_warn(
+                f"{type(self).__name__}: training ended at step {done}, and its schedule ends at step "
+                f"{done + missing}: {self.unfinished()}"
+            )
+
+    def unfinished(self) -> str:
+        """What it means that the schedule was not finished, for the report."""
+        return "it stops half way."
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the Trainer as it was found."""
+        self._resume_autolog(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the Trainer as it was found."""
+        self._resume_autolog(trainer)
+
+    def _resume_autolog(self, trainer: Trainer) -> None:
+        if self._autolog_paused:
+            trainer.enable_autolog_hparams, self._autolog_paused = True, False
+
+    # -- logging -------------------------------------------------------------------------------------------------
+
+    def step(self, trainer: Trainer) -> int:
+        """Optimizer steps of this fit done."""
+        return self.standing.step(trainer)
+
+    def logs_now(self, trainer: Trainer, pl_module: LightningModule, every_step: bool = False) -> bool:
+        """Whether this is the end of a batch that ended a step; true once a step, on the Trainer's logging steps only.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: Its module.
+            every_step: On every step: what costs nothing, and ``callback_metrics`` should have.
+        """
+        if trainer.barebones:
+            return False
+        # The Trainer counts the batches that end with a step, and under manual optimization all of them.
+        batches = trainer.fit_loop.total_batch_idx + 1
+        stepped = trainer.global_step if pl_module.automatic_optimization else batches
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        due = stepped > 0 and (every_step or (every > 0 and (stepped % every == 0 or trainer.should_stop)))
+        if not due or trainer.global_step == self._logged_step:
+            return False
+        self._logged_step = trainer.global_step
+        return True
 
 
 def _two_samples(tensor: Tensor) -> Tensor:

@@ -5,13 +5,11 @@ Weight-space methods never come here: their ``state_dict`` is plain at all times
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
-from pathlib import Path
-from typing import IO, Any, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_efficient.attention.adapter import set_laws, take_laws, write_laws
@@ -32,12 +30,10 @@ STRUCTURAL: dict[str, str] = {
 
 # Keys of the entries of method "slim": what has been cut out of the weights in the file, and what lies in them as
 # zeros, to be cut out by `export`.
-CUT, PROMISED = "cut", "promised"
+CUT, ZEROED = "cut", "promised"
 
 # `current_model_state` is where Lightning's WeightAveraging keeps the weights being trained.
 _STATES = ("state_dict", "current_model_state")
-
-M = TypeVar("M", bound=LightningModule)
 
 
 @runtime_checkable
@@ -83,8 +79,13 @@ def fold(model: nn.Module, requests: Sequence[StructuralRequest], checkpoint: di
             write_laws(model, checkpoint[state_name])
 
 
-def unfold(model: nn.Module, requests: Sequence[StructuralRequest], checkpoint: dict[str, Any]) -> None:
-    """Give every changed module its tensors back: the raw ones if saved, else derived from the plain ones.
+def unfold(
+    model: nn.Module, requests: Sequence[StructuralRequest], checkpoint: Mapping[str, Any]
+) -> dict[str, dict[str, Tensor]]:
+    """The states of a file for a changed model: raw tensors if saved, else derived from the plain ones.
+
+    Returns:
+        Name of a state in the checkpoint → what to put there. Nothing is changed.
 
     Raises:
         RecipeError: The checkpoint was written with other structural changes than the model has now.
@@ -96,18 +97,26 @@ def unfold(model: nn.Module, requests: Sequence[StructuralRequest], checkpoint: 
             f"configures differently (it has {[r.key for r in requests] or 'none'}). "
             "Add the same callback with the same arguments."
         )
+    states = {name: dict(checkpoint[name]) for name in _STATES if name in checkpoint}
     for request in requests:
         entry = saved.get((request.method, request.key))
-        for state_name in _STATES:
-            if state_name not in checkpoint:
-                continue
-            state = checkpoint[state_name] = dict(checkpoint[state_name])
+        for state_name, state in states.items():
             for name, prefix, module in _prefixes(model, request.changes):
                 _unfold_one(state, prefix, module, name, request, entry, state_name)
-    _adapt(model, checkpoint)
+    return states
 
 
-def _adapt(model: nn.Module, checkpoint: dict[str, Any]) -> None:
+def of_weights(entries: Sequence[Entry]) -> list[Entry]:
+    """The entries that say what is in the weights, not how modules or widths were changed: a model carries them."""
+    return [entry for entry in entries if entry.method not in STRUCTURAL and entry.method != "slim"]
+
+
+def has_laws(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a file holds temperatures of attention adapters."""
+    return bool(take_laws(dict(checkpoint["state_dict"])))
+
+
+def adapt(model: nn.Module, checkpoint: dict[str, Any]) -> None:
     """Give the model the attention adapters of a file, and leave its own keys in the states."""
     laws: dict[str, Law] = {}
     for state_name in _STATES:
@@ -161,7 +170,7 @@ def write_cuts(checkpoint: dict[str, Any], key: str, cuts: Cuts | None) -> None:
 
     Args:
         checkpoint: The checkpoint.
-        key: :data:`CUT` or :data:`PROMISED`.
+        key: :data:`CUT` or :data:`ZEROED`.
         cuts: None: there are none.
     """
     if cuts is not None and cuts.kept:
@@ -201,68 +210,26 @@ def make_cuts(model: nn.Module, cuts: Cuts) -> None:
         raise RecipeError(f"the checkpoint holds a smaller model: {error}") from error
 
 
-def load_from_checkpoint(cls: type[M], path: str | Path | IO[bytes], map_location: Any = None, **kwargs: Any) -> M:
-    """``cls.load_from_checkpoint`` for files whose modules were changed: the changes are made before weights load.
-
-    Args:
-        cls: The user's LightningModule class.
-        path: A checkpoint written by a Trainer.
-        map_location: As in ``torch.load``.
-        **kwargs: Further arguments of ``cls.load_from_checkpoint``, such as hyper-parameters and ``strict``.
-
-    Returns:
-        An instance of ``cls``, with the structure that the recipe describes. A file without structural changes loads as
-        the stock method would.
+def replay_of(entry: Entry) -> Callable[[nn.Module], Change] | None:
+    """What makes the change of an entry on a model that has not got it; None: it folds, and the file is plain.
 
     Raises:
-        RecipeError: The recipe is malformed, newer, or names modules that the model does not have.
+        RecipeError: When called: the model lacks modules that were changed.
     """
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    if hasattr(path, "seek"):
-        cast(IO[bytes], path).seek(0)
-    entries = [entry for entry in recipe.read(content) if entry.method in STRUCTURAL]
-    cut, promised = read_cuts(content, CUT), read_cuts(content, PROMISED)
-    if not (entries or cut or promised or take_laws(dict(content["state_dict"]))):
-        return cls.load_from_checkpoint(path, map_location=map_location, **kwargs)
-    if "_class_path" in content.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}):
-        kwargs.setdefault("_class_path", None)  # written by a CLI; it would have to name a subclass of the loader below
-
-    def configure_model(self: LightningModule) -> None:
-        cls.configure_model(self)
-        for entry in entries:
-            _replay(self, entry)
-        if cut is not None:
-            make_cuts(self, cut)
-
-    def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
-        cls.on_load_checkpoint(self, checkpoint)
-        _adapt(self, checkpoint)
-
-    # A subclass that lives for this call only: all of Lightning's logic for hyper-parameters is reused as it is.
-    hooks = {"configure_model": configure_model, "on_load_checkpoint": on_load_checkpoint}
-    loader = cast(
-        type[M],
-        type(cls.__name__, (cls,), hooks | {"__module__": cls.__module__}),
-    )
-    model = loader.load_from_checkpoint(path, map_location=map_location, **kwargs)
-    model.__class__ = cls
-    if cut is not None or promised is not None:
-        attach = import_module("lightning_efficient.lifecycle.hooks")  # which builds upon this module
-        attach.attachment(model).cut = cut
-        attach.set_promised(model, promised)
-        attach.carry(model)
-    return model
-
-
-def _replay(model: nn.Module, entry: Entry) -> None:
     # What folded exactly is plain in the file (its raw tensors lie in the entry) and needs no other module.
     names = [name for name, raw in entry.tensors.items() if not raw]
-    present = {canonical_name(name) for name, _ in model.named_modules()}
-    if lacking := [name for name in names if name not in present]:
-        raise RecipeError(
-            f"the checkpoint's {entry.method} changed modules that {type(model).__name__} lacks: {lacking[:5]}. "
-            "Was the model built with other arguments?"
-        )
-    if names:
-        module_name, _, function = STRUCTURAL[entry.method].partition(":")
-        getattr(import_module(module_name), function)(model, entry.config, names)
+    if not names:
+        return None
+    module_name, _, function = STRUCTURAL[entry.method].partition(":")
+
+    def replay(model: nn.Module) -> Change:
+        present = {canonical_name(name) for name, _ in model.named_modules()}
+        if lacking := [name for name in names if name not in present]:
+            raise RecipeError(
+                f"the checkpoint's {entry.method} changed modules that {type(model).__name__} lacks: {lacking[:5]}. "
+                "Was the model built with other arguments?"
+            )
+        change: Change = getattr(import_module(module_name), function)(model, entry.config, names)
+        return change
+
+    return replay

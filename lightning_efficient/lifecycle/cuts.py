@@ -1,16 +1,18 @@
-"""Units of a LightningModule cut out, or promised to ``export``: the optimizers, copies and files with them."""
+"""Units of a LightningModule cut out, or zero and left to ``export``: the optimizers, copies and files with them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import replace
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_efficient.common.change import Change
-from lightning_efficient.lifecycle.hooks import carry
-from lightning_efficient.lifecycle.state import attachment, set_promised
+from lightning_efficient.lifecycle.hooks import hook_files
+from lightning_efficient.lifecycle.recipe import Entry
+from lightning_efficient.lifecycle.state import attachment, set_zeroed
 from lightning_efficient.lifecycle.weights import WeightSpaceCallback
 from lightning_efficient.structured.groups import Groups
 from lightning_efficient.structured.slim import plan_slim, replay_slim
@@ -18,7 +20,7 @@ from lightning_efficient.surgery.cuts import cut_states
 from lightning_efficient.trainer.averages import averaged_copies
 
 
-def promise(pl_module: LightningModule, keep: Mapping[str, Iterable[int]], groups: Groups) -> None:
+def mark_zeroed(pl_module: LightningModule, keep: Mapping[str, Iterable[int]], groups: Groups) -> None:
     """Say that units of a module are zero: its files hold that, and ``export`` cuts them out.
 
     Args:
@@ -29,8 +31,8 @@ def promise(pl_module: LightningModule, keep: Mapping[str, Iterable[int]], group
     Raises:
         ValueError: See :func:`~lightning_efficient.structured.slim.plan_slim`.
     """
-    set_promised(pl_module, plan_slim(pl_module, keep, groups))
-    carry(pl_module)
+    set_zeroed(pl_module, plan_slim(pl_module, keep, groups))
+    hook_files(pl_module)
 
 
 def cut(
@@ -54,8 +56,7 @@ def cut(
 
     Raises:
         ValueError: See :func:`~lightning_efficient.structured.slim.plan_slim`; or a fit is running on several devices
-            or
-            with a callback that keeps state of the weights' old size. Nothing is changed then.
+            or with a callback that keeps state of the weights' old size. Nothing is changed then.
     """
     if trainer is not None and trainer.training:
         _refuse(trainer)
@@ -67,11 +68,19 @@ def cut(
     if trainer is not None:
         cut_states(trainer.optimizers, change.cuts)
     mine = attachment(pl_module)
+    mine.entries = [_without_sizes(entry, cuts.kept) for entry in mine.entries]
     mine.cut = cuts if mine.cut is None else mine.cut.then(cuts)
-    set_promised(pl_module, None)
-    carry(pl_module)
+    set_zeroed(pl_module, None)
+    hook_files(pl_module)
     rank_zero_info(change.report())
     return change
+
+
+def _without_sizes(entry: Entry, cut: Container[str]) -> Entry:
+    """What a method has left in the weights, without what had the old sizes: a further fit finds that anew."""
+    tensors = {name: state for name, state in entry.tensors.items() if name not in cut}
+    config = entry.config if len(tensors) == len(entry.tensors) else {**entry.config, "layout": None}
+    return replace(entry, tensors=tensors, config=config)
 
 
 def _refuse(trainer: Trainer) -> None:

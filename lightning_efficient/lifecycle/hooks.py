@@ -4,44 +4,87 @@ No callback hook sees a module between 'complete' and 'weights loaded', nor a ch
 so a method that changes modules needs these four hooks of the instance itself. They are bound methods, not
 ``functools.wraps`` wrappers: Lightning looks through ``__wrapped__`` and would skip them. A bound method is also bound
 anew by ``deepcopy``.
+
+A checkpoint passes here and nowhere else. *Save*: every callback gives its entry of the recipe. *Before the weights*:
+every callback checks what the file says, and only when all agree is the model cut and are tensors renamed. *After the
+weights* Lightning itself calls the callbacks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_efficient.common.match import NoMatchError
+from lightning_efficient.common.registry import MASKS, STRUCTURED
 from lightning_efficient.lifecycle import checkpoint as codec
 from lightning_efficient.lifecycle import recipe
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
-from lightning_efficient.lifecycle.state import NAME, Attachment, Request, attachment, set_promised
+from lightning_efficient.lifecycle.state import NAME, Attachment, Request, attachment, set_zeroed, without
 from lightning_efficient.surgery.optimizer import plain_view
 from lightning_efficient.surgery.replace import restore_modules
 
 
+@runtime_checkable
+class CheckpointMember(Protocol):
+    """A callback that has a say in what a checkpoint holds."""
+
+    enabled: bool
+    method: str
+
+    @property
+    def state_key(self) -> str:
+        """Key of the callback."""
+
+    def entry(self, pl_module: LightningModule) -> Entry | None:
+        """What the file says of the weights that are saved now; None: nothing beyond what the model carries."""
+
+    def check_checkpoint(
+        self, pl_module: LightningModule, checkpoint: dict[str, Any], entries: Sequence[Entry]
+    ) -> None:
+        """Before anything is loaded, refuse a file that this callback cannot go on from; changes nothing."""
+
+
+def members(pl_module: LightningModule) -> list[CheckpointMember]:
+    """The callbacks of ours in the Trainer of a module; none where there is no Trainer."""
+    try:
+        callbacks: list[Any] = pl_module.trainer.callbacks  # type: ignore[attr-defined]
+    except RuntimeError:  # not attached to one
+        return []
+    return [callback for callback in callbacks if isinstance(callback, CheckpointMember)]
+
+
 def install(pl_module: LightningModule, request: Request) -> None:
     """Apply a structural request now where the model exists already, and after every ``configure_model``."""
-    mine = attachment(pl_module)
-    mine.requests = [r for r in mine.requests if r.key != request.key or r.method != request.method]
-    mine.requests.append(request)
+    keep_request(pl_module, request)
     _carry_over(pl_module, request)
-    _hook(pl_module, _HOOKS)
     _apply(pl_module, request, required=False)
 
 
-def carry(pl_module: LightningModule) -> None:
+def keep_request(pl_module: LightningModule, request: Request) -> None:
+    """Have the module's files, and what its ``configure_model`` makes, follow a structural request."""
+    mine = attachment(pl_module)
+    mine.requests = [r for r in mine.requests if r.key != request.key or r.method != request.method]
+    mine.requests.append(request)
+    _hook(pl_module, _HOOKS)
+
+
+def hook_files(pl_module: LightningModule) -> None:
     """Have the module's files say what its weights hold, those without callback states among them."""
-    _hook(pl_module, ("on_save_checkpoint", "on_load_checkpoint"))
+    _hook(pl_module, ("on_save_checkpoint", "on_load_checkpoint", "configure_optimizers"))
 
 
 def _hook(pl_module: LightningModule, names: Iterable[str]) -> None:
     mine = attachment(pl_module)
     for name in names:
         function, current = _HOOKS[name], pl_module.__dict__.get(name)
+        if name == "configure_optimizers" and not is_overridden(name, pl_module):
+            continue  # Lightning's own error says that it is missing
         if getattr(current, "__func__", None) is not function:
             mine.previous[name] = current
             pl_module.__dict__[name] = MethodType(function, pl_module)
@@ -106,44 +149,70 @@ def configure_model(self: LightningModule) -> None:
 
 def configure_optimizers(self: LightningModule) -> Any:
     """The user's ``configure_optimizers``, run as if the model were untouched."""
+    _leave_unattended(self)
     with plain_view(self, attachment(self).changes):
         return _previous(self, "configure_optimizers")
 
 
 def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Make the file plain, then the user's hook: it sees the keys it knows."""
-    codec.fold(self, attachment(self).requests, checkpoint)
-    written = {entry.method for entry in recipe.read(checkpoint)}
-    for entry in (entry for method, entry in attachment(self).held.items() if method not in written):
+    """Make the file plain and add the recipe, then the user's hook: it sees the keys it knows."""
+    mine = attachment(self)
+    codec.fold(self, mine.requests, checkpoint)
+    now = [entry for member in members(self) if member.enabled and (entry := member.entry(self)) is not None]
+    written = {(entry.method, entry.key) for entry in now}
+    for entry in [*now, *(e for e in mine.entries if (e.method, e.key) not in written)]:
         recipe.write(checkpoint, entry)
-    codec.write_cuts(checkpoint, codec.CUT, attachment(self).cut)
-    codec.write_cuts(checkpoint, codec.PROMISED, attachment(self).promised)
+    codec.write_cuts(checkpoint, codec.CUT, mine.cut)
+    codec.write_cuts(checkpoint, codec.ZEROED, mine.zeroed)
     _previous(self, "on_save_checkpoint", checkpoint)
 
 
 def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
-    """The user's hook, which sees the keys it knows, then the tensors of the changed modules."""
+    """The user's hook, which sees the keys it knows; then everything is checked; then the model follows the file."""
     _previous(self, "on_load_checkpoint", checkpoint)
-    _load_cuts(self, checkpoint)
-    codec.unfold(self, attachment(self).requests, checkpoint)
-    saved = {entry.method: entry for entry in recipe.read(checkpoint) if entry.method in HELD}
-    attachment(self).held = {m: Entry(m, entry.key, entry.config) for m, entry in saved.items()}
-
-
-def _load_cuts(self: LightningModule, checkpoint: dict[str, Any]) -> None:
-    mine, cut = attachment(self), codec.read_cuts(checkpoint, codec.CUT)
-    if cut is not None:
-        codec.make_cuts(self, cut)
-    elif mine.cut is not None:
+    mine, entries = attachment(self), recipe.read(checkpoint)
+    cut, zeroed = codec.read_cuts(checkpoint, codec.CUT), codec.read_cuts(checkpoint, codec.ZEROED)
+    for member in members(self):
+        member.check_checkpoint(self, checkpoint, entries)
+    if cut is None and mine.cut is not None:
         raise RecipeError(
             f"the checkpoint was written before {type(self).__name__} was cut, so its weights are larger. Load it into "
             "a model that has not been cut."
         )
+    unfolded = codec.unfold(self, mine.requests, checkpoint)
+    if cut is not None:
+        codec.make_cuts(self, cut)
+    checkpoint.update(unfolded)
+    codec.adapt(self, checkpoint)
     mine.cut = cut
-    set_promised(self, codec.read_cuts(checkpoint, codec.PROMISED))
+    set_zeroed(self, zeroed)
+    mine.entries = codec.of_weights(entries)
 
 
-# Methods that multiply weights by something that is not read off them again.
+def _leave_unattended(pl_module: LightningModule) -> None:
+    """Training without the callback that left something in the weights: what does not survive that is forgotten."""
+    mine, trainer = attachment(pl_module), pl_module.trainer
+    if 0 in (trainer.max_epochs, trainer.max_steps):
+        return
+    present = {(m.method, m.state_key) for m in members(pl_module) if m.enabled}
+    methods = {method for method, _ in present}
+    gone = [e for e in mine.entries if (e.method, e.key) not in present and e.method not in HELD]
+    masks = [e.key for e in gone if e.method in MASKS and not methods & {*MASKS}]
+    lost = masks + (["zero units"] if mine.zeroed is not None and not methods & {*STRUCTURED} else [])
+    if lost:
+        rank_zero_warn(
+            f"{type(pl_module).__name__} was pruned ({', '.join(lost)}), and no callback of this run holds what is "
+            "zero at zero: it will grow again. Add the callback that pruned it, or export the model and train that."
+        )
+    if not methods & {*STRUCTURED}:
+        set_zeroed(pl_module, None)
+    if not methods & {*MASKS}:  # another callback that prunes takes the masks over
+        mine.entries = without(mine.entries, MASKS)
+    others = {e.method for e in gone if e.method not in MASKS}
+    mine.entries = [e for e in mine.entries if e.method not in others or (e.method, e.key) in present]
+
+
+# Methods that multiply weights by something that stays in them, whoever trains them next.
 HELD = ("temp_scale",)
 
 _HOOKS: dict[str, Callable[..., Any]] = {

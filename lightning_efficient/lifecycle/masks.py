@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.registry import MASKS, STRUCTURED
-from lightning_efficient.lifecycle import recipe
 from lightning_efficient.lifecycle.base import peers
-from lightning_efficient.lifecycle.recipe import RecipeError
-from lightning_efficient.lifecycle.weights import Plan, WeightSpaceCallback, _logs_now
+from lightning_efficient.lifecycle.recipe import Entry, RecipeError
+from lightning_efficient.lifecycle.state import attachment
+from lightning_efficient.lifecycle.weights import Plan, WeightSpaceCallback
 from lightning_efficient.metrics.functional import sparsity
 from lightning_efficient.pruning.targets import Target, find_targets
 from lightning_efficient.trainer.averages import averaged_copies, averages
@@ -24,7 +24,8 @@ from lightning_efficient.weightspace import Boundary, Site, Transform
 from lightning_efficient.weightspace.mask import MaskTransform, forget, pack_mask, set_mask, unpack_mask
 from lightning_efficient.weightspace.snapshot import Snapshot, rewind, take
 
-PREFIX = "efficient/pruning"
+# Biases and layers that start at zero make some; no initialization makes this many.
+_ZEROS_TO_NAME = 0.05
 NO_SPEED = (
     "Masks make nothing faster or smaller by themselves: dense kernels multiply the zeros too, and files store them."
 )
@@ -38,6 +39,7 @@ class PruningCallback(WeightSpaceCallback):
         include: Globs over module names.
         exclude: Globs over module names, applied after ``include``.
         embeddings: Include ``nn.Embedding`` tables.
+        keep_zeros: Hold weights that are zero when a new run begins (a model that was pruned elsewhere) at zero.
     """
 
     def __init__(
@@ -46,9 +48,10 @@ class PruningCallback(WeightSpaceCallback):
         include: list[str] | None = None,
         exclude: list[str] | None = None,
         embeddings: bool = False,
+        keep_zeros: bool = False,
     ) -> None:
         super().__init__(enabled, include, exclude)
-        self.embeddings = embeddings
+        self.embeddings, self.keep_zeros = embeddings, keep_zeros
         self.granularity, self.criterion = "element", "magnitude"
         self._targets: dict[str, Target] = {}
         self._snapshot: Snapshot | None = None
@@ -56,13 +59,14 @@ class PruningCallback(WeightSpaceCallback):
 
     def config(self) -> dict[str, Any]:
         """The arguments of this callback as plain data."""
-        return super().config() | {"embeddings": self.embeddings}
+        return super().config() | {"embeddings": self.embeddings, "keep_zeros": self.keep_zeros}
 
     def plan(self, pl_module: LightningModule) -> Plan:
         """Choose and check the weights, without changing anything."""
         found = find_targets(
-            pl_module, self.granularity, self.criterion, self.include, self.exclude, self.embeddings, self._tensors
-        )
+            pl_module, self.granularity, self.criterion, self.include, self.exclude, self.embeddings,
+            self._saved(pl_module),
+        )  # fmt: skip
         self._targets = found.matched
         change = Change(method=self.method, skipped=dict(found.skipped))
         plan = Plan(change=change)
@@ -76,10 +80,12 @@ class PruningCallback(WeightSpaceCallback):
     @property
     def masks(self) -> dict[str, Tensor]:
         """Parameter name → bool mask, True where the weight is kept; of the run that goes on, or of the last one."""
-        if self._boundary is not None:
-            return {name: t.mask for name, t in self._mask_transforms().items()}
-        shapes = {name: target.param.shape for name, target in self._targets.items()}
-        return {name: unpack_mask(state["mask"], shapes[name]) for name, state in self._tensors.items()}
+        return {name: t.mask for name, t in self._mask_transforms().items()}
+
+    def carried(self, pl_module: LightningModule) -> Entry | None:
+        """The masks on a model, of this callback or of another one that prunes with masks."""
+        mine = attachment(pl_module)
+        return super().carried(pl_module) or next((e for e in mine.entries if e.method in MASKS), None)
 
     def _mask_transforms(self) -> dict[str, MaskTransform]:
         return {name: cast(MaskTransform, transform) for name, transform in self._transforms.items()}
@@ -139,42 +145,53 @@ class PruningCallback(WeightSpaceCallback):
                 average.n_averaged.zero_()
         self._measure()
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def check_checkpoint(
+        self, pl_module: LightningModule, checkpoint: dict[str, Any], entries: Sequence[Entry]
+    ) -> None:
         """Masks of another method would be lost, as zeros that grow again: refuse."""
+        trainer = pl_module.trainer
         if self.enabled and trainer.state.fn == "fit":
             present, masks = [cb.method for cb in peers(trainer)], (*MASKS, *STRUCTURED)
-            lost = [e.key for e in recipe.read(checkpoint) if e.method in masks and e.method not in present]
+            lost = [e.key for e in entries if e.method in masks and e.method not in present]
             if lost:
                 raise RecipeError(
                     f"the checkpoint holds masks of {lost}; this run has {self.state_key}, which would not keep them. "
                     "Resume with the same callback, or start a new run from the weights alone "
                     f"({type(pl_module).__name__}.load_from_checkpoint(path))."
                 )
-        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        super().check_checkpoint(pl_module, checkpoint, entries)
 
     # -- life cycle ------------------------------------------------------------------------------------------------
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the state of an earlier run; one that is resumed is loaded after this."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self._snapshot = None
+    def restart(self) -> None:
+        """Forget the training state to go back to."""
+        super().restart()
+        self._snapshot = None
 
     def _begin(self, pl_module: LightningModule, boundary: Boundary) -> None:
+        fresh = self.carried(pl_module) is None
         super()._begin(pl_module, boundary)
+        if fresh:
+            self._meet_zeros()
         for name, transform in self._mask_transforms().items():
             if not transform.fits(self._targets[name].param.detach(), 0.0):  # weights from elsewhere
                 set_mask(self._sites()[name], transform, transform.mask)
         self._measure()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Log the share of the targets' weights that are zero."""
-        if self._boundary is None or trainer.barebones or not _logs_now(trainer, pl_module):
-            return
-        for name, value in self.quantities(self._transforms).items():
-            pl_module.log(f"{PREFIX}/{name}", value, on_step=True, on_epoch=False)
+    def _meet_zeros(self) -> None:
+        """Zeros that no mask explains: of a model that was pruned elsewhere, or loaded without its recipe."""
+        zero = {name: target.param.detach() == 0 for name, target in self._present().items()}
+        share = sum(int(where.sum()) for where in zero.values()) / max(sum(w.numel() for w in zero.values()), 1)
+        if self.keep_zeros:
+            for name, where in zero.items():
+                if bool(where.any()):
+                    set_mask(self._sites()[name], self._mask_transforms()[name], ~where)
+        elif share > _ZEROS_TO_NAME:
+            rank_zero_warn(
+                f"{type(self).__name__}: {share:.1%} of the weights are zero already, and will grow again until they "
+                "are pruned anew. To go on from a pruned model use keep_zeros=True, or load it with "
+                "`lightning_efficient.load_from_checkpoint`, which brings its masks."
+            )
 
     def quantities(self, transforms: Mapping[str, Transform]) -> dict[str, Tensor]:
         """The true sparsity, counted when masks change."""

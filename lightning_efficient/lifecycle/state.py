@@ -1,8 +1,8 @@
-"""What this package keeps on a LightningModule instance."""
+"""What this package keeps on a LightningModule instance: all that is true of the model, whoever trains it next."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,8 @@ from lightning_efficient.lifecycle.recipe import Entry
 from lightning_efficient.structured.slim import Cuts
 
 NAME = "_lightning_efficient"
-# On submodules, plain data: their part of what is promised, so that they can be exported by themselves.
-PART = "_lightning_efficient_promised"
+# On submodules, plain data: their part of what can be cut out, so that they can be exported by themselves.
+PART = "_lightning_efficient_zeroed"
 
 
 @dataclass
@@ -46,25 +46,38 @@ class Attachment:
         requests: Structural methods.
         previous: What the instance had in place of our hooks.
         example_batch: Two samples of the first training batch.
-        held: Methods whose effect the weights hold since they were trained, so that it must not be given twice: method
-            -> entry of the recipe. Written to every file, read from it.
+        entries: What weight-space methods have left in the weights, from the last fit or from the file that the
+            weights were read from. Written to every file; a further fit with the same callback goes on from there.
         cut: What has been cut out of the module since it was built. Written to every file; a model that loads such a
             file is cut first.
-        promised: Units that are zero and can be cut out: :func:`~lightning_efficient.export` does. Written to every
+        zeroed: Units that are zero and can be cut out: :func:`~lightning_efficient.export` does. Written to every
             file, read from it.
     """
 
     requests: list[Request] = field(default_factory=list)
-    held: dict[str, Entry] = field(default_factory=dict)
     previous: dict[str, Any] = field(default_factory=dict)
     example_batch: Any = None
+    entries: list[Entry] = field(default_factory=list)
     cut: Cuts | None = None
-    promised: Cuts | None = None
+    zeroed: Cuts | None = None
 
     @property
     def changes(self) -> list[Change]:
         """Every structural change, in the order made."""
         return [change for request in self.requests for change in request.changes]
+
+    def entry(self, method: str, key: str | None = None) -> Entry | None:
+        """What a method has left in the weights.
+
+        Args:
+            method: Its name.
+            key: ``state_key`` of its callback; None: of any.
+        """
+        return next((e for e in self.entries if e.method == method and key in (None, e.key)), None)
+
+    def leave(self, entry: Entry) -> None:
+        """Note what a method has left in the weights, in place of what it had left before."""
+        self.entries = [e for e in self.entries if (e.method, e.key) != (entry.method, entry.key)] + [entry]
 
 
 def attached(module: nn.Module) -> Attachment | None:
@@ -77,16 +90,22 @@ def attachment(pl_module: LightningModule) -> Attachment:
     return pl_module.__dict__.setdefault(NAME, Attachment())  # type: ignore[no-any-return]
 
 
-def set_promised(pl_module: LightningModule, cuts: Cuts | None) -> None:
+def set_zeroed(pl_module: LightningModule, cuts: Cuts | None) -> None:
     """Have the module and its submodules know which of their units are zero and can be cut out; None: of none."""
-    attachment(pl_module).promised = cuts
+    attachment(pl_module).zeroed = cuts
     for name, module in pl_module.named_modules(remove_duplicate=False):
         vars(module).pop(PART, None)
         if name and cuts is not None and (part := cuts.within(canonical_name(name))).kept:
             vars(module)[PART] = part
 
 
-def promised(model: nn.Module) -> Cuts | None:
-    """The cuts promised for a module: its own, or its part of those of the LightningModule that it belongs to."""
+def zeroed(model: nn.Module) -> Cuts | None:
+    """The zero units of a module: its own, or its part of those of the LightningModule that it belongs to."""
     mine = attached(model)
-    return vars(model).get(PART) if mine is None or mine.promised is None else mine.promised
+    return vars(model).get(PART) if mine is None or mine.zeroed is None else mine.zeroed
+
+
+def without(entries: Iterable[Entry], methods: Iterable[str]) -> list[Entry]:
+    """The entries of other methods."""
+    names = set(methods)
+    return [entry for entry in entries if entry.method not in names]

@@ -49,6 +49,7 @@ class StructuralCallback(EfficientCallback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Hand plain weights to the parent of spawned processes."""
+        super().teardown(trainer, pl_module, stage)
         if self.enabled and stage == "fit":
             fold_for_parent(trainer, pl_module)
 

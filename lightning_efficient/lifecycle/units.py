@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
+from weakref import ref
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -13,19 +14,23 @@ from torch import Tensor, nn
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.match import canonical_name
 from lightning_efficient.common.registry import MASKS, STRUCTURED
-from lightning_efficient.lifecycle import recipe
+from lightning_efficient.common.schema import Number, OrNone, Plain, Record
 from lightning_efficient.lifecycle.base import peers
-from lightning_efficient.lifecycle.cuts import promise
-from lightning_efficient.lifecycle.hooks import carry
-from lightning_efficient.lifecycle.recipe import RecipeError
-from lightning_efficient.lifecycle.weights import Plan, WeightSpaceCallback
+from lightning_efficient.lifecycle.cuts import mark_zeroed
+from lightning_efficient.lifecycle.recipe import Entry, RecipeError
+from lightning_efficient.lifecycle.state import attachment
+from lightning_efficient.lifecycle.weights import Plan, WeightSpaceCallback, no_model
 from lightning_efficient.structured.cost import Cost
 from lightning_efficient.structured.graph import find_groups
-from lightning_efficient.structured.groups import Groups, groups_as_plain, groups_from_plain
+from lightning_efficient.structured.groups import GROUPS, Groups, groups_as_plain, groups_from_plain
+from lightning_efficient.structured.slim import zero_units
 from lightning_efficient.trainer.averages import averaged_copies
 from lightning_efficient.trainer.example import example_of, first_batch
 from lightning_efficient.weightspace import Boundary, Site
 from lightning_efficient.weightspace.mask import UnitMask, drop_entries, forget
+
+# Of what a resumed run does not look for again.
+FOUND = {"groups": GROUPS, "cost": OrNone(Record({"amounts": Plain(), "fixed": Number(low=0)}))}
 
 
 class UnitPruningCallback(WeightSpaceCallback):
@@ -55,7 +60,7 @@ class UnitPruningCallback(WeightSpaceCallback):
         self._cost_data: dict[str, Any] | None = None
         self._params: dict[str, nn.Parameter] = {}
         self._shapes: dict[str, torch.Size] = {}
-        self._loaded = False
+        self._found_in: Callable[[], object] = no_model
 
     def config(self) -> dict[str, Any]:
         """The arguments of this callback as plain data."""
@@ -72,22 +77,19 @@ class UnitPruningCallback(WeightSpaceCallback):
         """Whether multiply-accumulates have to be counted."""
         return False
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work, and forget what a run that failed has left."""
-        super().setup(trainer, pl_module, stage)
-        if self.enabled:
-            carry(pl_module)  # a checkpoint may hold a smaller model
-        if stage == "fit":
-            self._loaded = False
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the groups, or take those of the run that is resumed, then put the masks on."""
         if self.enabled:
-            again = self._trained() is pl_module and self._shapes == _shapes(pl_module)
-            if not (again or self._loaded):
+            shapes = _shapes(pl_module)
+            known = self._found_in() is pl_module and self._shapes == shapes
+            if not (known or self.standing.resumed):
                 self.groups, self._cost_data = self._find(trainer, pl_module)
-            self._shapes = _shapes(pl_module)
+            self._shapes, self._found_in = shapes, ref(pl_module)
         super().on_fit_start(trainer, pl_module)
+
+    def gone(self, pl_module: LightningModule) -> dict[str, Tensor]:
+        """Group → bool, ``(units,)``: units that are zero in a model for good; the model knows them."""
+        return zero_units(self.groups, attachment(pl_module).zeroed)
 
     def _find(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Groups, dict[str, Any] | None]:
         example = example_of(trainer, pl_module, "fit", first_batch(trainer))
@@ -143,7 +145,7 @@ class UnitPruningCallback(WeightSpaceCallback):
         }
         forget(trainer.optimizers, dropped)
         self._mask_copies(trainer, pl_module)
-        promise(pl_module, self.keep, self.groups)
+        mark_zeroed(pl_module, self.keep, self.groups)
 
     @torch.no_grad()
     def _mask_copies(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -160,6 +162,9 @@ class UnitPruningCallback(WeightSpaceCallback):
         for name, transform in self._transforms.items():
             if not transform.fits(self._params[name].detach(), 0.0):  # weights from elsewhere
                 drop_entries(self._sites()[name], cast(UnitMask, transform), {})
+        # Units that the model has lost, perhaps to another callback of this kind: from now on this one holds them.
+        for name, axes in self._entries(self.gone(pl_module)).items():
+            drop_entries(self._sites()[name], cast(UnitMask, self._transforms[name]), axes)
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -167,31 +172,30 @@ class UnitPruningCallback(WeightSpaceCallback):
         """The arguments, and the units that stay."""
         return self.config() | {"keep": self.keep}
 
-    def state_dict(self) -> dict[str, Any]:
+    def progress(self) -> dict[str, Any]:
         """The groups, which a resumed run does not look for again."""
-        if not self.enabled:
-            return super().state_dict()
-        return super().state_dict() | {"groups": groups_as_plain(self.groups), "cost": self._cost_data}
+        return {"groups": groups_as_plain(self.groups), "cost": self._cost_data}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def resume(self, progress: Mapping[str, Any]) -> None:
         """Take over the groups of the run that is resumed."""
-        if self.enabled:
-            self.groups, self._cost_data = groups_from_plain(state_dict["groups"]), state_dict["cost"]
-            self._loaded = True
+        self.groups, self._cost_data = groups_from_plain(progress["groups"]), progress["cost"]
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def check_checkpoint(
+        self, pl_module: LightningModule, checkpoint: dict[str, Any], entries: Sequence[Entry]
+    ) -> None:
         """What another method pruned would be lost, as zeros that grow again: refuse."""
+        trainer = pl_module.trainer
         if self.enabled and trainer.state.fn == "fit":
             present = [cb.method for cb in peers(trainer)]
             held = (*MASKS, *STRUCTURED)
-            lost = [e.key for e in recipe.read(checkpoint) if e.method in held and e.method not in present]
+            lost = [e.key for e in entries if e.method in held and e.method not in present]
             if lost:
                 raise RecipeError(
                     f"the checkpoint holds what {lost} pruned; this run has {self.state_key}, which would not keep it "
                     "so. Resume with the same callback, or start a new run from the weights alone "
                     f"({type(pl_module).__name__}.load_from_checkpoint(path))."
                 )
-        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        super().check_checkpoint(pl_module, checkpoint, entries)
 
     def _report(self) -> None:
         """Every model has widths that cannot be cut, its outputs first of all: a report, not a warning."""
@@ -210,7 +214,7 @@ class UnitPruningCallback(WeightSpaceCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a running fit, so that ``ddp_spawn`` can send the callback to its processes."""
-        return super().__getstate__() | {"_params": {}}
+        return super().__getstate__() | {"_params": {}, "_found_in": no_model}
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import ref
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_efficient.common.change import Change
-from lightning_efficient.lifecycle import recipe
 from lightning_efficient.lifecycle.base import EfficientCallback, peers
+from lightning_efficient.lifecycle.hooks import hook_files
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
+from lightning_efficient.lifecycle.state import attachment
 from lightning_efficient.lifecycle.structural import rebind_all
 from lightning_efficient.surgery.optimizer import add_parameters
 from lightning_efficient.surgery.schedulers import adopt_untrained_groups
@@ -37,14 +38,10 @@ class WeightSpaceCallback(EfficientCallback):
 
     All of them share the boundary of the first one in the Trainer, so that they chain on a common weight. The model is
     plain whenever a forward can run, which is why evaluation, EMA copies and stock checkpoints need nothing from us.
+    Between two fits the state of the transforms stays with the model, as an entry of its recipe.
     """
 
     resume_may_change: frozenset[str] = frozenset({"enabled"})
-
-    @property
-    def prefix(self) -> str:
-        """Of the names under which quantities are logged."""
-        return f"efficient/{self.method}"
 
     def __init__(
         self, enabled: bool = True, include: list[str] | None = None, exclude: list[str] | None = None
@@ -54,12 +51,9 @@ class WeightSpaceCallback(EfficientCallback):
         self._boundary: Boundary | None = None
         self._chosen: dict[str, tuple[nn.Parameter, Transform]] = {}
         self._transforms: dict[str, Transform] = {}
-        self._trained: Callable[[], object] = lambda_none
-        # State to start from; whether it is a checkpoint's; the checkpoint, if it was written without this callback.
-        self._tensors: dict[str, dict[str, Tensor]] = {}
-        self._resumed = False
+        self._trained: Callable[[], object] = no_model
+        # A checkpoint that was written without this callback, until its optimizers' states are restored.
         self._foreign: dict[str, Any] | None = None
-        self._logged_step = -1
 
     @abstractmethod
     def plan(self, pl_module: LightningModule) -> Plan:
@@ -73,13 +67,28 @@ class WeightSpaceCallback(EfficientCallback):
         """What the recipe keeps beside tensors: the arguments, and what else a resumed run must not look for again."""
         return self.config()
 
+    def entry(self, pl_module: LightningModule) -> Entry | None:
+        """The transforms' state; None: no fit holds them, and the model carries what the last one left."""
+        if self._boundary is None:
+            return None
+        return Entry(self.method, self.state_key, self.record(), self._live_tensors())
+
+    def carried(self, pl_module: LightningModule) -> Entry | None:
+        """What this callback, or another of the same method and targets, has left in the weights of a model."""
+        return attachment(pl_module).entry(self.method, self.state_key)
+
     # -- life cycle ----------------------------------------------------------------------------------------------
 
+    def restart(self) -> None:
+        """Forget what a fit that failed has left."""
+        self._foreign = None
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work, and forget what a run that failed has left."""
+        """Refuse what cannot work, and begin anew."""
         super().setup(trainer, pl_module, stage)
+        if self.enabled:
+            hook_files(pl_module)
         if self.enabled and stage == "fit":
-            self._resumed, self._foreign = False, None
             callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
             if _members(trainer)[0] is self and any(isinstance(cb, LearningRateFinder) for cb in callbacks):
                 rank_zero_warn(
@@ -103,24 +112,27 @@ class WeightSpaceCallback(EfficientCallback):
         plan = self.plan(pl_module)
         sites = _only_optimized(plan, trainer.optimizers, type(self).__name__)
         skipped = {} if plan.change is None else plan.change.skipped
-        again = self._trained() is pl_module
-        if not self._resumed:
-            self._tensors = {name: state for name, state in self._tensors.items() if again and name in sites}
-        elif missing := [name for name in self._tensors if name not in sites]:
-            reasons = [f"{name} ({skipped.get(name, 'not in the model')})" for name in missing]
-            raise RecipeError(
-                f"{type(self).__name__}: the checkpoint has a state for {len(self._tensors)} weights, of which "
-                f"{len(missing)} are no targets now: {'; '.join(reasons[:5])}."
-            )
-        elif self._tensors:
+        saved = self._saved(pl_module)
+        if self.standing.resumed and saved:
+            if missing := [name for name in saved if name not in sites]:
+                reasons = [f"{name} ({skipped.get(name, 'not in the model')})" for name in missing]
+                raise RecipeError(
+                    f"{type(self).__name__}: the checkpoint has a state for {len(saved)} weights, of which "
+                    f"{len(missing)} are no targets now: {'; '.join(reasons[:5])}."
+                )
             # Zero or frozen when the run began, so without a place in the optimizer's saved state.
-            for name in [name for name in sites if name not in self._tensors]:
+            for name in [name for name in sites if name not in saved]:
                 del sites[name]
                 skipped[name] = "left alone when the checkpoint was written"
         self.change = plan.change
         # An optimizer that outlives the fit (LightningCLI makes those) holds the transforms' parameters already.
-        known = self._transforms if again else {}
+        known = self._transforms if self._trained() is pl_module else {}
         return {name: (param, known.get(name) or make()) for name, (param, make) in sites.items()}
+
+    def _saved(self, pl_module: LightningModule) -> dict[str, dict[str, Tensor]]:
+        """Parameter → state from which its transform goes on."""
+        entry = self.carried(pl_module)
+        return {} if entry is None else entry.tensors
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Gradients are complete and unscaled, and not yet clipped."""
@@ -131,54 +143,48 @@ class WeightSpaceCallback(EfficientCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log this method's scalars on the Trainer's logging steps."""
-        if self._boundary is None or trainer.barebones or not _logs_now(trainer, pl_module):
-            return
-        if trainer.global_step != self._logged_step:
-            self._logged_step = trainer.global_step
+        if self._boundary is not None and self.logs_now(trainer, pl_module):
             for name, value in self.quantities(self._transforms).items():
                 pl_module.log(f"{self.prefix}/{name}", value, on_step=True, on_epoch=False)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the network's weights in the model, whatever happened inside the step."""
+        super().on_exception(trainer, pl_module, exception)
         if self._boundary is not None:
             self._boundary.restore()
-        self._release()
+        self._release(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the optimizers; keep the state for a further ``fit`` and for checkpoints written later."""
-        self._release()
+        """Let go of the optimizers; the model keeps the state for a further ``fit`` and for files written later."""
+        super().teardown(trainer, pl_module, stage)
+        self._release(pl_module)
 
     def _begin(self, pl_module: LightningModule, boundary: Boundary) -> None:
         self._boundary, self._trained = boundary, ref(pl_module)
         self._transforms = {name: transform for name, (_, transform) in self._chosen.items()}
-        # The transforms own the state now; a checkpoint held on to would double the memory of the optimizer.
-        self._tensors, self._resumed, self._foreign = {}, False, None
+        self._foreign = None
+        # The transforms own the state now: the copy in the model would be old, and double the memory.
+        mine = attachment(pl_module)
+        mine.entries = [e for e in mine.entries if (e.method, e.key) != (self.method, self.state_key)]
 
-    def _release(self) -> None:
-        if self._boundary is not None:
-            self._tensors = self._live_tensors()
+    def _release(self, pl_module: LightningModule) -> None:
+        if (entry := self.entry(pl_module)) is not None and self._boundary is not None:
+            attachment(pl_module).leave(entry)
             self._boundary.detach()
         self._boundary, self._chosen, self._foreign = None, {}, None
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add this callback's entry to the recipe; the file's ``state_dict`` is plain as it is."""
-        if not self.enabled:
-            return
-        tensors = self._tensors if self._resumed or self._trained() is pl_module else {}
-        if self._boundary is not None:
-            tensors = self._live_tensors()
-        # Without tensors: fit has not quite started, and a tuner saves what it will restore.
-        if tensors or trainer.state.fn == "fit":
-            recipe.write(checkpoint, Entry(self.method, self.state_key, self.record(), tensors))
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Find this callback's entry when training resumes; evaluation needs nothing."""
+    def check_checkpoint(
+        self, pl_module: LightningModule, checkpoint: dict[str, Any], entries: Sequence[Entry]
+    ) -> None:
+        """Refuse to resume from another configuration; evaluation needs nothing."""
+        super().check_checkpoint(pl_module, checkpoint, entries)
+        trainer = pl_module.trainer
         if trainer.state.fn != "fit":
             return
-        entries = {entry.key: entry for entry in recipe.read(checkpoint) if entry.method == self.method}
-        mine = entries.get(self.state_key)
+        known = {entry.key: entry for entry in entries if entry.method == self.method}
+        mine = known.get(self.state_key)
         if mine is not None and not self.enabled:
             raise RecipeError(
                 f"the checkpoint was trained with {self.state_key}, which this run switches off (enabled=False): "
@@ -186,26 +192,28 @@ class WeightSpaceCallback(EfficientCallback):
                 f"({type(pl_module).__name__}.load_from_checkpoint(path))."
             )
         present = [cb.state_key for cb in _members(trainer) if cb.method == self.method]
-        if (self.enabled and mine is None and entries) or not entries.keys() <= set(present):
+        if (self.enabled and mine is None and known) or not known.keys() <= set(present):
             raise RecipeError(
-                f"the checkpoint was trained with {list(entries)}; this run has {present or self.state_key}. Resume "
+                f"the checkpoint was trained with {list(known)}; this run has {present or self.state_key}. Resume "
                 "with the same `include` and `exclude`."
             )
-        if not self.enabled:
+        if self.enabled and mine is not None:
+            self._check_config(mine)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take this callback's state into a fit that runs (a tuner restores it), else leave it to the model."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        if not self.enabled or trainer.state.fn != "fit":
             return
-        if mine is None:
+        mine = self.carried(pl_module)
+        if self._boundary is not None:
+            for name, state in ({} if mine is None else mine.tensors).items():
+                self._boundary.sites[name].load(self._transforms[name], state)
+        elif mine is None and self.state_key not in checkpoint.get("callbacks", {}):
+            self._foreign = checkpoint
             rank_zero_info(
                 f"{type(self).__name__}: the checkpoint was trained without it; its weights are taken as they are."
             )
-        else:
-            self._check_config(mine)
-        tensors = {} if mine is None else mine.tensors
-        if self._boundary is None:
-            self._tensors, self._resumed = tensors, True
-            self._foreign = None if tensors else checkpoint
-        else:  # restored in the middle of a fit, as a tuner does
-            for name, state in tensors.items():
-                self._boundary.sites[name].load(self._transforms[name], state)
 
     def _check_config(self, entry: Entry) -> None:
         now = self.config()
@@ -243,24 +251,16 @@ class WeightSpaceCallback(EfficientCallback):
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a running fit, so that ``ddp_spawn`` can send the callback to its processes."""
         return self.__dict__ | {
-            "_boundary": None, "_chosen": {}, "_transforms": {}, "_trained": lambda_none, "_foreign": None,
+            "_boundary": None, "_chosen": {}, "_transforms": {}, "_trained": no_model, "_foreign": None,
         }  # fmt: skip
 
 
-def lambda_none() -> None:
+def no_model() -> None:
     """A reference to nothing (module level, so that callbacks can be pickled)."""
 
 
 def _members(trainer: Trainer) -> list[WeightSpaceCallback]:
     return [cb for cb in peers(trainer) if isinstance(cb, WeightSpaceCallback)]
-
-
-def _logs_now(trainer: Trainer, pl_module: LightningModule) -> bool:
-    # The Trainer counts the batches that end with a step, and under manual optimization all of them.
-    batches = trainer.fit_loop.total_batch_idx + 1
-    stepped = trainer.global_step if pl_module.automatic_optimization else batches
-    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    return every > 0 and stepped > 0 and (stepped % every == 0 or trainer.should_stop)
 
 
 def _only_optimized(
@@ -283,10 +283,10 @@ def _only_optimized(
 
 def _start(trainer: Trainer, pl_module: LightningModule, members: list[WeightSpaceCallback]) -> None:
     """Every callback has chosen its weights: check the rest, give the optimizers their parameters, put them on."""
-    boundary = Boundary()
+    boundary, saved = Boundary(), {member: member._saved(pl_module) for member in members}
     for member in members:
         for name, (param, transform) in member._chosen.items():
-            boundary.add(name, param, transform, member._tensors.get(name))
+            boundary.add(name, param, transform, saved[member].get(name))
     boundary.check(trainer.optimizers)
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     thetas = [boundary.thetas(optimizer) for optimizer in trainer.optimizers]

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_efficient.common.schema import Int, MapOf, Number, Record, TensorOf, Text
+
 PROBES = (0.25, 0.5, 0.75)
 
 Marks = dict[str, Tensor]
@@ -55,6 +57,15 @@ class CricPlan:
     def begin(self, cycle: int) -> int:
         """Steps done when a cycle begins, counted from 1; ``begin(cycles + 1)`` is the latest end."""
         return self.first + 1 + (cycle - 1) * self.length
+
+
+_MARKS = MapOf(Text(), TensorOf(torch.bool, ndim=1))
+CRIC_STATE = Record(
+    {
+        "cycle": Int(low=0), "active": _MARKS, "trial": _MARKS, "history": _MARKS, "samples": Int(low=0),
+        "scores": MapOf(Text(), TensorOf("floating", ndim=1)), "probes": MapOf(Text(), Number(finite=False)),
+    }
+)  # fmt: skip
 
 
 @dataclass(eq=False)

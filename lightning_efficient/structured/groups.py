@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_efficient.common.schema import Flag, Int, ListOf, MapOf, OneOf, Record, TensorOf, Text
+
 
 @dataclass(frozen=True, eq=False)  # comparing records would compare tensors element by element
 class Slice:
@@ -218,6 +220,21 @@ def check_keep(groups: Groups, keep: Mapping[str, Iterable[int]]) -> dict[str, l
 
 def _short(numbers: list[int]) -> str:
     return str(numbers) if len(numbers) <= 8 else f"{numbers[:4]} ... {numbers[-4:]}".replace("] ... [", ", ..., ")
+
+
+_SLICE = Record(
+    {
+        "name": Text(), "dim": Int(low=0), "index": TensorOf(torch.long, ndim=2, low=0),
+        "role": OneOf(("produce", "consume")),
+    }
+)  # fmt: skip
+_GROUP = Record(
+    {
+        "units": Int(low=1), "slices": ListOf(_SLICE), "divisor": Int(low=1), "exact": Flag(), "note": Text(),
+        "counts": MapOf(Text(), MapOf(Text(), Int(low=0))),
+    }
+)  # fmt: skip
+GROUPS = Record({"found": MapOf(Text(), _GROUP), "refused": MapOf(Text(), Text())})
 
 
 def groups_as_plain(groups: Groups) -> dict[str, Any]:

@@ -21,12 +21,16 @@ import torch
 from torch import Tensor
 
 from lightning_efficient.common.schedule import transition_steps
+from lightning_efficient.common.schema import Int, MapOf, Record, TensorOf, Text
 from lightning_efficient.structured.cost import Cost
 from lightning_efficient.structured.groups import Groups, UnitGroup
 from lightning_efficient.structured.saliency import check_weights
 
 KEPT, SHRINKING, PRUNED = 0, 1, 2
 Unit = Literal["groups", "params", "macs"]
+
+
+PERIODS = 10  # of the published code
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class HessoConfig:
         unit: Of what: ``"groups"`` (units, all the same), ``"params"`` or ``"macs"`` of the whole network.
         start: When the first units are chosen: steps (int) or fraction of the run (float).
         duration: How long it takes until the last are gone, likewise.
-        periods: In how many portions.
+        periods: In how many portions; None: 10, or as many as ``duration`` has steps.
         group_divisible: As many units as a multiple of this stay in every group that loses any.
         saliency: Criterion → weight, see :mod:`lightning_efficient.structured.saliency`; None: 0.2 each.
     """
@@ -47,7 +51,7 @@ class HessoConfig:
     unit: Unit = "groups"
     start: int | float = 0.1
     duration: int | float = 0.2
-    periods: int = 10
+    periods: int | None = None
     group_divisible: int = 1
     saliency: Mapping[str, float] | None = None
 
@@ -62,6 +66,8 @@ class HessoConfig:
             raise ValueError(f"`unit` must be one of {get_args(Unit)}; got {self.unit!r}.")
         for name in ("periods", "group_divisible"):
             value = getattr(self, name)
+            if value is None and name == "periods":
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be a whole number from 1; got {value!r}.")
         check_weights(self.saliency)
@@ -73,12 +79,10 @@ class HessoConfig:
             ValueError: It does not fit into the run, or a period would have no step.
         """
         if total == 0:
-            return Plan(0, self.periods, self.periods)
-        try:
-            first, span = transition_steps(total, hold=self.start, length=self.duration)
-        except ValueError as error:
-            said = str(error).replace("`hold`", "`start`").replace("`length`=0.8", "`duration`=0.2")
-            raise ValueError(said.replace("`length`", "`duration`").replace("transition", "pruning")) from None
+            return Plan(0, 1, 1)
+        first, span = transition_steps(total, hold=self.start, length=self.duration, names=("start", "duration"))
+        if self.periods is None:
+            return Plan(first, span, max(min(PERIODS, span), 1))
         if span < self.periods:
             raise ValueError(
                 f"{self.periods} `periods` need at least one step each, but `duration`={self.duration!r} is {span} "
@@ -128,6 +132,11 @@ def shrink_factor(begin: int, end: int, before: int, after: int) -> float:
     return (end - min(max(after, before), end)) / (end - before)
 
 
+HESSO_STATE = Record(
+    {"status": MapOf(Text(), TensorOf(torch.int8, ndim=1, low=0)), "chosen": Int(low=0), "shrunk": Int(low=0)}
+)
+
+
 @dataclass(eq=False)
 class HessoState:
     """Where a run stands.
@@ -143,9 +152,15 @@ class HessoState:
     shrunk: int = 0
 
     @classmethod
-    def of(cls, groups: Groups) -> HessoState:
-        """Nothing pruned yet."""
-        return cls({name: torch.zeros(group.units, dtype=torch.int8) for name, group in groups.found.items()})
+    def of(cls, groups: Groups, gone: Mapping[str, Tensor] | None = None) -> HessoState:
+        """Nothing chosen yet.
+
+        Args:
+            groups: Of the model.
+            gone: Group → bool, ``(units,)``: pruned by an earlier run. None: nothing was.
+        """
+        state = {name: torch.zeros(group.units, dtype=torch.int8) for name, group in groups.found.items()}
+        return cls({name: s.masked_fill((gone or {}).get(name, s).bool(), PRUNED) for name, s in state.items()})
 
     def marked(self, *statuses: int) -> dict[str, Tensor]:
         """Group → bool, ``(units,)``: units of one of these statuses."""

@@ -279,3 +279,23 @@ def _attributes(module: nn.Module, sizes: Mapping[tuple[str, int], int]) -> dict
 def _foreign(group: str, name: str, tensor: Tensor | None) -> str:
     what = "is not in the model" if tensor is None else f"has shape {tuple(tensor.shape)}"
     return f"group {group!r} does not belong to this model: {name!r} {what}. Find the groups of the model as it is now."
+
+
+def zero_units(groups: Groups, cuts: Cuts | None) -> dict[str, Tensor]:
+    """Which units of a model's groups are those that cuts would take out.
+
+    Args:
+        groups: Of the model as wide as the cuts were planned on; they need not be the groups of that time.
+        cuts: None: there are none.
+
+    Returns:
+        Group → bool, ``(units,)``.
+    """
+    gone = {}
+    for name, group in groups.found.items():
+        where = torch.full((group.units,), cuts is not None)
+        for part in group.produced:
+            kept = None if cuts is None else cuts.kept.get(part.name, {}).get(part.dim)
+            where &= False if kept is None else ~kept.cpu()[part.index].any(1)
+        gone[name] = where
+    return gone

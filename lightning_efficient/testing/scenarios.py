@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_efficient.deploy.export import export
 from lightning_efficient.lifecycle import recipe
-from lightning_efficient.lifecycle.checkpoint import load_from_checkpoint
+from lightning_efficient.lifecycle.load import load_from_checkpoint
 from lightning_efficient.testing.case import Case, Dealt, FixedStatistics
 from lightning_efficient.testing.checks import (
     assert_close,

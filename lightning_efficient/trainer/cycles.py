@@ -11,12 +11,20 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_efficient.common.eager import uncompiled
-from lightning_efficient.structured.cric import PROBES, CricPlan, CricState, probe_units
+from lightning_efficient.common.schema import Int, OrNone, Record
+from lightning_efficient.structured.cric import CRIC_STATE, PROBES, CricPlan, CricState, probe_units
 from lightning_efficient.structured.groups import Groups
 from lightning_efficient.trainer.example import run_step
 from lightning_efficient.trainer.stand_in import shadow
 from lightning_efficient.weightspace import Site
-from lightning_efficient.weightspace.snapshot import Snapshot, restore_snapshot, rewind, take
+from lightning_efficient.weightspace.snapshot import SNAPSHOT, Snapshot, restore_snapshot, rewind, take
+
+CYCLES = Record(
+    {
+        "state": CRIC_STATE, "snapshot": OrNone(SNAPSHOT), "decided": OrNone(Int(low=0)), "forwards": Int(low=0),
+        "undone": Int(low=0), "bytes": Int(low=0),
+    }
+)  # fmt: skip
 
 
 class Cycles:
@@ -42,11 +50,14 @@ class Cycles:
             "decided": self.decided, "forwards": self.forwards, "undone": self.undone, "bytes": self.bytes,
         }  # fmt: skip
 
-    def load(self, plain: Mapping[str, Any]) -> None:
+    @classmethod
+    def from_plain(cls, plan: CricPlan, plain: Mapping[str, Any]) -> Cycles:
         """The inverse of :meth:`as_plain`."""
-        self.state = CricState.from_plain(plain["state"])
-        self.snapshot, self.decided = restore_snapshot(plain["snapshot"]), plain["decided"]
-        self.forwards, self.undone, self.bytes = plain["forwards"], plain["undone"], plain["bytes"]
+        cycles = cls(plan)
+        cycles.state = CricState.from_plain(plain["state"])
+        cycles.snapshot, cycles.decided = restore_snapshot(plain["snapshot"]), plain["decided"]
+        cycles.forwards, cycles.undone, cycles.bytes = plain["forwards"], plain["undone"], plain["bytes"]
+        return cycles
 
     def looking(self, step: int) -> bool:
         """Whether the saliencies of this step count."""
@@ -68,14 +79,14 @@ class Cycles:
         tensors = [*self.snapshot.model.values(), *(v for s in states for v in s.values() if isinstance(v, Tensor))]
         self.bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def go_back(self, trainer: Trainer, pl_module: LightningModule, sites: Mapping[str, Site]) -> None:
+    def go_back(self, trainer: Trainer, pl_module: LightningModule, sites: Mapping[str, Site], step: int) -> None:
         """Undo the cycle; learning rates and schedulers go on, as the steps have been spent."""
         assert self.snapshot is not None
         now = [optimizer.state_dict()["param_groups"] for optimizer in trainer.optimizers]
         saved = self.snapshot.optimizers
         states = [{"state": s["state"], "param_groups": g} for s, g in zip(saved, now, strict=True)]
         rewind(Snapshot(self.snapshot.model, self.snapshot.transforms, states), pl_module, sites, trainer.optimizers)
-        self.undone += trainer.global_step - self.plan.begin(self.state.cycle)
+        self.undone += step - self.plan.begin(self.state.cycle)
 
     def decide(self, step: int) -> dict[str, Tensor]:
         """The scores that decide; nothing is undone from here on."""

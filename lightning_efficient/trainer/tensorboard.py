@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-_MASKS = {"sparsity": "efficient/pruning/(sparsity|left)"}
+_MASKS = {"sparsity": "efficient/(magnitude|sap)_pruning/(sparsity|left)"}
 # Method → chart → regular expression for the names of the scalars in it.
 CHARTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
@@ -27,14 +27,14 @@ CHARTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         },
         "temp_scale": {"temperature": "efficient/temp_scale/tau_(min|mean|max)"},
         "magnitude_pruning": _MASKS,
-        "sap_pruning": {**_MASKS, "PQ index": "efficient/pruning/pqi(_scope)?"},
+        "sap_pruning": {**_MASKS, "PQ index": "efficient/sap_pruning/pqi(_scope)?"},
         "hesso_pruning": {
-            "share removed": "efficient/hesso/removed",
-            "units that shrink": "efficient/hesso/shrinking",
+            "share removed": "efficient/hesso_pruning/removed",
+            "units that shrink": "efficient/hesso_pruning/shrinking",
         },
         "pagcp_pruning": {
-            "units left": "efficient/pagcp/units_left",
-            "compute left": "efficient/pagcp/compute_left",
+            "units left": "efficient/pagcp_pruning/units_left",
+            "compute left": "efficient/pagcp_pruning/compute_left",
         },
         "collapse_monitor": {
             "attention entropy, nats": "efficient/collapse_monitor/entropy_(min|mean)",
@@ -140,4 +140,4 @@ def log_curve(loggers: Iterable[Logger], history: Sequence[Mapping[str, Any]], s
     if len(history) > 1:
         for logger in loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure("efficient/pruning/curve", plot_sap_curve(history), step)
+                logger.experiment.add_figure("efficient/sap_pruning/curve", plot_sap_curve(history), step)

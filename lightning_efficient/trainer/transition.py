@@ -13,6 +13,15 @@ from torch.optim import Optimizer
 
 from lightning_efficient.common.guard import Clock, JumpGuard
 from lightning_efficient.common.schedule import transition, transition_steps
+from lightning_efficient.common.schema import Int, ListOf, MapOf, Number, Record, Text
+
+TRANSITION = Record(
+    {
+        "start": Number(low=0, high=1),
+        "clock": Record({"step": Int(), "time": Int()}),
+        "guard": Record({"jumps": Int(low=0), "past": MapOf(Text(), ListOf(Number()))}),
+    }
+)
 
 
 class GuardedTransition:
@@ -46,10 +55,7 @@ class GuardedTransition:
         self.asked = hold, length
         self.shape, self.guard = shape, guard
         self.guard_factor, self.guard_length = guard_factor, guard_length
-        self.start = 1.0
-        self.total: int | None = None
-        self.first = self.length = 0
-        self._saved: tuple[int, int] | None = None
+        self.start, self.first, self.length = 1.0, 0, 0
         self.restart(1.0)
 
     def config(self) -> dict[str, Any]:
@@ -63,61 +69,42 @@ class GuardedTransition:
         self.start = start
         self._clock, self._watchdog = Clock(), Watchdog(JumpGuard(self.guard_factor))
 
-    def plan(self, total: int | None) -> str:
-        """Fix the schedule for a run of ``total`` optimizer steps (None: unknown).
-
-        A resumed run keeps the steps it had: if its length were read anew, a finished transition could begin again.
-
-        Returns:
-            How the arguments and the length of this run disagree with that, for a warning; empty if they do not.
+    def resolve(self, total: int | None) -> tuple[int, int]:
+        """First step and number of steps of the way down, in a run of ``total`` optimizer steps (None: unknown).
 
         Raises:
             ValueError: It does not fit into the run.
         """
         hold, length = self.asked
-        self.total, saved, self._saved = total, self._saved, None
-        if saved is None:
-            self.first, self.length = transition_steps(total, hold=hold, length=length)
-            return ""
-        self.first, self.length = transition_steps(total, hold=saved[0], length=saved[1])
-        try:
-            asked = transition_steps(total, hold=hold, length=length)
-        except ValueError:  # it does not fit, but what the run began with does
-            return ""
-        if asked == saved:
-            return ""
-        return (
-            f"the resumed run's transition went from step {saved[0]} to {sum(saved)}, and still does; `hold`={hold!r} "
-            f"and `transition`={length!r} of a run of {total} steps would be {asked[0]} to {sum(asked)}."
-        )
+        return transition_steps(total, hold=hold, length=length, names=("hold", "transition"))
+
+    def fix(self, first: int, length: int) -> None:
+        """Take a schedule in steps."""
+        self.first, self.length = first, length
 
     def at(self, step: int) -> float:
         """The weight at a step."""
         time = self._clock.at(step)
-        return self.start * transition(time, self.total, hold=self.first, length=self.length, shape=self.shape)
+        return self.start * transition(time, None, hold=self.first, length=self.length, shape=self.shape)
 
     def begins(self, step: int) -> bool:
         """Whether the way down begins at this step, after a hold."""
         return self.start == 1.0 and self._clock.at(step) == self.first > 0
-
-    def over(self, step: int) -> bool:
-        """Whether the run has had all its steps (False where that is unknown)."""
-        return self.total is not None and step >= self.total
 
     @property
     def jumps(self) -> int:
         """How often the guard has found something out of range."""
         return self._watchdog.guard.jumps
 
-    def before_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
-        """Gradients are complete and unscaled."""
-        if self.guard != "off" and self.at(trainer.global_step) > 0:
+    def before_step(self, trainer: Trainer, optimizer: Optimizer, step: int) -> None:
+        """Gradients of a step are complete and unscaled."""
+        if self.guard != "off" and self.at(step) > 0:
             self._watchdog.before_step(trainer, optimizer)
 
-    def after_batch(self, trainer: Trainer, outputs: Any) -> None:
-        """A batch is over."""
+    def after_batch(self, trainer: Trainer, outputs: Any, step: int) -> None:
+        """A batch is over, and ``step`` steps are done."""
         if self._watchdog.stepped:
-            self._watchdog.after_step(trainer, outputs)
+            self._watchdog.after_step(trainer, outputs, step)
 
     def settle(self) -> str:
         """Hold the schedule if the latest step was out of range.
@@ -139,14 +126,11 @@ class GuardedTransition:
 
     def state_dict(self) -> dict[str, Any]:
         """Where it began, how far it is, what the guard has seen: plain data. Call :meth:`settle` before."""
-        state = {"start": self.start, "steps": [self.first, self.length], "clock": self._clock.state_dict()}
-        return state | {"guard": self._watchdog.guard.state_dict()}
+        return {"start": self.start, "clock": self._clock.state_dict(), "guard": self._watchdog.guard.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
         self.start = float(state["start"])
-        first, length = state["steps"]
-        self._saved = int(first), int(length)
         self._clock.load_state_dict(state["clock"])
         self._watchdog.guard.load_state_dict(state["guard"])
 
@@ -181,7 +165,7 @@ class Watchdog:
                 norm = torch.where(norm.isfinite(), norm, -1.0)
             self._norms[name] = norm
 
-    def after_step(self, trainer: Trainer, outputs: Any) -> None:
+    def after_step(self, trainer: Trainer, outputs: Any, step: int) -> None:
         """The batch with which a step ended is over."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         values = dict(self._norms)
@@ -192,7 +176,7 @@ class Watchdog:
             packed = torch.stack(list(values.values()))
             if trainer.world_size > 1:  # every process must come to the same conclusion
                 packed = trainer.strategy.reduce(packed, reduce_op="mean")
-            self._pending = trainer.global_step, list(values), packed
+            self._pending = step, list(values), packed
 
     def settle(self) -> tuple[int, str]:
         """Show the guard the latest numbers it has not seen.

@@ -80,7 +80,7 @@ def tune_on_validation(
     _check(trainer)
     passes = _Passes(trainer, module, metric)
     whole, example = passes.first(dataloaders, datamodule, ckpt_path)
-    if METHOD in attachment(module).held:
+    if attachment(module).entry(METHOD) is not None:
         raise ValueError(
             "the weights were trained with a TempScale and hold its temperature: the τ of a sweep would multiply it. "
             "Use `tune_temperature` if that is what you want."

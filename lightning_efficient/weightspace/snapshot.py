@@ -15,8 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_efficient.common.schema import ListOf, MapOf, Plain, Record, TensorOf, Text
 from lightning_efficient.weightspace import Site
 from lightning_efficient.weightspace.mask import MaskTransform, forget, set_mask
+
+_TENSORS = MapOf(Text(), TensorOf())
+SNAPSHOT = Record(
+    {
+        "model": _TENSORS,
+        "transforms": MapOf(Text(), MapOf(Text(), _TENSORS)),
+        "optimizers": ListOf(Plain(tensors=True)),
+        "schedulers": ListOf(Plain(tensors=True)),
+    }
+)
 
 
 @dataclass
@@ -97,20 +108,32 @@ def rewind(
         schedulers: Likewise.
         weights: Everything. ``False``: learning rates and schedulers only, weights and their momentum stay (Renda et
             al., ICLR 2020, arXiv 2003.02389).
+
+    Groups that an optimizer has gained since (layers that were unfrozen) go on as they are, without momentum where the
+    weights go back.
+
+    Raises:
+        ValueError: The model or an optimizer has changed since in another way; nothing is changed then.
     """
+    now = tensors(model)
+    states = [_joined(optimizer, saved) for optimizer, saved in zip(optimizers, snapshot.optimizers, strict=True)]
+    if misfits := [n for n, v in now.items() if n not in snapshot.model or snapshot.model[n].shape != v.shape]:
+        raise ValueError(
+            f"the training state to go back to lacks {misfits[:3]}, or has other shapes: the model was changed since."
+        )
     if weights:
-        for name, value in tensors(model).items():
+        for name, value in now.items():
             value.data.copy_(snapshot.model[name])
         for name, site in sites.items():
             _restore_site(site, snapshot.transforms.get(name, {}))
-        for optimizer, state in zip(optimizers, snapshot.optimizers, strict=True):
-            optimizer.load_state_dict(deepcopy(state))
+        for optimizer, state in zip(optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
     else:
-        for optimizer, state in zip(optimizers, snapshot.optimizers, strict=True):
+        for optimizer, state in zip(optimizers, states, strict=True):
             for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
-                group.update({key: deepcopy(value) for key, value in saved.items() if key not in _STRUCTURE})
+                group.update({key: value for key, value in saved.items() if key not in _STRUCTURE})
     for scheduler, state in zip(schedulers, snapshot.schedulers, strict=True):
-        scheduler.load_state_dict(deepcopy(state))
+        scheduler.load_state_dict(_grown(state, scheduler.state_dict()))
     dropped = {}
     for site in sites.values():
         for transform in site.chain:
@@ -122,6 +145,27 @@ def rewind(
 
 
 _STRUCTURE = ("params", "param_names")
+
+
+def _joined(optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved state for an optimizer that may have more groups by now."""
+    now, before = optimizer.state_dict()["param_groups"], saved["param_groups"]
+    sizes = [[len(group["params"]) for group in groups] for groups in (before, now)]
+    if sizes[0] != sizes[1][: len(sizes[0])]:
+        raise ValueError(
+            f"{type(optimizer).__name__} had groups of {sizes[0]} parameters in the training state to go back to, now "
+            f"of {sizes[1]}; only new groups behind the others can be taken along."
+        )
+    return {"state": deepcopy(saved["state"]), "param_groups": deepcopy(before) + deepcopy(now[len(before) :])}
+
+
+def _grown(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler's saved state, with the values of groups that came later."""
+    state = deepcopy(dict(saved))
+    for name, value in state.items():
+        if isinstance(value, list) and isinstance(now.get(name), list):
+            state[name] = value + deepcopy(now[name][len(value) :])
+    return state
 
 
 def _restore_site(site: Site, saved: Mapping[str, Mapping[str, Tensor]]) -> None:

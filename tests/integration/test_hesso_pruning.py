@@ -157,8 +157,8 @@ def test_logs_and_reports(tmp_path: Path, capfd: pytest.CaptureFixture[str], cap
         trainer(hesso(), logger=logger).fit(Module(), loader())
     text = (Path(logger.log_dir) / "metrics.csv").read_text()
     header, *lines = text.splitlines()
-    assert {"efficient/hesso/removed", "efficient/hesso/shrinking"} <= set(header.split(","))
-    column = header.split(",").index("efficient/hesso/removed")
+    assert {"efficient/hesso_pruning/removed", "efficient/hesso_pruning/shrinking"} <= set(header.split(","))
+    column = header.split(",").index("efficient/hesso_pruning/removed")
     values = [float(line.split(",")[column]) for line in lines if line.split(",")[column]]
     assert values == sorted(values)
     assert (values[0], values[-1]) == (0.0, 0.5)
@@ -171,7 +171,7 @@ def test_a_run_that_ends_early_says_so() -> None:
             trainer.should_stop = trainer.global_step == 8
 
     callback = hesso()
-    with pytest.warns(UserWarning, match="stopped in period 2 of 3: the run ended at step 8, and the schedule ends at"):
+    with pytest.warns(UserWarning, match="ended at step 8, and its schedule ends at step 14: it is in period 2 of 3"):
         trainer(callback, Stop()).fit(Module(), loader())
     widths = {name: group.units for name, group in callback.groups.found.items()}
     assert sum(widths[name] - len(units) for name, units in callback.keep.items()) == 6
@@ -185,7 +185,7 @@ def test_a_run_that_ends_early_says_so() -> None:
         ({"include": ["net.10"]}, 20, "net.10"),
         ({"include": ["nothing"]}, 20, "nothing"),
         ({"start": 0.1, "duration": 0.2, "periods": 10}, 20, "10 `periods` need at least one step each"),
-        ({"start": 2, "duration": 30}, 20, "The pruning ends at step 32"),
+        ({"start": 2, "duration": 30}, 20, "end at step 32"),
         ({"cric": True, "duration": 4, "periods": 3}, 20, "cric=True needs 5 steps for 3 cycles"),
     ],
 )
@@ -251,11 +251,15 @@ def test_resuming_without_the_callback_warns(half: Path) -> None:
         trainer().fit(Module(), ResumableLoader(loader()), ckpt_path=half)
 
 
-def test_resuming_with_another_length_is_an_error_for_fractions(tmp_path: Path) -> None:
+def test_resumed_with_another_length_the_schedule_goes_on_in_steps(tmp_path: Path) -> None:
     path, fractions = tmp_path / "a.ckpt", {"start": 0.1, "duration": 0.5, "periods": 3}
-    trainer(hesso(**fractions), SaveAt(8, path)).fit(Module(), loader())
-    with pytest.raises(RecipeError, match=r"was \(2, 10, 3\).*now it is \(4, 20, 3\)"):
-        trainer(hesso(**fractions), steps=40).fit(Module(), loader(), ckpt_path=path)
+    whole, long = Module(), Module()
+    first = hesso(**fractions)
+    trainer(first, SaveAt(8, path)).fit(whole, ResumableLoader(loader()))
+    again = hesso(**fractions)
+    trainer(again, steps=40).fit(long, ResumableLoader(loader()), ckpt_path=path)
+    assert again.standing.schedule == first.standing.schedule == (2, 10, 3)
+    assert again.keep == first.keep
 
 
 # -- CRIC ------------------------------------------------------------------------------------------------------------

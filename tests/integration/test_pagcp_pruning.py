@@ -111,11 +111,11 @@ def test_what_is_logged(tmp_path: Path) -> None:
     logger.save()
     with (Path(logger.log_dir) / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    column = {n: [float(r[n]) for r in rows if r[n]] for n in rows[0] if n.startswith("efficient/pagcp/")}
-    left, spent = column["efficient/pagcp/compute_left"], column["efficient/pagcp/val_digit_spent"]
+    column = {n: [float(r[n]) for r in rows if r[n]] for n in rows[0] if n.startswith("efficient/pagcp_pruning/")}
+    left, spent = column["efficient/pagcp_pruning/compute_left"], column["efficient/pagcp_pruning/val_digit_spent"]
     assert left == [1.0] * 16 + [pytest.approx(1 - callback.history[0]["saved"], abs=1e-6)] * 16
     assert spent == [pytest.approx(callback.history[0]["spent"]["val_digit"], abs=1e-6)] * 16
-    assert column["efficient/pagcp/units_left"][-1] < 1
+    assert column["efficient/pagcp_pruning/units_left"][-1] < 1
 
 
 # -- a fit that does not notice ----------------------------------------------------------------------------------------
@@ -210,13 +210,13 @@ def test_resume_with_another_length_or_other_budgets(tmp_path: Path) -> None:
     t = trainer(tmp_path, PAGCPPruning(budgets=LOSSES, start=0.5), max_epochs=2, max_steps=-1)
     t.fit(TwoTasks(), train_loader(), val_loader())
     t.save_checkpoint(tmp_path / "a.ckpt")
-    for callback, epochs, message in (
-        (PAGCPPruning(budgets=LOSSES, start=0.5), 4, r"was \(8,\) \(steps of the rounds\), now it is \(16,\)"),
-        (PAGCPPruning(budgets={"val_digit": 0.1}, start=0.5), 2, "`budgets`: .* now. Resume with the saved values"),
-    ):
-        again = trainer(tmp_path, callback, max_epochs=epochs, max_steps=-1)
-        with pytest.raises(RecipeError, match=message):
-            again.fit(TwoTasks(), train_loader(), val_loader(), ckpt_path=tmp_path / "a.ckpt")
+    longer = PAGCPPruning(budgets=LOSSES, start=0.5)
+    again = trainer(tmp_path, longer, max_epochs=4, max_steps=-1)
+    again.fit(TwoTasks(), train_loader(), val_loader(), ckpt_path=tmp_path / "a.ckpt")
+    assert [row["step"] for row in longer.history] == [8], "no second round where half of the longer run would be"
+    other = trainer(tmp_path, PAGCPPruning(budgets={"val_digit": 0.1}, start=0.5), max_epochs=2, max_steps=-1)
+    with pytest.raises(RecipeError, match="`budgets`: .* now. Resume with the saved values"):
+        other.fit(TwoTasks(), train_loader(), val_loader(), ckpt_path=tmp_path / "a.ckpt")
 
 
 def test_fit_again_goes_on_from_what_is_pruned(tmp_path: Path) -> None:
@@ -336,7 +336,9 @@ def test_a_round_that_prunes_nothing_says_so(tmp_path: Path) -> None:
 
 def test_a_run_that_ends_before_its_rounds(tmp_path: Path) -> None:
     stop = Do(on_train_batch_end=lambda t, m: setattr(t, "should_stop", t.global_step == 3))
-    with pytest.warns(UserWarning, match=r"did 0 of 1 rounds: the run ended at step 3, the next one was due at 16"):
+    with pytest.warns(
+        UserWarning, match=r"ended at step 3, and its schedule ends at step 17: 1 of 1 rounds have not come"
+    ):
         fit(tmp_path, PAGCPPruning(budgets=LOSSES), stop)
 
 

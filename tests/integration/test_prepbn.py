@@ -76,7 +76,7 @@ def test_a_model_without_norms_is_refused(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "options", "message"),
     [
-        ({"transition": 9}, {}, "ends at step"),
+        ({"transition": 9}, {}, "end at step"),
         ({"transition": 0.8}, {"max_steps": -1, "max_epochs": -1}, "run's length is unknown"),
         ({"transition": 1.5}, {}, "within"),
     ],

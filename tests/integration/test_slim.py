@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_efficient import HESSOPruning, MagnitudePruning, export, load_from_checkpoint
 from lightning_efficient.deploy.export import ExportError
 from lightning_efficient.deploy.formats import to_onnx, to_torch_export
-from lightning_efficient.lifecycle.cuts import cut, promise
-from lightning_efficient.lifecycle.hooks import carry
+from lightning_efficient.lifecycle.cuts import cut, mark_zeroed
+from lightning_efficient.lifecycle.hooks import hook_files
 from lightning_efficient.lifecycle.recipe import RecipeError
 from lightning_efficient.structured.graph import find_groups
 from lightning_efficient.structured.groups import Groups
@@ -73,7 +73,7 @@ class Resumes(Callback):
     """What a structured pruning callback does in ``setup``."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        carry(pl_module)
+        hook_files(pl_module)
 
 
 def _trainer(tmp_path: Path, epochs: int, *callbacks: Callback) -> Trainer:
@@ -156,18 +156,18 @@ def test_files_of_other_sizes_are_refused(tmp_path: Path) -> None:
         load_from_checkpoint(Wider, tmp_path / "small.ckpt")
 
 
-def _promised() -> tuple[Module, Groups]:
+def _zeroed() -> tuple[Module, Groups]:
     model = lively(Module())
     groups = find_groups(model, images())
     for name, stay in _named(groups).items():
         group = groups.found[name]
         group.zero(dict(model.named_parameters()), set(range(group.units)) - set(stay))
-    promise(model, _named(groups), groups)
+    mark_zeroed(model, _named(groups), groups)
     return model, groups
 
 
 def test_export_cuts_out_what_is_zero(tmp_path: Path) -> None:
-    model, _ = _promised()
+    model, _ = _zeroed()
     x = images()
     small = export(model, x)
     assert small.net.a[0].out_channels == 3
@@ -192,7 +192,7 @@ def test_export_cuts_out_what_is_zero(tmp_path: Path) -> None:
 
 
 def test_a_submodule_is_cut_too_or_says_why_not(tmp_path: Path) -> None:
-    model, _ = _promised()
+    model, _ = _zeroed()
     x = images()
     small = export(model.net, x)
     assert [small.a[0].out_channels, small.c[0].out_channels, small.stem[0].out_channels] == [3, 4, 4]
@@ -242,6 +242,7 @@ def test_cutting_while_others_train_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be cut while MagnitudePruning trains it"):
         trainer.fit(model)
     assert model.net.a[0].weight.shape == (6, 8, 3, 3)
+    model = Module()
     trainer = Trainer(
         default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", devices=1, strategy="ddp", callbacks=[CutAt(0)],
         logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,

@@ -21,6 +21,7 @@ from lightning_efficient.common.match import select_modules
 from lightning_efficient.lifecycle import checkpoint as codec
 from lightning_efficient.lifecycle import recipe
 from lightning_efficient.lifecycle.hooks import detach
+from lightning_efficient.lifecycle.load import load_from_checkpoint
 from lightning_efficient.lifecycle.recipe import RecipeError
 from lightning_efficient.lifecycle.state import attached
 from lightning_efficient.lifecycle.structural import StructuralCallback
@@ -203,7 +204,7 @@ def test_remove_norms_trains_resumes_and_loads_with_the_helper(tmp_path: Any) ->
 
     with pytest.raises(RuntimeError, match="Missing key"):
         Classifier.load_from_checkpoint(tmp_path / "a.ckpt")
-    loaded = codec.load_from_checkpoint(Classifier, tmp_path / "a.ckpt")
+    loaded = load_from_checkpoint(Classifier, tmp_path / "a.ckpt")
     assert type(loaded) is Classifier
     x = next(iter(loader()))[0]
     assert torch.equal(loaded.eval()(x), module.eval()(x))
@@ -242,4 +243,4 @@ def test_recipe_that_names_modules_the_model_lacks(tmp_path: Any) -> None:
     entry["tensors"]["net.blocks.99.norm1"] = {}
     torch.save(content, tmp_path / "b.ckpt")
     with pytest.raises(RecipeError, match=r"Classifier lacks: \['net.blocks.99.norm1'\]"):
-        codec.load_from_checkpoint(Classifier, tmp_path / "b.ckpt")
+        load_from_checkpoint(Classifier, tmp_path / "b.ckpt")

@@ -207,7 +207,7 @@ def test_a_module_takes_the_temperature_of_the_file_it_loads(tmp_path: Any) -> N
 def test_a_trained_temperature_is_not_given_twice(tmp_path: Any) -> None:
     module, _ = fitted(tmp_path, tau=0.3)
     with pytest.raises(ValueError, match="another TempScale"):
-        trainer(tmp_path, TempScale(tau=0.3)).fit(module, loader(6), loader(1))
+        trainer(tmp_path, TempScale(tau=0.6)).fit(module, loader(6), loader(1))
     with pytest.raises(ValueError, match="was changed before, when it was trained"):
         apply_temp_scale(module.net, 0.5, next(iter(loader()))[0])
 

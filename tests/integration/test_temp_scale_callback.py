@@ -134,12 +134,13 @@ def test_another_one_does_not_train_what_holds_a_temperature(tmp_path: Any) -> N
     module, mine = Classifier("timm_vit"), TempScale(tau=0.5)
     trainer(tmp_path, mine).fit(module, loader(6), loader(1))
     before = weights(module)
-    with pytest.raises(ValueError, match=r"another TempScale.*a second one would multiply it"):
-        trainer(tmp_path, TempScale(tau=0.5)).fit(module, loader(6), loader(1))
+    with pytest.raises(ValueError, match=r"another TempScale.*a second one would multiply it.*`tau`: 0.5 then, 0.25"):
+        trainer(tmp_path, TempScale(tau=0.25)).fit(module, loader(6), loader(1))
     assert same(before, weights(module))
-    t = trainer(tmp_path, mine, max_steps=0)
-    t.fit(module, loader(6), loader(1))
-    assert same(before, weights(module)), "the same one goes on"
+    for other in (mine, TempScale(tau=0.5)):
+        t = trainer(tmp_path, other, max_steps=0)
+        t.fit(module, loader(6), loader(1))
+        assert same(before, weights(module)), "one with the same arguments goes on"
 
 
 def test_a_transition_ends_at_tau(tmp_path: Any) -> None:

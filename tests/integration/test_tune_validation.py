@@ -136,7 +136,7 @@ def test_it_is_left_as_it_was_when_validation_fails() -> None:
 
 
 def held(module: LightningModule) -> LightningModule:
-    attachment(module).held["temp_scale"] = Entry("temp_scale", "", {})
+    attachment(module).leave(Entry("temp_scale", "", {}))
     return module
 
 

@@ -74,8 +74,8 @@ def test_unknown_length_of_run(total):
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        ({"length": 101}, "ends at step 101.*run has 100"),
-        ({"hold": 0.3, "length": 0.8}, "ends at step 110.*run has 100"),
+        ({"length": 101}, "end at step 101.*run has 100"),
+        ({"hold": 0.3, "length": 0.8}, "end at step 110.*run has 100"),
         ({"hold": -1}, "`hold` must not be negative"),
         ({"length": 1.5}, r"`length`.*within \[0, 1\].*1.5"),
         ({"length": -0.1}, r"`length`.*within \[0, 1\]"),
