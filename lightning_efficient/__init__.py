@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lightning_efficient.deploy.semi_structured import to_semi_structured
     from lightning_efficient.lifecycle.cuts import cut
     from lightning_efficient.lifecycle.load import load_from_checkpoint
+    from lightning_efficient.lifecycle.methods import register_method
     from lightning_efficient.trainer.tensorboard import plot_sap_curve
     from lightning_efficient.tuning.validation import tune_on_validation
 
@@ -58,6 +59,7 @@ _HOMES = {
     "log_exported": "deploy.measure",
     "plot_sap_curve": "trainer.tensorboard",
     "read_runs": "comparison",
+    "register_method": "lifecycle.methods",
     "sap_fits": "callbacks.sap_pruning",
     "save_exported": "deploy.formats",
     "slim_report": "deploy.measure",
@@ -86,6 +88,7 @@ __all__ = [
     "log_exported",
     "plot_sap_curve",
     "read_runs",
+    "register_method",
     "sap_fits",
     "save_exported",
     "slim_report",
