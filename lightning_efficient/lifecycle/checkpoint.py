@@ -6,7 +6,6 @@ Weight-space methods never come here: their ``state_dict`` is plain at all times
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import import_module
 from typing import Any, Protocol, runtime_checkable
 
 import torch

@@ -84,8 +84,8 @@ class PruningCallback(WeightSpaceCallback):
 
     def carried(self, pl_module: LightningModule) -> Entry | None:
         """The masks on a model, of this callback or of another one that prunes with masks."""
-        mine = attachment(pl_module)
-        return super().carried(pl_module) or next((e for e in mine.entries if METHODS[e.method].prunes == "weights"), None)
+        mine, masks = attachment(pl_module), METHODS.pruning("weights")
+        return super().carried(pl_module) or next((e for e in mine.entries if e.method in masks), None)
 
     def _mask_transforms(self) -> dict[str, MaskTransform]:
         return {name: cast(MaskTransform, transform) for name, transform in self._transforms.items()}

@@ -19,7 +19,6 @@ from lightning_efficient.callbacks.sigma_reparam import SigmaReparam
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.match import select_modules
 from lightning_efficient.common.registry import METHODS
-from lightning_efficient.lifecycle import checkpoint as codec
 from lightning_efficient.lifecycle import recipe
 from lightning_efficient.lifecycle.hooks import detach
 from lightning_efficient.lifecycle.load import load_from_checkpoint
