@@ -23,32 +23,46 @@ if TYPE_CHECKING:
     from lightning_efficient.callbacks.sigma_reparam import SigmaReparam
     from lightning_efficient.callbacks.temp_scale import TempScale
     from lightning_efficient.cli.efficient_cli import EfficientCLI
+    from lightning_efficient.common.change import Change
+    from lightning_efficient.common.match import select_modules
     from lightning_efficient.comparison import compare, read_runs
     from lightning_efficient.deploy.export import export
     from lightning_efficient.deploy.formats import save_exported
     from lightning_efficient.deploy.measure import log_exported, slim_report
     from lightning_efficient.deploy.semi_structured import to_semi_structured
+    from lightning_efficient.lifecycle.base import EfficientCallback
     from lightning_efficient.lifecycle.cuts import cut
     from lightning_efficient.lifecycle.load import load_from_checkpoint
+    from lightning_efficient.lifecycle.methods import register_method
+    from lightning_efficient.lifecycle.structural import StructuralCallback
+    from lightning_efficient.lifecycle.weights import Plan, WeightSpaceCallback
+    from lightning_efficient.surgery.replace import replace_modules
     from lightning_efficient.trainer.tensorboard import plot_sap_curve
     from lightning_efficient.tuning.validation import tune_on_validation
+    from lightning_efficient.weightspace import Transform
 
     __version__: str
 
 # Public name -> where it lives. No module of the package has the name of a thing in it that is public here, so that
 # importing the one never hides the other.
 _HOMES = {
+    "Change": "common.change",
     "CollapseMonitor": "callbacks.collapse_monitor",
     "EfficientCLI": "cli.efficient_cli",
+    "EfficientCallback": "lifecycle.base",
     "HESSOPruning": "callbacks.hesso_pruning",
     "MagnitudePruning": "callbacks.magnitude_pruning",
     "PAGCPPruning": "callbacks.pagcp_pruning",
     "PRepBN": "callbacks.prepbn",
+    "Plan": "lifecycle.weights",
     "RunCost": "callbacks.run_cost",
     "SAPPruning": "callbacks.sap_pruning",
     "SigmaReparam": "callbacks.sigma_reparam",
     "SimplifiedLinearAttention": "callbacks.linear_attention",
+    "StructuralCallback": "lifecycle.structural",
     "TempScale": "callbacks.temp_scale",
+    "Transform": "weightspace",
+    "WeightSpaceCallback": "lifecycle.weights",
     "ablate": "ablation.run",
     "compare": "comparison",
     "cut": "lifecycle.cuts",
@@ -58,25 +72,34 @@ _HOMES = {
     "log_exported": "deploy.measure",
     "plot_sap_curve": "trainer.tensorboard",
     "read_runs": "comparison",
+    "register_method": "lifecycle.methods",
+    "replace_modules": "surgery.replace",
     "sap_fits": "callbacks.sap_pruning",
     "save_exported": "deploy.formats",
+    "select_modules": "common.match",
     "slim_report": "deploy.measure",
     "to_semi_structured": "deploy.semi_structured",
     "tune_on_validation": "tuning.validation",
 }
 
 __all__ = [
+    "Change",
     "CollapseMonitor",
     "EfficientCLI",
+    "EfficientCallback",
     "HESSOPruning",
     "MagnitudePruning",
     "PAGCPPruning",
     "PRepBN",
+    "Plan",
     "RunCost",
     "SAPPruning",
     "SigmaReparam",
     "SimplifiedLinearAttention",
+    "StructuralCallback",
     "TempScale",
+    "Transform",
+    "WeightSpaceCallback",
     "ablate",
     "compare",
     "cut",
@@ -86,8 +109,11 @@ __all__ = [
     "log_exported",
     "plot_sap_curve",
     "read_runs",
+    "register_method",
+    "replace_modules",
     "sap_fits",
     "save_exported",
+    "select_modules",
     "slim_report",
     "to_semi_structured",
     "tune_on_validation",

@@ -23,15 +23,16 @@ def callbacks_from_environment() -> list[Callback]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is not what :func:`lightning_efficient.common.registry.read_methods_file` expects.
+        ValueError: The file is not what :func:`lightning_efficient.lifecycle.methods.read_methods_file` expects.
     """
     callbacks: list[Callback] = []
     path = os.environ.get(VARIABLE)
     if path:
-        from lightning_efficient.common.registry import announce, read_methods_file
+        from lightning_efficient.lifecycle.methods import announce, read_methods_file
 
-        callbacks = read_methods_file(path)
-        announce(callbacks, f"{VARIABLE}={path}")
+        ours = read_methods_file(path)
+        announce(ours, f"{VARIABLE}={path}")
+        callbacks += ours
     if os.environ.get(RUN_VARIABLE):
         from lightning_efficient.ablation.reporter import callbacks_of_the_run
 

@@ -95,8 +95,8 @@ def find_target(script: str | os.PathLike[str] | None, arguments: Sequence[str],
         done = _probe([*command, *words, *arguments, "--print_config"])
         if done.returncode == 0:
             config = _config(done.stdout, " ".join(command))
-            keys = [config.get(method) for method in METHODS]
-            efficient = all(isinstance(key, Mapping) and "enabled" in key for key in keys)
+            keys = [config[method] for method in METHODS.with_callback if method in config]
+            efficient = bool(keys) and all(isinstance(key, Mapping) and "enabled" in key for key in keys)
             return Target(command, tuple(arguments), bool(words), efficient, config)
         failed = failed or error_lines(done.stderr)
         if f"arguments: {subcommand}" not in done.stderr:

@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from lightning_efficient.common.registry import METHODS, ORDER, build_callback, check_methods, near
+from lightning_efficient.common.registry import METHODS, near
+from lightning_efficient.lifecycle.methods import build_callback
 
 BASELINE = "baseline"
 Methods = dict[str, dict[str, Any]]
@@ -91,7 +92,9 @@ def _checked(variants: Mapping[str, Any]) -> dict[str, Methods]:
             except ValueError as error:
                 raise ValueError(f"variant {label!r}: {error}") from None
     if len(found) == 1:
-        raise ValueError(f"nothing to compare with the baseline: name methods among {', '.join(METHODS)}.")
+        raise ValueError(
+            f"nothing to compare with the baseline: name methods among {', '.join(METHODS.with_callback)}."
+        )
     return found
 
 
@@ -144,5 +147,5 @@ def _methods(methods: Mapping[str, Any]) -> Methods:
         if arguments is None or isinstance(arguments, bool):
             arguments = {"enabled": arguments is not False}
         found[method] = {"enabled": True, **arguments}
-    check_methods([method for method, arguments in found.items() if arguments["enabled"] and method in ORDER])
+    METHODS.check([method for method, arguments in found.items() if arguments["enabled"]])
     return found

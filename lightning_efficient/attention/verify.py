@@ -14,6 +14,7 @@ from lightning_efficient.attention.knobs import MASK_GAP
 from lightning_efficient.attention.sites import perturbed, run_float64
 from lightning_efficient.attention.temper import Law
 from lightning_efficient.attention.trace import ROOT, Seen, Trace
+from lightning_efficient.common.comparing import gap
 from lightning_efficient.common.match import canonical_name, modules_by_name
 from lightning_efficient.common.nests import tensors_behind
 from lightning_efficient.common.running import float64_copy
@@ -118,24 +119,10 @@ def _visible(one: Seen, two: Seen) -> tuple[Tensor, Tensor]:
 
 
 def _judge(verdict: Verdict, site: str, what: str, a: Tensor, b: Tensor) -> None:
-    gap = _gap(a, b)
-    if not gap <= _TOLERANCE:
-        verdict.wrong.setdefault(site, f"its {what} differs by {gap:.1e} (relative) from what logits / tau gives")
-    verdict.error = max(verdict.error, gap)
-
-
-def _gap(a: Tensor, b: Tensor) -> float:
-    if a.shape != b.shape:
-        return float("inf")
-    if not a.numel() or not a.is_floating_point():
-        return 0.0 if torch.equal(a, b) else float("inf")
-    a, b = a.double(), b.double()
-    # What is NaN or infinite in the same places says nothing either way (a row in which everything is masked).
-    same = (a == b) | (a.isnan() & b.isnan())
-    difference = torch.where(same, 0.0, (a - b).abs()).nan_to_num(nan=torch.inf)
-    finite = a.abs()[a.isfinite()]
-    scale = float(finite.max()) if finite.numel() else 0.0
-    return float(difference.max()) / (scale or 1.0)
+    apart = gap(a, b)
+    if not apart <= _TOLERANCE:
+        verdict.wrong.setdefault(site, f"its {what} differs by {apart:.1e} (relative) from what logits / tau gives")
+    verdict.error = max(verdict.error, apart)
 
 
 def _entropies(verdict: Verdict, laws: Mapping[str, Law], calls: Sequence[Seen]) -> None:

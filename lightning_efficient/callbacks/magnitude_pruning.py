@@ -28,9 +28,9 @@ class MagnitudePruning(PruningCallback):
     """Prune weights by a schedule; what is pruned stays zero, through resume, averaging and export.
 
     The model's parameters hold the pruned weights, so checkpoints and evaluation need nothing of this package. Masks
-    are a function of ``trainer.global_step``. Logs ``efficient/pruning/sparsity``, the share of the targets' weights
-    that are zero. Targets are the weights of linear layers, convolutions and attention projections, the output layer
-    among them (``exclude`` it if it should stay); biases, norms and tied weights never are.
+    are a function of ``trainer.global_step``. Logs ``efficient/magnitude_pruning/sparsity``, the share of the
+    targets' weights that are zero. Targets are the weights of linear layers, convolutions and attention projections,
+    the output layer among them (``exclude`` it if it should stay); biases, norms and tied weights never are.
 
     Args:
         enabled: ``False`` leaves the run bit-identical to one without the callback.

@@ -10,7 +10,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_efficient.common.names import VARIABLE
-from lightning_efficient.common.registry import METHODS, callback_class, near
+from lightning_efficient.common.registry import METHODS, near
+from lightning_efficient.lifecycle.methods import callback_class
 
 _UNKNOWN_OPTION = re.compile(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)")
 
@@ -43,7 +44,7 @@ def add_method_arguments(parser: LightningArgumentParser) -> None:
     Args:
         parser: The parser of a command that runs a Trainer.
     """
-    for method in METHODS:
+    for method in METHODS.with_callback:
         parser.add_lightning_class_args(callback_class(method), method)
         parser.set_defaults({f"{method}.enabled": False})
 
@@ -81,7 +82,7 @@ class EfficientCLI(LightningCLI):
         """
         config = self.config_init.get(str(self.subcommand), self.config_init)
         listed = config["trainer"].get("callbacks") or []
-        for method in METHODS:
+        for method in METHODS.with_callback:
             ours = config[method]
             for other in listed if isinstance(listed, list) else [listed]:
                 if type(other) is type(ours) and other.state_key == ours.state_key:
@@ -92,6 +93,6 @@ class EfficientCLI(LightningCLI):
         if os.environ.get(VARIABLE):
             self.parser.error(
                 f"the environment variable {VARIABLE} is set, and every method has its own key here: unset it, and "
-                f"pass the methods as a `-c` file or as `--{next(iter(METHODS))}.enabled=true`."
+                f"pass the methods as a `-c` file or as `--{METHODS.with_callback[0]}.enabled=true`."
             )
         return super().instantiate_trainer(**kwargs)

@@ -4,7 +4,8 @@ import timm  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
 
 from lightning_efficient.cli import commands  # noqa: F401
-from lightning_efficient.common.registry import METHODS, callback_class
+from lightning_efficient.common.registry import METHODS
+from lightning_efficient.lifecycle.methods import callback_class
 
-for _method in METHODS:  # imported when they are asked for
+for _method in METHODS.with_callback:  # imported when they are asked for
     callback_class(_method)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -15,13 +16,12 @@ from torch import nn
 
 from lightning_efficient.attention import AttentionProbe
 from lightning_efficient.callbacks.collapse_monitor import CollapseMonitor
-from lightning_efficient.callbacks.prepbn import PRepBN
-from lightning_efficient.callbacks.run_cost import RunCost
 from lightning_efficient.cli.efficient_cli import EfficientCLI, add_method_arguments
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.registry import METHODS
 from lightning_efficient.common.running import as_call, evaluating
 from lightning_efficient.lifecycle.base import EfficientCallback
+from lightning_efficient.lifecycle.structural import StructuralCallback
 from lightning_efficient.lifecycle.weights import WeightSpaceCallback
 
 USAGE = """\
@@ -86,10 +86,10 @@ def show_targets(args: Sequence[str], console: Console | None = None) -> None:
         raise ValueError(f"{type(model).__name__} has no parameters yet: does it build its layers in `setup`?")
     console = console or Console()
     refused = []
-    for method in METHODS:
+    for method in METHODS.with_callback:
         callback: EfficientCallback = cli.config_init[method]
-        if isinstance(callback, RunCost):  # of the run, whatever its modules
-            continue
+        if not isinstance(callback, CollapseMonitor | StructuralCallback) and not hasattr(callback, "plan"):
+            continue  # of the run, whatever its modules
         console.print(
             Text.assemble((f"\n{method}", "bold"), "" if callback.enabled else "  (off in this configuration)")
         )
@@ -117,7 +117,9 @@ def planned(callback: EfficientCallback, model: nn.Module) -> Change:
     """
     if isinstance(callback, CollapseMonitor):
         return _attention(callback, model)
-    change = cast(WeightSpaceCallback | PRepBN, callback).plan(cast(LightningModule, model)).change
+    if not hasattr(callback, "plan"):
+        return cast(StructuralCallback, callback).apply(deepcopy(cast(LightningModule, model)))
+    change = cast(WeightSpaceCallback, callback).plan(cast(LightningModule, model)).change
     assert change is not None
     return change
 

@@ -1,111 +1,222 @@
-"""Methods switched on by a YAML file: one key per method, checked against the signature of its callback.
+"""The methods that exist, one record each: name, callback, place in the order, what they exclude, charts.
 
-.. code-block:: yaml
-
-    sigma_reparam: true
-    collapse_monitor: {every_n_steps: 50, exclude: ["head"]}
+The one table of the package that other packages add to, by :func:`lightning_efficient.register_method`. It is the
+allow-list of files, too: a name in a checkpoint's recipe, a methods file or a configuration is looked up here and
+nowhere else.
 """
 
 from __future__ import annotations
 
 import difflib
-import inspect
-from collections.abc import Iterable, Mapping, Sequence
-from importlib import import_module
+import keyword
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import entry_points
 from itertools import combinations
-from os import PathLike
-from pathlib import Path
+from pkgutil import resolve_name
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
-import yaml  # type: ignore[import-untyped]
-from jsonargparse import ArgumentError, ArgumentParser
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info
+# Entry points of this group are modules that register methods when they are imported.
+GROUP = "lightning_efficient.methods"
 
-# Key in YAML and on the command line -> name of the callback in `lightning_efficient`.
-METHODS: dict[str, str] = {
-    "sigma_reparam": "SigmaReparam",
-    "norm_swap": "PRepBN",
-    "linear_attention": "SimplifiedLinearAttention",
-    "temp_scale": "TempScale",
-    "magnitude_pruning": "MagnitudePruning",
-    "sap_pruning": "SAPPruning",
-    "hesso_pruning": "HESSOPruning",
-    "pagcp_pruning": "PAGCPPruning",
-    "collapse_monitor": "CollapseMonitor",
-    "run_cost": "RunCost",
-}
+_PLACE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+# Keys that a configuration or the logged names have already.
+_RESERVED = {
+    "ckpt_path", "config", "data", "export", "lr_scheduler", "model", "optimizer", "seed_everything", "trainer",
+    "weights_only",
+}  # fmt: skip
 
 
-def callback_class(method: str) -> type[Callback]:
-    """The callback of a method.
+@dataclass(frozen=True)
+class Method:
+    """What the package knows of a method.
 
     Args:
-        method: A key of :data:`METHODS`.
+        name: Its key in YAML, on the command line, in recipes and in logged names (``efficient/<name>/...``).
+        callback: The class of its callback, or where it is, ``"package.module:Class"``. None: other callbacks record
+            it, and it has no key of its own.
+        after: The method that it follows in the order.
+        before: The method that it precedes.
+        replay: ``function(model, config, names) -> Change``, or where it is: replaces the modules ``names`` of a new
+            model as the callback did, before :func:`lightning_efficient.load_from_checkpoint` loads weights. None: the
+            method replaces no modules.
+        excludes: Method that cannot be used on the same model → why, and what to do instead.
+        charts: Title of a TensorBoard chart → regular expression for the names of the scalars in it.
+        prunes: What it makes zero, which stays so only while it runs: no run may then resume without it. None: nothing.
+        lasting: Whether it multiplies weights by something that stays in them, whoever trains them next, so that all
+            later files name it.
     """
-    cls: type[Callback] = getattr(import_module("lightning_efficient"), METHODS[method])
-    return cls
+
+    name: str
+    callback: str | type[Any] | None = None
+    after: str | None = None
+    before: str | None = None
+    replay: str | Callable[..., Any] | None = None
+    excludes: Mapping[str, str] = field(default_factory=dict)
+    charts: Mapping[str, str] = field(default_factory=dict)
+    prunes: Literal["weights", "units"] | None = None
+    lasting: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("excludes", "charts"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+        if not self.name.isidentifier() or keyword.iskeyword(self.name) or self.name in _RESERVED:
+            raise ValueError(
+                f"a method cannot be called {self.name!r}: `name` is a key in YAML and a word of the command line, so "
+                f"it should be a Python identifier other than {', '.join(sorted(_RESERVED))}."
+            )
+        for argument in ("callback", "replay"):
+            place = getattr(self, argument)
+            if isinstance(place, str) and not _PLACE.fullmatch(place):
+                raise ValueError(f"`{argument}` of {self.name} is {place!r}; expected 'package.module:name'.")
+        for title, pattern in self.charts.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"`charts[{title!r}]` of {self.name} is no regular expression: {error}.") from None
+
+    def same_as(self, other: Method) -> bool:
+        """Whether both are one record, made twice: a class that a notebook defines again counts as the same."""
+        one, two = (replace(m, callback=_place(m.callback), replay=_place(m.replay)) for m in (self, other))
+        return one == two
+
+    def find(self, argument: str) -> Any:
+        """The thing itself that ``callback`` or ``replay`` names, imported.
+
+        Raises:
+            ValueError: It is not there.
+        """
+        place = getattr(self, argument)
+        try:
+            return resolve_name(place) if isinstance(place, str) else place
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"`{argument}` of the method {self.name} is {place!r}: {error}.") from error
 
 
-def read_methods_file(path: str | PathLike[str]) -> list[Callback]:
-    """Build the callbacks that a YAML file asks for.
+def _place(thing: Any) -> str | None:
+    return f"{thing.__module__}:{thing.__qualname__}" if callable(thing) else thing
+
+
+class Registry(Mapping[str, Method]):
+    """Methods by name, in the order in which they apply to a model, whatever the order in which they were given.
 
     Args:
-        path: A YAML mapping of methods. ``true``, ``false`` and nothing are short for ``{enabled: true}``,
-            ``{enabled: false}`` and ``{}``; a mapping gives the callback's arguments. A method in the file is on unless
-            it says ``enabled: false``.
-
-    Returns:
-        One callback a method, in the order of the file.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is not a YAML mapping, a key is unknown, or a value is of the wrong type.
+        methods: Those that are known from the start, in their order.
+        group: Entry points that add further ones, imported when a name is first looked up. None: no further ones.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"no file {str(path)!r} (looked in {Path.cwd()}).")
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"{path} should hold a mapping such as `sigma_reparam: true`; got {content!r}.")
-    try:
-        return [build_callback(method, arguments) for method, arguments in content.items()]
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
+    def __init__(self, methods: Iterable[Method], group: str | None = None) -> None:
+        self._methods = {method.name: method for method in methods}
+        self._group = group
 
-def build_callback(method: str, arguments: Any) -> Callback:
-    """Build the callback of one method.
+    def _all(self) -> dict[str, Method]:
+        if self._group is not None:
+            group, self._group = self._group, None  # at once: what is imported here registers here
+            for point in sorted(entry_points(group=group), key=lambda point: point.name):
+                try:
+                    point.load()
+                except Exception as error:
+                    # A broken package must not stop the runs that do not use it; those that do will miss the name.
+                    warnings.warn(
+                        f"lightning_efficient: the entry point {point.name!r} ({point.value}) in the group {group!r} "
+                        f"does not load, and its methods are unknown: {type(error).__name__}: {error}",
+                        stacklevel=2,
+                    )
+        return self._methods
 
-    Args:
-        method: A key of :data:`METHODS`.
-        arguments: Its arguments as YAML gives them; ``True``, ``False`` and ``None`` as in :func:`read_methods_file`.
+    def __getitem__(self, name: str) -> Method:
+        return self._all()[name]
 
-    Raises:
-        ValueError: The method or an argument is unknown, or a value is of the wrong type.
-    """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}{near(method, METHODS)}; expected one of {', '.join(METHODS)}.")
-    if arguments is None or isinstance(arguments, bool):
-        arguments = {} if arguments is None else {"enabled": arguments}
-    if not isinstance(arguments, Mapping):
-        raise ValueError(f"`{method}` should be true, false or a mapping of arguments; got {arguments!r}.")
-    cls = callback_class(method)
-    known = list(inspect.signature(cls).parameters)
-    for name in arguments:
-        if name not in known:
-            raise ValueError(f"`{method}` has no argument {name!r}{near(name, known)}; it has {', '.join(known)}.")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, method)
-    try:
-        parsed = parser.parse_object({method: dict(arguments)})
-    except ArgumentError as error:
-        raise ValueError(" ".join(str(error).split())) from None
-    return cls(**parsed[method].as_dict())
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    @property
+    def with_callback(self) -> tuple[str, ...]:
+        """Names of the methods that have a callback: keys in YAML, columns of hyper-parameters."""
+        return tuple(name for name, method in self.items() if method.callback is not None)
+
+    def pruning(self, what: Literal["weights", "units"]) -> set[str]:
+        """Names of the methods that make single weights zero, or whole units."""
+        return {name for name, method in self.items() if method.prunes == what}
+
+    def add(self, method: Method) -> None:
+        """Take in a method; the same one again replaces itself.
+
+        Args:
+            method: Follows its ``after`` (and what followed that before), else precedes its ``before``, else is last.
+
+        Raises:
+            ValueError: The name belongs to another method, or a method that it names is unknown.
+        """
+        known = self._methods.get(method.name)
+        if known is not None and not known.same_as(method):
+            raise ValueError(f"the method {method.name!r} is registered already, as {known}: choose another name.")
+        for argument in ("after", "before", "excludes"):
+            value = getattr(method, argument)
+            for name in [value] if isinstance(value, str) else value or ():
+                if name not in self._methods and name not in self:
+                    raise ValueError(
+                        f"`{argument}` of the method {method.name!r} names {name!r}{near(name, self)}, which is "
+                        f"unknown; expected one of {', '.join(self)}."
+                    )
+        if known is not None:
+            self._methods[method.name] = method
+            return
+        names = list(self._methods)
+        place = len(names) if method.before is None else names.index(method.before)
+        if method.after is not None:
+            first = names.index(method.after) + 1
+            if first > place:
+                raise ValueError(
+                    f"the method {method.name!r} cannot stand after {method.after!r} and before {method.before!r}: the "
+                    f"order is {', '.join(names)}."
+                )
+            place = first
+            while place < len(names) and self._methods[names[place]].after == method.after:
+                place += 1
+        names.insert(place, method.name)
+        methods = self._methods | {method.name: method}
+        self._methods = {name: methods[name] for name in names}
+
+    @contextmanager
+    def preserved(self) -> Iterator[None]:
+        """What is registered inside is forgotten afterwards; for tests."""
+        before = dict(self._all())
+        try:
+            yield
+        finally:
+            self._methods = before
+
+    def check(self, names: Sequence[str]) -> None:
+        """Refuse combinations that cannot work.
+
+        Args:
+            names: Methods to be used on one model; a method may appear twice, aimed at different modules.
+
+        Raises:
+            ValueError: A name is unknown, or two methods exclude each other; says what to do instead.
+        """
+        for name in names:
+            if name not in self:
+                raise ValueError(
+                    f"unknown method {name!r}{near(name, self)}; expected one of {', '.join(self)}. A method of your "
+                    "own is made known by `lightning_efficient.register_method`."
+                )
+        for first, second in combinations(names, 2):
+            reason = self[first].excludes.get(second) or self[second].excludes.get(first)
+            if reason is not None:
+                raise ValueError(f"{first} and {second} cannot be used together: {reason}.")
+
+    def position(self, name: str) -> int:
+        """Place of a known method in the order, from 0."""
+        return list(self).index(name)
 
 
 def near(name: object, names: Iterable[str]) -> str:
@@ -119,16 +230,23 @@ def near(name: object, names: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def announce(callbacks: Iterable[Callback], source: str) -> None:
-    """Say in one line, on one process, what was added and why.
+def _ours(name: str, place: str | None = None, **kwargs: Any) -> Method:
+    return Method(name, None if place is None else f"lightning_efficient.callbacks.{place}", **kwargs)
 
-    Args:
-        callbacks: What was added.
-        source: What asked for it.
-    """
-    names = [type(cb).__name__ + ("" if getattr(cb, "enabled", True) else " (off)") for cb in callbacks]
-    rank_zero_info(f"lightning_efficient: {source} adds {', '.join(names)}.")
 
+def _core(place: str) -> str:
+    return f"lightning_efficient.{place}"
+
+
+_TWO_PRUNERS = (
+    "both decide which units go, and each would count those of the other: run one of them first, export the"
+    " smaller model, and use the other in a second run"
+)
+_MASKS_ON_UNITS = dict.fromkeys(
+    ("hesso_pruning", "pagcp_pruning"),
+    "structured pruning removes the rows whose single entries masks would score: run structured pruning"
+    " first, export the smaller model, and mask that one in a second run",
+)
 
 # Methods that replace modules come first: the rest bind to the Parameters they leave behind. What follows is the
 # chain raw weight -> used weight, from the inside out:
@@ -136,74 +254,97 @@ def announce(callbacks: Iterable[Callback], source: str) -> None:
 #   do nothing and a learned one would get a zero gradient;
 # - structured pruning and masks last: what they zero stays zero. They act on the raw weight, so that a spectral norm is
 #   that of what is left;
-# - slim, the cutting out of what they zeroed, after everything.
-STRUCTURED = ("hesso_pruning", "pagcp_pruning")
-MASKS = ("magnitude_pruning", "sap_pruning")
-ORDER: tuple[str, ...] = (
-    "remove_norms",
-    "norm_swap",
-    "linear_attention",
-    "sigma_reparam",
-    "temp_scale",
-    *STRUCTURED,
-    *MASKS,
-    "slim",
-)
-
-CONFLICTS: Mapping[frozenset[str], str] = MappingProxyType(
-    {
-        frozenset({"linear_attention", "temp_scale"}): (
-            "linear attention has no softmax, so there is no temperature to scale: drop temp_scale, or keep"
-            " softmax attention"
+# - slim, the cutting out of what they zeroed, after everything that changes a model.
+METHODS = Registry(
+    (
+        _ours("remove_norms", replay=_core("norms.remove:apply_remove_norms")),
+        _ours(
+            "norm_swap",
+            "prepbn:PRepBN",
+            replay=_core("norms.swap:apply_norm_swap"),
+            charts={
+                "lambda, share of the old norm": "efficient/norm_swap/lam",
+                "validation loss: blend, and finished form": "(efficient/norm_swap/finished/)?val.*loss",
+                "validation accuracy: blend, and finished form": "(efficient/norm_swap/finished/)?val.*acc.*",
+            },
         ),
-        frozenset(STRUCTURED): (
-            "both decide which units go, and each would count those of the other: run one of them first, export the"
-            " smaller model, and use the other in a second run"
+        _ours(
+            "linear_attention",
+            "linear_attention:SimplifiedLinearAttention",
+            replay=_core("attention.linear:apply_linear_attention"),
         ),
-        **{
-            frozenset({structured, masks}): (
-                "structured pruning removes the rows whose single entries masks would score: run structured pruning"
-                " first, export the smaller model, and mask that one in a second run"
-            )
-            for structured in STRUCTURED
-            for masks in MASKS
-        },
-    }
+        _ours(
+            "sigma_reparam",
+            "sigma_reparam:SigmaReparam",
+            charts={
+                "spectral norms of the raw weights": "efficient/sigma_reparam/sigma_(max|mean)",
+                "gains": "efficient/sigma_reparam/gain_(min|mean|max)",
+            },
+        ),
+        _ours(
+            "temp_scale",
+            "temp_scale:TempScale",
+            excludes={
+                "linear_attention": "linear attention has no softmax, so there is no temperature to scale: drop"
+                " temp_scale, or keep softmax attention"
+            },
+            charts={"temperature": "efficient/temp_scale/tau_(min|mean|max)"},
+            lasting=True,
+        ),
+        _ours(
+            "hesso_pruning",
+            "hesso_pruning:HESSOPruning",
+            charts={
+                "share removed": "efficient/hesso_pruning/removed",
+                "units that shrink": "efficient/hesso_pruning/shrinking",
+            },
+            prunes="units",
+        ),
+        _ours(
+            "pagcp_pruning",
+            "pagcp_pruning:PAGCPPruning",
+            excludes={"hesso_pruning": _TWO_PRUNERS},
+            charts={
+                "units left": "efficient/pagcp_pruning/units_left",
+                "compute left": "efficient/pagcp_pruning/compute_left",
+            },
+            prunes="units",
+        ),
+        _ours(
+            "magnitude_pruning",
+            "magnitude_pruning:MagnitudePruning",
+            excludes=_MASKS_ON_UNITS,
+            charts={"sparsity": "efficient/magnitude_pruning/sparsity"},
+            prunes="weights",
+        ),
+        _ours(
+            "sap_pruning",
+            "sap_pruning:SAPPruning",
+            excludes=_MASKS_ON_UNITS,
+            charts={
+                "sparsity": "efficient/sap_pruning/(sparsity|left)",
+                "PQ index": "efficient/sap_pruning/pqi(_scope)?",
+            },
+            prunes="weights",
+        ),
+        _ours("slim"),
+        _ours(
+            "collapse_monitor",
+            "collapse_monitor:CollapseMonitor",
+            charts={
+                "attention entropy, nats": "efficient/collapse_monitor/entropy_(min|mean)",
+                "share of heads": "efficient/collapse_monitor/(collapsed|sink)_fraction",
+                "largest spectral norm": "efficient/collapse_monitor/spectral_norm_max",
+            },
+        ),
+        _ours(
+            "run_cost",
+            "run_cost:RunCost",
+            charts={
+                "time a step, ms": "efficient/run_cost/step_ms",
+                "peak memory, MiB": "efficient/run_cost/peak_memory_mib",
+            },
+        ),
+    ),
+    GROUP,
 )
-
-
-def check_methods(names: Sequence[str]) -> None:
-    """Refuse combinations that cannot work.
-
-    Args:
-        names: Methods to be used on one model; a method may appear twice, aimed at different modules.
-
-    Raises:
-        ValueError: A name is unknown, or two methods exclude each other; says what to do instead.
-    """
-    for name in names:
-        if name not in ORDER:
-            near = difflib.get_close_matches(name, ORDER, 1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"Unknown method {name!r}; expected one of {', '.join(ORDER)}.{hint}")
-    for first, second in combinations(names, 2):
-        message = CONFLICTS.get(frozenset({first, second}))
-        if message is not None:
-            raise ValueError(f"{first} and {second} cannot be used together: {message}.")
-
-
-def sort_methods(names: Iterable[str]) -> list[str]:
-    """The order in which methods apply to a model, whatever the order in which they were given.
-
-    Args:
-        names: Known methods; repeated ones keep their relative order.
-
-    Returns:
-        The same names, sorted by ``ORDER``.
-
-    Raises:
-        ValueError: See ``check_methods``.
-    """
-    names = list(names)
-    check_methods(names)
-    return sorted(names, key=ORDER.index)

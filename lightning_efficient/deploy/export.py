@@ -18,6 +18,7 @@ from torch import nn
 from lightning_efficient.common.comparing import Difference, ExportError, difference
 from lightning_efficient.common.match import canonical_name
 from lightning_efficient.common.running import Call, Inputs, as_call, device_of, evaluating, first_line
+from lightning_efficient.deploy.diverged import check_range, check_weights
 from lightning_efficient.deploy.formats import save_exported, to_onnx, to_torch_export
 from lightning_efficient.deploy.plain import check_foreign, detached_copy, plain_copy
 from lightning_efficient.deploy.semi_structured import to_semi_structured
@@ -70,7 +71,8 @@ def export(
         ValueError: No example inputs, or ``tolerance`` is not a number ≥ 0.
         TypeError: ``example_inputs`` is of another type.
         ExportError: The model has no ``forward``, fails on the inputs or on a batch of ``recalibrate``, cannot be
-            copied, is sharded (FSDP), holds layers without a plain form, or the copy's outputs differ by more than
+            copied, is sharded (FSDP), holds layers without a plain form, has diverged (NaN or infinite weights, NaN in
+            buffers or outputs, outputs beyond the range of their type), or the copy's outputs differ by more than
             ``tolerance``.
     """
     if not 0 <= tolerance < math.inf:
@@ -79,8 +81,10 @@ def export(
     candidates = _calls(model, example_inputs)
     if recalibrate is not None:
         model = _recalibrated(model, recalibrate)
+    check_weights(model)
     with evaluating(model):
         call, expected = _first_that_runs(model, candidates)
+    check_range(model, call, expected)
     plain = plain_copy(model).eval()
     check_foreign(plain)
     if fold and (affines := _channel_affines(model)):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_efficient.common.comparing import Difference, ExportError, difference
 from lightning_efficient.common.nests import named_tensors
 from lightning_efficient.common.running import Call, Inputs, as_call, evaluating
+from lightning_efficient.deploy.diverged import check_weights
 
 # ONNX is a protobuf, which ends at 2 GiB; weights of larger models go into a file beside it.
 _PROTOBUF_LIMIT = 2**31 - 2**20
@@ -48,7 +49,8 @@ def save_exported(
     Raises:
         ValueError: Another suffix, or no ``example_inputs`` for a program.
         ImportError: A package the format needs is missing.
-        ExportError: What was read back differs. No file is left behind, and an old one stays.
+        ExportError: The model has diverged (see :func:`lightning_efficient.export`), or what was read back differs. No
+            file is left behind, and an old one stays.
     """
     target = Path(path)
     programs = {".pt2": to_torch_export, ".onnx": to_onnx}
@@ -60,6 +62,7 @@ def save_exported(
         return save(model, example_inputs, target, dynamic_batch=dynamic_batch, tolerance=tolerance)
     if target.suffix not in states:
         raise ValueError(f"`path` is {str(path)!r}; expected a suffix among {', '.join([*programs, *states])}.")
+    check_weights(model)
     with _draft(target) as draft:
         states[target.suffix](model, draft)
     return None
@@ -131,6 +134,7 @@ def to_onnx(
 
 
 def _trace(model: nn.Module, call: Call, dynamic_batch: bool) -> torch.export.ExportedProgram:
+    check_weights(model)
     # One sample would be taken for a constant: torch specializes sizes 0 and 1.
     args, kwargs = (call.resized(2) if dynamic_batch else call).on(model)
     shapes = _dynamic(kwargs or args) if dynamic_batch else None
@@ -204,7 +208,7 @@ def _same_tensors(read: Mapping[str, Any], model: nn.Module) -> None:
         raise ExportError(f"missing from the file: {lost}.")
     for name in state.keys() & read.keys():
         with _as_export_error(f"{name!r} was read back differently"):
-            torch.testing.assert_close(read[name].cpu(), state[name].cpu(), rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(read[name].cpu(), state[name].cpu(), rtol=0, atol=0, equal_nan=False)
 
 
 def _flat(value: Any) -> list[Tensor]:

@@ -19,6 +19,7 @@ from torch.sparse import to_sparse_semi_structured
 
 from lightning_efficient.common.comparing import ExportError, difference
 from lightning_efficient.common.running import Inputs, as_call, device_of, evaluating, first_line
+from lightning_efficient.deploy.diverged import check_weights
 from lightning_efficient.deploy.plain import plain_copy
 
 _READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -71,11 +72,12 @@ def to_semi_structured(
 
     Raises:
         ValueError: ``tolerance`` is not a number ≥ 0.
-        ExportError: The device or the type has no such kernels, no layer holds the pattern or can be compressed, or
-            the outputs differ by more than ``tolerance``.
+        ExportError: The weights are not finite, the device or the type has no such kernels, no layer holds the pattern
+            or can be compressed, or the outputs differ by more than ``tolerance``.
     """
     if tolerance is not None and not 0 <= tolerance < math.inf:
         raise ValueError(f"`tolerance` is {tolerance!r}; expected a number >= 0, relative to the output's scale.")
+    check_weights(model)
     found = find_semi_structured(model)
     _check_device(device_of(model), found)
     if not found.compressed:

@@ -15,11 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_efficient.common.comparing import gap, largest_gap
 from lightning_efficient.common.match import canonical_name, modules_by_name
 from lightning_efficient.common.running import float64_copy
 from lightning_efficient.folding.affine import Affine, ChannelAffine, Edit, Plan, plan
 from lightning_efficient.folding.consumers import Consumers, consumers_of
-from lightning_efficient.folding.probes import Probe, capture, difference, is_output, others
+from lightning_efficient.folding.probes import Probe, capture, is_output, others
 from lightning_efficient.folding.tags import Axis
 from lightning_efficient.surgery.replace import replace_modules, restore_modules
 
@@ -243,7 +244,8 @@ class _Trial:
                 after = probe.run(self.copy, {})[1]
             except Exception as why:  # such as reading an attribute of the norm that is gone
                 return float("inf"), f"the model fails without it: {_line(why)}"
-            worst = max(worst, difference(before, after, is_output), _INSIDE * difference(before, after, inside))
+            outputs, weights = largest_gap(before, after, is_output), largest_gap(before, after, inside)
+            worst = max(worst, outputs, _INSIDE * weights)
         return worst, ""
 
     def report(self) -> FoldReport:
@@ -280,8 +282,7 @@ def _check_modules(copy: nn.Module, affines: Mapping[str, Affine], main: Probe) 
         def compare(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             if bool(x.isfinite().all()):  # else it says nothing about the module; the outputs will not be finite
-                gap = difference({"": reference.to(x.device)(x.double())}, {"": out})
-                gaps[name] = max(gaps.get(name, 0.0), gap)
+                gaps[name] = max(gaps.get(name, 0.0), gap(reference.to(x.device)(x.double()), out))
 
         return modules[name].register_forward_hook(compare, with_kwargs=True)
 

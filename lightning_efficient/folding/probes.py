@@ -1,4 +1,4 @@
-"""Running a model in float64 at several inputs, and comparing what two versions of it compute."""
+"""Running a model in float64 at several inputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_efficient.common.comparing import _gap
 from lightning_efficient.common.nests import mapped, tensors_behind, tensors_in
 from lightning_efficient.common.running import Float64, _double
 from lightning_efficient.folding.tags import Axis
@@ -101,27 +100,6 @@ def others(probe: Probe) -> Iterator[tuple[str, Probe]]:
 def is_output(name: str) -> bool:
     """Whether a name of ``Probe.run`` is one of the model's outputs, not something inside it."""
     return "#" not in name
-
-
-def difference(
-    before: Mapping[str, Tensor], after: Mapping[str, Tensor], which: Callable[[str], bool] = lambda _: True
-) -> float:
-    """Largest difference relative to the largest value of its tensor; infinite where something is missing.
-
-    Args:
-        before: What ``Probe.run`` returned for the reference.
-        after: The same for the model to judge.
-        which: Names that are compared.
-    """
-    worst = 0.0
-    for name, one in before.items():
-        if not which(name):
-            continue
-        two = after.get(name)
-        if two is None or two.shape != one.shape:
-            return float("inf")
-        worst = max(worst, _gap(one.double(), two.double()))
-    return worst
 
 
 def _resized(tensor: Tensor, like: Tensor, size: tuple[int, int]) -> Tensor:

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_efficient.common.registry import ORDER, check_methods
+from lightning_efficient.common.registry import METHODS
 from lightning_efficient.common.schema import OneOf, Record, check
 from lightning_efficient.lifecycle import recipe
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
@@ -23,11 +23,6 @@ from lightning_efficient.lifecycle.state import attachment
 from lightning_efficient.trainer.tensorboard import write_hparams, write_layout
 
 HPARAM_PREFIX = "efficient/"
-# Every run logs a switch for each of these, on or off, so that runs compare column by column.
-SUITE = (
-    "sigma_reparam", "norm_swap", "linear_attention", "temp_scale", "magnitude_pruning", "sap_pruning",
-    "hesso_pruning", "pagcp_pruning", "collapse_monitor", "run_cost",
-)  # fmt: skip
 
 
 class EfficientCallback(Callback):
@@ -65,7 +60,7 @@ class EfficientCallback(Callback):
     @property
     def prefix(self) -> str:
         """Of the names under which quantities are logged."""
-        return f"efficient/{self.method}"
+        return f"{HPARAM_PREFIX}{self.method}"
 
     @property
     def state_key(self) -> str:
@@ -141,7 +136,7 @@ class EfficientCallback(Callback):
         if stage == "fit":
             if self.enabled:
                 check_strategy(trainer, type(self).__name__)
-                check_methods([cb.method for cb in peers(trainer) if cb.method in ORDER])
+                METHODS.check([cb.method for cb in peers(trainer)])
             self.standing = Standing()
             self._logged_step = -1
             self.restart()
@@ -248,7 +243,7 @@ def log_hparams(trainer: Trainer, pl_module: LightningModule, callbacks: list[Ef
     and ``seed`` where ``seed_everything`` has set one. TensorBoard also gets the charts of the enabled methods.
     """
     ours: dict[str, Any] = {}
-    for method in dict.fromkeys((*SUITE, *(cb.method for cb in callbacks))):
+    for method in METHODS.with_callback:
         active = [cb for cb in callbacks if cb.method == method and cb.enabled]
         ours[f"{HPARAM_PREFIX}{method}"] = bool(active)
         ours[f"{HPARAM_PREFIX}{method}_config"] = "; ".join(_summary(cb) for cb in active)

@@ -6,7 +6,6 @@ Weight-space methods never come here: their ``state_dict`` is plain at all times
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import import_module
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,17 +15,10 @@ from lightning_efficient.attention.adapter import set_laws, take_laws, write_law
 from lightning_efficient.attention.temper import Law
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.match import canonical_name
+from lightning_efficient.common.registry import METHODS
 from lightning_efficient.lifecycle import recipe
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
 from lightning_efficient.structured.slim import Cuts, replay_slim
-
-# method → "module:function" that applies it: function(model, config, names) -> Change. An allow-list: what a file names
-# is looked up here and nowhere else.
-STRUCTURAL: dict[str, str] = {
-    "remove_norms": "lightning_efficient.norms.remove:apply_remove_norms",
-    "norm_swap": "lightning_efficient.norms.swap:apply_norm_swap",
-    "linear_attention": "lightning_efficient.attention.linear:apply_linear_attention",
-}
 
 # Keys of the entries of method "slim": what has been cut out of the weights in the file, and what lies in them as
 # zeros, to be cut out by `export`.
@@ -90,7 +82,7 @@ def unfold(
     Raises:
         RecipeError: The checkpoint was written with other structural changes than the model has now.
     """
-    saved = {(e.method, e.key): e for e in recipe.read(checkpoint) if e.method in STRUCTURAL}
+    saved = {(e.method, e.key): e for e in recipe.read(checkpoint) if METHODS[e.method].replay}
     if unknown := [key for key in saved if key not in {(r.method, r.key) for r in requests if r.changes}]:
         raise RecipeError(
             f"the checkpoint was written with {[key for _, key in unknown]}, which this run lacks or "
@@ -108,7 +100,7 @@ def unfold(
 
 def of_weights(entries: Sequence[Entry]) -> list[Entry]:
     """The entries that say what is in the weights, not how modules or widths were changed: a model carries them."""
-    return [entry for entry in entries if entry.method not in STRUCTURAL and entry.method != "slim"]
+    return [entry for entry in entries if not METHODS[entry.method].replay and entry.method != "slim"]
 
 
 def has_laws(checkpoint: Mapping[str, Any]) -> bool:
@@ -220,7 +212,7 @@ def replay_of(entry: Entry) -> Callable[[nn.Module], Change] | None:
     names = [name for name, raw in entry.tensors.items() if not raw]
     if not names:
         return None
-    module_name, _, function = STRUCTURAL[entry.method].partition(":")
+    apply = METHODS[entry.method].find("replay")
 
     def replay(model: nn.Module) -> Change:
         present = {canonical_name(name) for name, _ in model.named_modules()}
@@ -229,7 +221,7 @@ def replay_of(entry: Entry) -> Callable[[nn.Module], Change] | None:
                 f"the checkpoint's {entry.method} changed modules that {type(model).__name__} lacks: {lacking[:5]}. "
                 "Was the model built with other arguments?"
             )
-        change: Change = getattr(import_module(module_name), function)(model, entry.config, names)
+        change: Change = apply(model, entry.config, names)
         return change
 
     return replay

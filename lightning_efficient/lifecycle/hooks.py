@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_efficient.common.match import NoMatchError
-from lightning_efficient.common.registry import MASKS, STRUCTURED
+from lightning_efficient.common.registry import METHODS
 from lightning_efficient.lifecycle import checkpoint as codec
 from lightning_efficient.lifecycle import recipe
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
@@ -196,24 +196,22 @@ def _leave_unattended(pl_module: LightningModule) -> None:
         return
     present = {(m.method, m.state_key) for m in members(pl_module) if m.enabled}
     methods = {method for method, _ in present}
-    gone = [e for e in mine.entries if (e.method, e.key) not in present and e.method not in HELD]
-    masks = [e.key for e in gone if e.method in MASKS and not methods & {*MASKS}]
-    lost = masks + (["zero units"] if mine.zeroed is not None and not methods & {*STRUCTURED} else [])
+    masked, zeroed = METHODS.pruning("weights"), METHODS.pruning("units")
+    gone = [e for e in mine.entries if (e.method, e.key) not in present and not METHODS[e.method].lasting]
+    masks = [e.key for e in gone if e.method in masked and not methods & masked]
+    lost = masks + (["zero units"] if mine.zeroed is not None and not methods & zeroed else [])
     if lost:
         rank_zero_warn(
             f"{type(pl_module).__name__} was pruned ({', '.join(lost)}), and no callback of this run holds what is "
             "zero at zero: it will grow again. Add the callback that pruned it, or export the model and train that."
         )
-    if not methods & {*STRUCTURED}:
+    if not methods & zeroed:
         set_zeroed(pl_module, None)
-    if not methods & {*MASKS}:  # another callback that prunes takes the masks over
-        mine.entries = without(mine.entries, MASKS)
-    others = {e.method for e in gone if e.method not in MASKS}
+    if not methods & masked:  # another callback that prunes takes the masks over
+        mine.entries = without(mine.entries, masked)
+    others = {e.method for e in gone if e.method not in masked}
     mine.entries = [e for e in mine.entries if e.method not in others or (e.method, e.key) in present]
 
-
-# Methods that multiply weights by something that stays in them, whoever trains them next.
-HELD = ("temp_scale",)
 
 _HOOKS: dict[str, Callable[..., Any]] = {
     "configure_model": configure_model,

@@ -8,6 +8,7 @@ from typing import IO, Any, TypeVar, cast
 import torch
 from lightning.pytorch import LightningModule
 
+from lightning_efficient.common.registry import METHODS
 from lightning_efficient.lifecycle import checkpoint as codec
 from lightning_efficient.lifecycle import recipe
 from lightning_efficient.lifecycle.hooks import hook_files, keep_request
@@ -39,7 +40,7 @@ def load_from_checkpoint(cls: type[M], path: str | Path | IO[bytes], map_locatio
     if hasattr(path, "seek"):
         cast(IO[bytes], path).seek(0)
     entries = recipe.read(content)
-    replays = [(e, replay) for e in entries if e.method in codec.STRUCTURAL and (replay := codec.replay_of(e))]
+    replays = [(e, replay) for e in entries if METHODS[e.method].replay and (replay := codec.replay_of(e))]
     cut, zeroed = codec.read_cuts(content, codec.CUT), codec.read_cuts(content, codec.ZEROED)
     if not entries and not codec.has_laws(content):
         return cls.load_from_checkpoint(path, map_location=map_location, **kwargs)

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_efficient.common.change import Change
-from lightning_efficient.common.registry import MASKS, STRUCTURED
+from lightning_efficient.common.registry import METHODS
 from lightning_efficient.lifecycle.base import peers
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
 from lightning_efficient.lifecycle.state import attachment
@@ -84,8 +84,8 @@ class PruningCallback(WeightSpaceCallback):
 
     def carried(self, pl_module: LightningModule) -> Entry | None:
         """The masks on a model, of this callback or of another one that prunes with masks."""
-        mine = attachment(pl_module)
-        return super().carried(pl_module) or next((e for e in mine.entries if e.method in MASKS), None)
+        mine, masks = attachment(pl_module), METHODS.pruning("weights")
+        return super().carried(pl_module) or next((e for e in mine.entries if e.method in masks), None)
 
     def _mask_transforms(self) -> dict[str, MaskTransform]:
         return {name: cast(MaskTransform, transform) for name, transform in self._transforms.items()}
@@ -151,8 +151,8 @@ class PruningCallback(WeightSpaceCallback):
         """Masks of another method would be lost, as zeros that grow again: refuse."""
         trainer = pl_module.trainer
         if self.enabled and trainer.state.fn == "fit":
-            present, masks = [cb.method for cb in peers(trainer)], (*MASKS, *STRUCTURED)
-            lost = [e.key for e in entries if e.method in masks and e.method not in present]
+            present = [cb.method for cb in peers(trainer)]
+            lost = [e.key for e in entries if METHODS[e.method].prunes and e.method not in present]
             if lost:
                 raise RecipeError(
                     f"the checkpoint holds masks of {lost}; this run has {self.state_key}, which would not keep them. "

@@ -1,6 +1,6 @@
 """The recipe: plain, versioned data in a checkpoint that says which methods were on and what state they were in.
 
-Nothing in a recipe is executed. Method names are looked up in a fixed table, everything else is numbers, strings and
+Nothing in a recipe is executed. Method names are looked up in the registry, everything else is numbers, strings and
 tensors, so files stay loadable with ``torch.load(weights_only=True)``.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_efficient.common.registry import ORDER
+from lightning_efficient.common.registry import METHODS, near
 
 KEY = "lightning_efficient"
 VERSION = 1
@@ -31,7 +31,7 @@ class Entry:
     """What one callback leaves in a checkpoint.
 
     Args:
-        method: Name of the method, one of :data:`lightning_efficient.common.registry.ORDER`.
+        method: Name of the method, one of :data:`lightning_efficient.common.registry.METHODS`.
         key: ``state_key`` of the callback.
         config: The callback's arguments.
         tensors: Name of the parameter or module → name of the tensor → tensor.
@@ -84,9 +84,10 @@ def _entry(item: Any) -> Entry:
     _expect(isinstance(item, Mapping), "a mapping", "a method of the recipe", item)
     method, key, config, tensors = (item.get(k) for k in ("method", "key", "config", "tensors"))
     _expect(_is_name(method), f"a string up to {_LONGEST_NAME} characters", "`method`", method)
-    if method not in ORDER:
+    if method not in METHODS:
         raise RecipeError(
-            f"the checkpoint names the method {_short(method)}, which this version does not know. Known: {list(ORDER)}."
+            f"the checkpoint names the method {_short(method)}{near(method, METHODS)}, which is not known here; known "
+            f"are {', '.join(METHODS)}. Import the package that it comes from first, or upgrade lightning_efficient."
         )
     _expect(_is_name(key), f"a string up to {_LONGEST_NAME} characters", "`key`", key)
     _expect(isinstance(config, Mapping) and _is_plain(config), "plain data", f"`config` of {method}", config)

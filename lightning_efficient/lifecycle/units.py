@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.match import canonical_name
-from lightning_efficient.common.registry import MASKS, STRUCTURED
+from lightning_efficient.common.registry import METHODS
 from lightning_efficient.common.schema import Number, OrNone, Plain, Record
 from lightning_efficient.lifecycle.base import peers
 from lightning_efficient.lifecycle.cuts import mark_zeroed
@@ -187,8 +187,7 @@ class UnitPruningCallback(WeightSpaceCallback):
         trainer = pl_module.trainer
         if self.enabled and trainer.state.fn == "fit":
             present = [cb.method for cb in peers(trainer)]
-            held = (*MASKS, *STRUCTURED)
-            lost = [e.key for e in entries if e.method in held and e.method not in present]
+            lost = [e.key for e in entries if METHODS[e.method].prunes and e.method not in present]
             if lost:
                 raise RecipeError(
                     f"the checkpoint holds what {lost} pruned; this run has {self.state_key}, which would not keep it "

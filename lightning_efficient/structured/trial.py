@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_efficient.attention.sites import run_float64
+from lightning_efficient.common.comparing import largest_gap
 from lightning_efficient.common.match import modules_by_name
 from lightning_efficient.common.nests import tensors_behind
 from lightning_efficient.common.running import forget
-from lightning_efficient.folding.probes import Probe, difference
+from lightning_efficient.folding.probes import Probe
 from lightning_efficient.structured.groups import Groups, UnitGroup
 from lightning_efficient.structured.slim import plan_slim, replay_slim, tensors_by_name
 
@@ -75,7 +76,7 @@ class Trial:
             zeroed = self._run()
             replay_slim(self.model, plan_slim(self.model, keep, groups))
             cut = self._run()
-        return difference(zeroed, cut)
+        return largest_gap(zeroed, cut)
 
     def _zero(self, groups: Groups, keep: Mapping[str, Sequence[int]]) -> None:
         parameters = {n: t for n, t in tensors_by_name(self.model).items() if isinstance(t, nn.Parameter)}
@@ -130,7 +131,7 @@ class Trial:
         for name, value in seen.items():
             axis = value.ndim - 1 if isinstance(modules[name], nn.Linear) else 1
             columns = value.index_select(axis, readers[name].entries(gone)).movedim(axis, 0).flatten(1)
-            if float((columns - columns[:, :1]).abs().max()) > _TOLERANCE * float(value.abs().max()):
+            if not float((columns - columns[:, :1]).abs().max()) <= _TOLERANCE * float(value.abs().max()):
                 return f"its units still reach {name!r} when they are zero, so something else writes into them"
         return ""
 

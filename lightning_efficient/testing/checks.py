@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
+from lightning_efficient.common.comparing import difference
 from lightning_efficient.lifecycle.hooks import fold_modules
 from lightning_efficient.testing.case import Case, ResumableLoader
 
@@ -122,6 +123,6 @@ def assert_close(a: Mapping[str, Any], b: Mapping[str, Any], bound: float) -> No
     """Same names, tensors within an absolute bound."""
     assert a.keys() == b.keys(), f"names differ: {sorted(a.keys() ^ b.keys())[:6]}"
     a, b = ({k: v for k, v in state.items() if isinstance(v, Tensor)} for state in (a, b))
-    worst = {k: float((a[k].double() - b[k].double()).abs().max()) for k in a if a[k].numel()}
+    worst = {k: difference(a[k], b[k]).absolute for k in a}
     name = max(worst, key=lambda k: worst[k])
     assert worst[name] <= bound, f"{name} differs by {worst[name]:.2e}, allowed {bound:.0e}"

@@ -3,50 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
+from lightning_efficient.common.registry import METHODS
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-_MASKS = {"sparsity": "efficient/(magnitude|sap)_pruning/(sparsity|left)"}
-# Method → chart → regular expression for the names of the scalars in it.
-CHARTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
-    {
-        "norm_swap": {
-            "lambda, share of the old norm": "efficient/norm_swap/lam",
-            "validation loss: blend, and finished form": "(efficient/norm_swap/finished/)?val.*loss",
-            "validation accuracy: blend, and finished form": "(efficient/norm_swap/finished/)?val.*acc.*",
-        },
-        "sigma_reparam": {
-            "spectral norms of the raw weights": "efficient/sigma_reparam/sigma_(max|mean)",
-            "gains": "efficient/sigma_reparam/gain_(min|mean|max)",
-        },
-        "temp_scale": {"temperature": "efficient/temp_scale/tau_(min|mean|max)"},
-        "magnitude_pruning": _MASKS,
-        "sap_pruning": {**_MASKS, "PQ index": "efficient/sap_pruning/pqi(_scope)?"},
-        "hesso_pruning": {
-            "share removed": "efficient/hesso_pruning/removed",
-            "units that shrink": "efficient/hesso_pruning/shrinking",
-        },
-        "pagcp_pruning": {
-            "units left": "efficient/pagcp_pruning/units_left",
-            "compute left": "efficient/pagcp_pruning/compute_left",
-        },
-        "collapse_monitor": {
-            "attention entropy, nats": "efficient/collapse_monitor/entropy_(min|mean)",
-            "share of heads": "efficient/collapse_monitor/(collapsed|sink)_fraction",
-            "largest spectral norm": "efficient/collapse_monitor/spectral_norm_max",
-        },
-        "run_cost": {
-            "time a step, ms": "efficient/run_cost/step_ms",
-            "peak memory, MiB": "efficient/run_cost/peak_memory_mib",
-        },
-    }
-)
 
 
 def write_hparams(logger: TensorBoardLogger, hparams: Mapping[str, Any]) -> None:
@@ -85,9 +49,9 @@ def write_layout(logger: TensorBoardLogger, methods: Iterable[str]) -> None:
         methods: Names of the methods that are on.
     """
     layout = {
-        method: {title: ["Multiline", [f"^{pattern}$"]] for title, pattern in CHARTS[method].items()}
+        method: {title: ["Multiline", [f"^{pattern}$"]] for title, pattern in METHODS[method].charts.items()}
         for method in dict.fromkeys(methods)
-        if method in CHARTS
+        if METHODS[method].charts
     }
     if layout:
         logger.experiment.add_custom_scalars(layout)

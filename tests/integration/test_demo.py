@@ -14,9 +14,9 @@ from rich.console import Console
 import lightning_efficient.demo.run as demo
 from lightning_efficient import export, load_from_checkpoint
 from lightning_efficient.ablation.variants import read_variants
-from lightning_efficient.common.registry import build_callback
 from lightning_efficient.demo.data import Digits
 from lightning_efficient.demo.model import DigitsViT
+from lightning_efficient.lifecycle.methods import build_callback
 
 
 def test_the_split_is_fixed_and_disjoint() -> None:

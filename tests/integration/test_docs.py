@@ -12,6 +12,8 @@ from lightning.pytorch import LightningDataModule, LightningModule, seed_everyth
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_efficient.common.registry import METHODS
+
 ROOT = Path(__file__).parents[2]
 # Those that need a model or a script of their own have tests of their own.
 ELSEWHERE = ("linear_attention", "ablate")
@@ -54,7 +56,7 @@ class Data(LightningDataModule):
 def test_snippets_run(card: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", card.read_text("utf-8"), re.DOTALL)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), METHODS.preserved():
         seed_everything(0, verbose=False)
         names: dict[str, Any] = {"model": Module(), "data": Data(), "images": torch.randn(2, 6, 16)}
         for block in blocks:

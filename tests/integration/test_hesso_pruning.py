@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_efficient import HESSOPruning, MagnitudePruning, TempScale
-from lightning_efficient.common.registry import CONFLICTS
+from lightning_efficient.common.registry import METHODS
 from lightning_efficient.common.running import as_call
 from lightning_efficient.deploy.measure import count_macs
 from lightning_efficient.lifecycle import recipe
@@ -198,7 +198,7 @@ def test_refused_before_anything_changes(arguments: dict[str, Any], steps: int, 
 
 
 def test_masks_and_structured_pruning_exclude_each_other() -> None:
-    message = CONFLICTS[frozenset({"hesso_pruning", "magnitude_pruning"})]
+    message = METHODS["magnitude_pruning"].excludes["hesso_pruning"]
     with pytest.raises(ValueError, match="cannot be used together") as caught:
         trainer(hesso(), MagnitudePruning()).fit(Module(), loader())
     assert message in str(caught.value)

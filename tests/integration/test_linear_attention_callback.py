@@ -19,7 +19,7 @@ from lightning_efficient import PRepBN, SigmaReparam, SimplifiedLinearAttention,
 from lightning_efficient.attention.linear import LinearAttention
 from lightning_efficient.cli.targets import planned
 from lightning_efficient.common.match import NoMatchError
-from lightning_efficient.common.registry import build_callback
+from lightning_efficient.lifecycle.methods import build_callback
 from lightning_efficient.lifecycle.recipe import RecipeError
 from lightning_efficient.lifecycle.state import Attachment, attachment
 from lightning_efficient.testing.case import ResumableLoader

@@ -19,8 +19,8 @@ from torch.optim.swa_utils import get_ema_avg_fn
 from two_heads import TwoTasks, train_loader, val_loader
 
 from lightning_efficient import PAGCPPruning, SigmaReparam
-from lightning_efficient.common.registry import build_callback
 from lightning_efficient.lifecycle import recipe
+from lightning_efficient.lifecycle.methods import build_callback
 from lightning_efficient.lifecycle.recipe import RecipeError
 from lightning_efficient.testing.case import ResumableLoader
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -13,12 +14,11 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from zoo import Classifier, Lazy, loader
 
-import lightning_efficient.lifecycle.base as base
+from lightning_efficient import register_method
 from lightning_efficient.callbacks.sigma_reparam import SigmaReparam
-from lightning_efficient.common import registry as order
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.match import select_modules
-from lightning_efficient.lifecycle import checkpoint as codec
+from lightning_efficient.common.registry import METHODS
 from lightning_efficient.lifecycle import recipe
 from lightning_efficient.lifecycle.hooks import detach
 from lightning_efficient.lifecycle.load import load_from_checkpoint
@@ -67,12 +67,11 @@ class ScaleLinears(StructuralCallback):
 
 
 @pytest.fixture(autouse=True)
-def toy_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put the toy on the allow-lists for these tests."""
-    known = ("toy", *order.ORDER)
-    for module in (order, recipe, base):
-        monkeypatch.setattr(module, "ORDER", known)
-    monkeypatch.setitem(codec.STRUCTURAL, "toy", "nowhere:never_replayed_because_it_folds")
+def toy_is_known() -> Iterator[None]:
+    """Register the toy for these tests."""
+    with METHODS.preserved():
+        register_method("toy", ScaleLinears, before="norm_swap", replay="nowhere:never_replayed_because_it_folds")
+        yield
 
 
 def data(batches: int, size: int, dtype: torch.dtype) -> Any:

@@ -391,7 +391,7 @@ def test_inputs_written_in_place_by_the_model() -> None:
     [
         (torch.tensor([1.0, -4.0]), torch.tensor([1.5, -4.0]), 0.5, 0.125),
         (torch.zeros(2), torch.tensor([0.0, 1e-3]), 1e-3, 1e-3),
-        (torch.tensor([float("nan"), 1.0]), torch.tensor([float("nan"), 1.0]), 0.0, 0.0),
+        (torch.tensor([float("nan"), 1.0]), torch.tensor([float("nan"), 1.0]), float("inf"), float("inf")),
         (torch.tensor([float("inf"), 2.0]), torch.tensor([float("inf"), 1.0]), 1.0, 0.5),
         (torch.tensor([float("inf"), 2.0]), torch.tensor([float("-inf"), 2.0]), float("inf"), float("inf")),
         (torch.tensor([1.0]), torch.tensor([float("nan")]), float("inf"), float("inf")),

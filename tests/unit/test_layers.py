@@ -24,8 +24,6 @@ ROOMS = (
 LEVEL = {name: level for level, name in enumerate(ROOMS)}
 ABOVE = {"functional": LEVEL["tuning"], "_switch": len(ROOMS), "__main__": len(ROOMS), "": len(ROOMS) + 1}
 CORE = {*ROOMS[: ROOMS.index("trainer")], "functional"}  # torch only, never lightning
-# The one thing of the core that knows of Lightning: the registry of callbacks.
-AWARE = {"lightning_efficient.common.registry"}
 LONGEST = 400
 PICKLERS = ("pickle", "cloudpickle", "dill", "marshal", "shelve")
 
@@ -107,7 +105,7 @@ def test_file_keeps_the_rules(path: Path) -> None:
     running = imports(type_only(parse(path)), module, path.name == "__init__.py")
     assert [f"{n} (line {i})" for n, i in running if upward(module, n)] == []
     names = list(imports(parse(path), module, path.name == "__init__.py"))
-    if segment(module) in CORE and module not in AWARE:
+    if segment(module) in CORE:
         assert [f"{n} (line {i})" for n, i in names if n.split(".")[0] in ("lightning", "pytorch_lightning")] == []
     assert [f"{n} (line {i})" for n, i in names if forbidden_import(n)] == []
     assert [f"{n} (line {i})" for n, i in forbidden_calls(parse(path))] == []

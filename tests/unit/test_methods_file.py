@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from lightning_efficient import CollapseMonitor, SigmaReparam
-from lightning_efficient.common.registry import METHODS, build_callback, callback_class, read_methods_file
+from lightning_efficient.common.registry import METHODS
+from lightning_efficient.lifecycle.methods import build_callback, callback_class, read_methods_file
 
 
 def write(folder: Path, text: str) -> Path:
@@ -16,9 +17,9 @@ def write(folder: Path, text: str) -> Path:
     return file
 
 
-def test_arguments_reach_the_callbacks_in_file_order(tmp_path: Path) -> None:
+def test_arguments_reach_the_callbacks_in_the_order_of_the_methods(tmp_path: Path) -> None:
     text = "collapse_monitor: {every_n_steps: 7}\nsigma_reparam: {init: one, exclude: [head], qkv: split}\n"
-    monitor, sigma = read_methods_file(write(tmp_path, text))
+    sigma, monitor = read_methods_file(write(tmp_path, text))
     assert isinstance(monitor, CollapseMonitor)
     assert monitor.every_n_steps == 7
     assert isinstance(sigma, SigmaReparam)
@@ -59,7 +60,7 @@ def test_a_missing_file_is_named() -> None:
         read_methods_file("nowhere/m.yaml")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS.with_callback)
 def test_every_key_is_its_callbacks_method_and_has_a_switch(method: str) -> None:
     assert callback_class(method).method == method
     assert build_callback(method, False).enabled is False

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_efficient.common.match import NoMatchError
-from lightning_efficient.common.registry import ORDER
+from lightning_efficient.common.registry import METHODS
 from lightning_efficient.norms.blend import BlendNorm, blend_norms
 from lightning_efficient.norms.repbn import RepBN
 from lightning_efficient.norms.swap import METHOD, TARGETS, NormSwapConfig, apply_norm_swap, find_norms
@@ -89,7 +89,7 @@ def test_change_record():
     olds = dict(model.named_parameters())
     change = apply_norm_swap(model, NormSwapConfig())
     assert change.method == METHOD
-    assert METHOD in ORDER
+    assert METHOD in METHODS
     assert change.replaced == change.removed == []
     added = {id(new): source for new, source in change.added}
     for name, (old, new) in change.swaps.items():

@@ -57,7 +57,7 @@ BAD = {
     "methods is a mapping": ({KEY: {"version": 1, "methods": {}}}, "a list of at most"),
     "too many methods": ({KEY: {"version": 1, "methods": [{}] * 65}}, "a list of at most"),
     "method is not a mapping": ({KEY: {"version": 1, "methods": ["os.system"]}}, "a mapping"),
-    "unknown method": (edit(method="os.system"), "does not know"),
+    "unknown method": (edit(method="os.system"), "is not known here"),
     "method is an object": (edit(method=Bomb()), "a string"),
     "huge method name": (edit(method="x" * 10**6), "a string up to"),
     "key missing": (edit(key=None), "`key`"),

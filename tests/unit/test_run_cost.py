@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_efficient import CollapseMonitor, RunCost
+from lightning_efficient.common.registry import METHODS
 from lightning_efficient.comparison import compare
 from lightning_efficient.deploy.measure import log_exported
-from lightning_efficient.lifecycle.base import SUITE
-from lightning_efficient.trainer.tensorboard import CHARTS
 
 
 class Slow(LightningModule):
@@ -137,7 +136,7 @@ def test_hparams_are_one_record_without_an_experiment(default_hp_metric: bool, t
     assert plugin(tmp_path / "tb" / "seed_7", "_hparams_/experiment") is None
     content = plugin(tmp_path / "tb" / "seed_7", "_hparams_/session_start_info")
     keys = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
-    assert {f"efficient/{method}" for method in SUITE} <= set(keys)
+    assert {f"efficient/{method}" for method in METHODS.with_callback} <= set(keys)
     assert (keys["lr"].number_value, keys["seed"].number_value) == (0.1, 7)
     assert (keys["efficient/run_cost"].bool_value, keys["efficient/collapse_monitor"].bool_value) == (True, False)
     log = EventAccumulator(str(tmp_path / "tb" / "seed_7"))
@@ -168,9 +167,5 @@ def test_charts_of_the_methods_that_are_on(tmp_path: Path) -> None:
     log.Reload()
     layout = layout_pb2.Layout.FromString(log.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     assert [category.title for category in layout.category] == ["run_cost"]
-    assert [chart.title for chart in layout.category[0].chart] == list(CHARTS["run_cost"])
+    assert [chart.title for chart in layout.category[0].chart] == list(METHODS["run_cost"].charts)
     assert layout.category[0].chart[0].multiline.tag == ["^efficient/run_cost/step_ms$"]
-
-
-def test_every_chart_is_of_a_known_method() -> None:
-    assert CHARTS.keys() <= set(SUITE)

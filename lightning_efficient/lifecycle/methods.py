@@ -1,0 +1,177 @@
+"""Methods by name: registering a callback of one's own, and building callbacks from what a YAML file says.
+
+.. code-block:: yaml
+
+    sigma_reparam: true
+    collapse_monitor: {every_n_steps: 50, exclude: ["head"]}
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml  # type: ignore[import-untyped]
+from jsonargparse import ArgumentError, ArgumentParser
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_efficient.common.registry import METHODS, Method, near
+from lightning_efficient.lifecycle.base import EfficientCallback
+from lightning_efficient.lifecycle.structural import StructuralCallback
+
+
+def register_method(
+    name: str,
+    callback: str | type[EfficientCallback],
+    *,
+    after: str | None = None,
+    before: str | None = None,
+    replay: str | Callable[..., Any] | None = None,
+    excludes: Mapping[str, str] | None = None,
+    charts: Mapping[str, str] | None = None,
+    prunes: Literal["weights", "units"] | None = None,
+    lasting: bool = False,
+) -> None:
+    """Make a callback of your own a method like those of this package, in this process.
+
+    It gets a key in methods files, in ``EfficientCLI`` and on the command line, entries in checkpoints that
+    ``load_from_checkpoint`` and resumed runs read, a place in the order, a column of hyper-parameters in every run, and
+    charts in TensorBoard. Call it where the callback is defined, so that whoever imports the one has the other. Files
+    that name the method need that import; a package with an entry point in the group ``lightning_efficient.methods``
+    that names the module is imported without being asked.
+
+    Args:
+        name: The callback's ``method``, an identifier that no other method has: the key in YAML and on the command line
+            and the folder of logged quantities, ``efficient/<name>/...``. Registering the same again changes nothing.
+        callback: The class, or ``"package.module:Class"``, which is imported when it is first used.
+        after: The method that it follows in the order; see :data:`lightning_efficient.common.registry.METHODS`. Where
+            several follow the same one, in the order of registration.
+        before: The method that it precedes. Without either it comes last.
+        replay: For a callback that replaces modules: ``function(model, config, names) -> Change``, or where it is. It
+            replaces the modules ``names`` of a new model before weights are loaded, with the ``config`` of the recipe.
+        excludes: Method that cannot be used on the same model → why, and what to do instead.
+        charts: Title of a TensorBoard chart → regular expression for the names of the scalars in it.
+        prunes: What it makes zero, if that stays so only while it runs: no run may then resume without it.
+        lasting: Whether it multiplies weights by something that stays in them: files of a model that is trained on
+            without the callback then still name it.
+
+    Raises:
+        ValueError: The name is no identifier or taken, a method named here is unknown, or the class is not such a
+            callback: an ``EfficientCallback`` with ``method = name`` and the argument ``enabled``.
+    """
+    method = Method(name, callback, after, before, replay, excludes or {}, charts or {}, prunes, lasting)
+    if not isinstance(callback, str):
+        _check_class(method, callback)
+    METHODS.add(method)
+
+
+def callback_class(method: str) -> type[EfficientCallback]:
+    """The callback of a method.
+
+    Args:
+        method: Its name.
+
+    Raises:
+        ValueError: What is registered under the name is not there, or is no callback for it.
+    """
+    return _check_class(METHODS[method], METHODS[method].find("callback"))
+
+
+def _check_class(method: Method, cls: Any) -> type[EfficientCallback]:
+    if not (isinstance(cls, type) and issubclass(cls, EfficientCallback)):
+        raise ValueError(
+            f"the callback of the method {method.name!r} is {cls!r}; expected a subclass of EfficientCallback."
+        )
+    if getattr(cls, "method", None) != method.name:
+        raise ValueError(
+            f"{cls.__name__} is registered as {method.name!r}, and its `method` is {getattr(cls, 'method', None)!r}; "
+            "expected the same name."
+        )
+    if "enabled" not in inspect.signature(cls).parameters:
+        raise ValueError(
+            f"{cls.__name__} has no argument `enabled`, by which YAML switches {method.name!r} on and off."
+        )
+    if issubclass(cls, StructuralCallback) and method.replay is None:
+        raise ValueError(
+            f"{cls.__name__} replaces modules, so {method.name!r} needs `replay`: the function that does it again "
+            "before weights are loaded."
+        )
+    return cls
+
+
+def read_methods_file(path: str | PathLike[str]) -> list[EfficientCallback]:
+    """Build the callbacks that a YAML file asks for.
+
+    Args:
+        path: A YAML mapping of methods. ``true``, ``false`` and nothing are short for ``{enabled: true}``,
+            ``{enabled: false}`` and ``{}``; a mapping gives the callback's arguments. A method in the file is on unless
+            it says ``enabled: false``.
+
+    Returns:
+        One callback a method, in the order of the methods: that of the file means nothing.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not a YAML mapping, a key is unknown, or a value is of the wrong type.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {str(path)!r} (looked in {Path.cwd()}).")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"{path} should hold a mapping such as `sigma_reparam: true`; got {content!r}.")
+    try:
+        callbacks = [build_callback(method, arguments) for method, arguments in content.items()]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return sorted(callbacks, key=lambda callback: METHODS.position(callback.method))
+
+
+def build_callback(method: str, arguments: Any) -> EfficientCallback:
+    """Build the callback of one method.
+
+    Args:
+        method: Its name.
+        arguments: Its arguments as YAML gives them; ``True``, ``False`` and ``None`` as in :func:`read_methods_file`.
+
+    Raises:
+        ValueError: The method or an argument is unknown, or a value is of the wrong type.
+    """
+    known = METHODS.with_callback
+    if method not in known:
+        raise ValueError(f"unknown method {method!r}{near(method, known)}; expected one of {', '.join(known)}.")
+    if arguments is None or isinstance(arguments, bool):
+        arguments = {} if arguments is None else {"enabled": arguments}
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"`{method}` should be true, false or a mapping of arguments; got {arguments!r}.")
+    cls = callback_class(method)
+    accepted = list(inspect.signature(cls).parameters)
+    for name in arguments:
+        if name not in accepted:
+            raise ValueError(
+                f"`{method}` has no argument {name!r}{near(name, accepted)}; it has {', '.join(accepted)}."
+            )
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, method)
+    try:
+        parsed = parser.parse_object({method: dict(arguments)})
+    except ArgumentError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    return cls(**parsed[method].as_dict())
+
+
+def announce(callbacks: Iterable[EfficientCallback], source: str) -> None:
+    """Say in one line, on one process, what was added and why.
+
+    Args:
+        callbacks: What was added.
+        source: What asked for it.
+    """
+    names = [type(callback).__name__ + ("" if callback.enabled else " (off)") for callback in callbacks]
+    rank_zero_info(f"lightning_efficient: {source} adds {', '.join(names)}.")
