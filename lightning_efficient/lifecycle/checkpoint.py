@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
-from pathlib import Path
-from typing import IO, Any, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningModule
@@ -19,6 +18,7 @@ from lightning_efficient.attention.temper import Law
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.match import canonical_name
 from lightning_efficient.lifecycle import recipe
+from lightning_efficient.lifecycle.files import File, read_checkpoint
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
 from lightning_efficient.structured.slim import Cuts, replay_slim
 
@@ -201,13 +201,18 @@ def make_cuts(model: nn.Module, cuts: Cuts) -> None:
         raise RecipeError(f"the checkpoint holds a smaller model: {error}") from error
 
 
-def load_from_checkpoint(cls: type[M], path: str | Path | IO[bytes], map_location: Any = None, **kwargs: Any) -> M:
+def load_from_checkpoint(
+    cls: type[M], path: File, map_location: Any = None, weights_only: bool | None = None, **kwargs: Any
+) -> M:
     """``cls.load_from_checkpoint`` for files whose modules were changed: the changes are made before weights load.
 
     Args:
         cls: The user's LightningModule class.
-        path: A checkpoint written by a Trainer.
+        path: A checkpoint written by a Trainer: a local path, a URL that fsspec knows (``file://``, ``memory://``,
+            ``s3://``), ``http(s)://``, or an open binary file.
         map_location: As in ``torch.load``.
+        weights_only: As in ``torch.load``. None: True, which loads plain data and tensors only. False runs what code
+            the file asks for: for files that you trust.
         **kwargs: Further arguments of ``cls.load_from_checkpoint``, such as hyper-parameters and ``strict``.
 
     Returns:
@@ -215,16 +220,18 @@ def load_from_checkpoint(cls: type[M], path: str | Path | IO[bytes], map_locatio
         the stock method would.
 
     Raises:
-        RecipeError: The recipe is malformed, newer, or names modules that the model does not have.
+        FileNotFoundError: There is no such file.
+        CheckpointError: It is not a whole checkpoint, or holds objects that are no plain data.
+        RecipeError: The recipe is malformed, newer, or does not fit the model.
     """
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    if hasattr(path, "seek"):
-        cast(IO[bytes], path).seek(0)
+    content = read_checkpoint(path, weights_only)
+    if weights_only is not None:
+        kwargs["weights_only"] = weights_only
     entries = [entry for entry in recipe.read(content) if entry.method in STRUCTURAL]
     cut, promised = read_cuts(content, CUT), read_cuts(content, PROMISED)
     if not (entries or cut or promised or take_laws(dict(content["state_dict"]))):
         return cls.load_from_checkpoint(path, map_location=map_location, **kwargs)
-    if "_class_path" in content.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}):
+    if "_class_path" in (content.get(cls.CHECKPOINT_HYPER_PARAMS_KEY) or ()):
         kwargs.setdefault("_class_path", None)  # written by a CLI; it would have to name a subclass of the loader below
 
     def configure_model(self: LightningModule) -> None:
