@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_efficient.attention.temper import Law, Mode, Temper
 from lightning_efficient.common.match import canonical_name, modules_by_name
+from lightning_efficient.common.schema import Record, Such, TensorOf, check, short
 
 # nn.TransformerEncoder turns padded batches into nested tensors, which only the fused path can attend over.
 _NESTED = "use_nested_tensor"
@@ -65,8 +66,15 @@ class _Key:
         moves = self.law.log_tau is not None
         if any(key not in mine or not (moves or torch.equal(mine[key], value)) for key, value in theirs.items()):
             others[-1].append(f"another attention temperature: {theirs} in the state dict, {mine} here.")
-        elif self.law.log_tau is not None and theirs:
-            self.law.log_tau.data.copy_(theirs[f"{prefix}{_NAME}.{self.law.mode}.log_tau"])
+        elif (log_tau := self.law.log_tau) is not None and theirs:
+            value = theirs.get(f"{prefix}{_NAME}.{self.law.mode}.log_tau")
+            if (wrong := _LOG_TAU.wrong(value)) is not None or cast(Tensor, value).shape != log_tau.shape:
+                expected = wrong.expected if wrong is not None else f"of shape {tuple(log_tau.shape)}"
+                others[-1].append(
+                    f"the attention temperature {prefix}{_NAME} should be {expected}; got {short(value)}."
+                )
+            else:
+                log_tau.data.copy_(cast(Tensor, value))
 
 
 def install(model: nn.Module, module: nn.Module, law: Law, saved: bool = False) -> None:
@@ -171,15 +179,47 @@ def take_laws(state: dict[str, Tensor]) -> dict[str, Law]:
 
     Returns:
         Name of the module -> law.
+
+    Raises:
+        SchemaError: A temperature is no law: malformed, out of range, or two for one module.
     """
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, dict[str, Any]]] = {}
     for key in list(state):
         if match := _PATTERN.fullmatch(key):
             site, mode, what = match.groups()
-            value = state.pop(key)
-            law = found.setdefault(canonical_name(site or ""), {"mode": cast(Mode, mode)})
-            law[what] = nn.Parameter(value.clone(), False) if what == "log_tau" else float(value)
-    return {site: Law(**law) for site, law in found.items()}
+            found.setdefault(canonical_name(site or ""), {}).setdefault(mode, {})[what] = state.pop(key)
+    return {site: _law(site, modes) for site, modes in found.items()}
+
+
+_SCALAR = TensorOf("floating", shape=(), finite=True)
+_TAU = Such(_SCALAR, lambda value: float(value) > 0, "above 0")
+# A factor between e-20 and e20, which no softmax needs to leave.
+_LOG_TAU = Such(
+    TensorOf("floating", ndim=1, finite=True), lambda value: len(value) > 0 and float(value.abs().max()) <= 20,
+    "from -20 up to 20, one for all heads or one a head",
+)  # fmt: skip
+_LENGTH = Such(_SCALAR, lambda value: float(value) > 1, "above 1")
+
+
+def _law(site: str, modes: Mapping[str, Mapping[str, Any]]) -> Law:
+    """The law that some tensors of a file say.
+
+    Raises:
+        SchemaError: They are not one law, or a value is out of range.
+    """
+    where = f"the attention temperature of {site!r} in the file"
+    mode = next(iter(modes))
+    moves = "log_tau" in modes[mode]
+    fields = {"log_tau": _LOG_TAU} if moves else {"tau": _TAU}
+    fields |= {"length": _LENGTH} if mode == "log_n" else {}
+    check(modes, Record({mode: Record(fields)}), where)
+    values = modes[mode]
+    return Law(
+        1.0 if moves else float(values["tau"]),
+        cast(Mode, mode),
+        float(values["length"]) if mode == "log_n" else Law.length,
+        nn.Parameter(values["log_tau"].clone(), False) if moves else None,
+    )
 
 
 def set_laws(model: nn.Module, laws: Mapping[str, Law]) -> None:

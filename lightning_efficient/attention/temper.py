@@ -36,12 +36,21 @@ class Law:
             ``s = 1 / τ``).
         length: The number of keys at which ``"log_n"`` changes nothing.
         log_tau: A temperature that moves, its logarithm, beside ``tau``; ``(heads,)``, or ``(1,)`` for all heads.
+
+    Raises:
+        ValueError: ``tau`` is no finite number above 0, or ``length`` none above 1.
     """
 
     tau: float = 1.0
     mode: Mode = "constant"
     length: float = 512.0
     log_tau: nn.Parameter | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, low in (("tau", 0), ("length", 1)):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > low):
+                raise ValueError(f"`{name}` of attention's temperature is a finite number above {low}; got {value!r}.")
 
     @property
     def factor(self) -> float:

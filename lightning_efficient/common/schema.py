@@ -256,16 +256,18 @@ class Such(Schema):
 
 @dataclass(frozen=True)
 class ListOf(Schema):
-    """A list or tuple of values of one kind, any number or ``length`` of them."""
+    """A list or tuple of values of one kind: ``length`` of them, or at most ``most``."""
 
     item: Schema
     length: int | None = None
+    most: int = _MOST_ITEMS
 
     def __str__(self) -> str:
-        return f"a list{'' if self.length is None else f' of {self.length}'}, each item {self.item}"
+        most = f" of at most {self.most}" if self.most != _MOST_ITEMS else ""
+        return f"a list{most if self.length is None else f' of {self.length}'}, each item {self.item}"
 
     def _right(self, value: Any) -> bool:
-        return type(value) in (list, tuple) and len(value) <= _MOST_ITEMS and self.length in (None, len(value))
+        return type(value) in (list, tuple) and len(value) <= self.most and self.length in (None, len(value))
 
     def _parts(self, value: Any) -> Iterator[tuple[Schema, str, Any]]:
         yield from ((self.item, f"[{i}]", item) for i, item in enumerate(value))
@@ -337,6 +339,17 @@ class Record(Schema):
         names = ", ".join(map(repr, known)) or "none"
         for key, item in value.items():
             yield (known[key], f"[{key!r}]", item) if key in known else (_Never(f"a known field: {names}"), _KEY, key)
+
+
+@dataclass(frozen=True)
+class Anything(Schema):
+    """What is checked elsewhere."""
+
+    def __str__(self) -> str:
+        return "anything"
+
+    def _right(self, value: Any) -> bool:
+        return True
 
 
 @dataclass(frozen=True)

@@ -6,23 +6,30 @@ Weight-space methods never come here: their ``state_dict`` is plain at all times
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import fields
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from lightning_efficient.attention.adapter import set_laws, take_laws, write_laws
+from lightning_efficient.attention.linear import LinearAttentionConfig
 from lightning_efficient.attention.temper import Law
+from lightning_efficient.attention.trace import ROOT
 from lightning_efficient.common.change import Change
-from lightning_efficient.common.match import canonical_name
+from lightning_efficient.common.match import NoMatchError, canonical_name
 from lightning_efficient.common.registry import METHODS
+from lightning_efficient.common.schema import Int, MapOf, OrNone, Plain, Record, Text, check
 from lightning_efficient.lifecycle import recipe
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
-from lightning_efficient.structured.slim import Cuts, replay_slim
+from lightning_efficient.norms.swap import NormSwapConfig
 
-# Keys of the entries of method "slim": what has been cut out of the weights in the file, and what lies in them as
-# zeros, to be cut out by `export`.
-CUT, ZEROED = "cut", "promised"
+# What the function of a method reads of a recipe's `config`, all of it written there.
+_CONFIGS: dict[str, type[Any]] = {"norm_swap": NormSwapConfig, "linear_attention": LinearAttentionConfig}
+
+# What is read of temp_scale's `layout` here.
+_SITE = Record({"heads": OrNone(Int(low=1)), "knobs": Plain(), "adapter": OrNone(Text())})
+_LAYOUT = MapOf(Text(), _SITE)
 
 # `current_model_state` is where Lightning's WeightAveraging keeps the weights being trained.
 _STATES = ("state_dict", "current_model_state")
@@ -92,6 +99,12 @@ def unfold(
     states = {name: dict(checkpoint[name]) for name in _STATES if name in checkpoint}
     for request in requests:
         entry = saved.get((request.method, request.key))
+        changed = {name for change in request.changes for name in change.swaps}
+        if entry is not None and (others := sorted(set(entry.tensors) - changed)):
+            raise RecipeError(
+                f"the checkpoint's {request.key} changed {others[:5]}, which this run's leaves alone. Use the same "
+                "`include` and `exclude`."
+            )
         for state_name, state in states.items():
             for name, prefix, module in _prefixes(model, request.changes):
                 _unfold_one(state, prefix, module, name, request, entry, state_name)
@@ -105,17 +118,56 @@ def of_weights(entries: Sequence[Entry]) -> list[Entry]:
 
 def has_laws(checkpoint: Mapping[str, Any]) -> bool:
     """Whether a file holds temperatures of attention adapters."""
-    return bool(take_laws(dict(checkpoint["state_dict"])))
+    return bool(_laws(checkpoint)[0])
 
 
 def adapt(model: nn.Module, checkpoint: dict[str, Any]) -> None:
     """Give the model the attention adapters of a file, and leave its own keys in the states."""
+    laws, states = _laws(checkpoint)
+    try:
+        set_laws(model, laws)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    checkpoint.update(states)
+
+
+def _laws(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Law], dict[str, dict[str, Any]]]:
+    """The temperatures of forward adapters that a file's states hold, checked, and the states without them."""
     laws: dict[str, Law] = {}
-    for state_name in _STATES:
-        if state_name in checkpoint:
-            checkpoint[state_name] = dict(checkpoint[state_name])
-            laws |= take_laws(checkpoint[state_name])
-    set_laws(model, laws)
+    states = {name: dict(checkpoint[name]) for name in _STATES if name in checkpoint}
+    try:
+        for state in states.values():
+            laws |= take_laws(state)
+        _check_laws(laws, recipe.read(checkpoint))
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    return laws, states
+
+
+def _check_laws(laws: Mapping[str, Law], entries: Sequence[Entry]) -> None:
+    """Refuse temperatures that are not those of the attentions in the recipe.
+
+    Raises:
+        ValueError: Names the attention.
+    """
+    for entry in (e for e in entries if e.method == "temp_scale" and e.config.get("layout") is not None):
+        check(entry.config["layout"], _LAYOUT, "temp_scale in the checkpoint's recipe, `layout`")
+        layout = {"" if name == ROOT else name: site for name, site in entry.config["layout"].items()}
+        sites = {name: site for name, site in layout.items() if site["adapter"] is not None}
+        tau = entry.config.get("tau")  # 1 needs no adapter
+        all_move = entry.config.get("mode") != "constant" or (type(tau) in (int, float) and tau != 1)
+        if strangers := set(laws) - set(sites) or (set(sites) - set(laws) if all_move else set()):
+            raise ValueError(
+                "temp_scale in the checkpoint's recipe, `layout`, should name the attentions whose temperature the "
+                f"file's weights hold ({sorted(laws)[:4]}); it names {sorted(sites)[:4]}, and they differ in "
+                f"{sorted(strangers)[:4]}."
+            )
+        for name, law in laws.items():
+            if law.log_tau is not None and len(law.log_tau) not in (1, sites[name]["heads"]):
+                raise ValueError(
+                    f"the file's temperature of {name!r} should be one, or one for each of {sites[name]['heads']} "
+                    f"heads; it has {len(law.log_tau)}."
+                )
 
 
 def _unfold_one(
@@ -133,6 +185,11 @@ def _unfold_one(
             f"{list(entry.tensors)[:5]}). Use the same `include` and `exclude`."
         )
     if not isinstance(module, Foldable):
+        if entry is not None and entry.tensors[name]:
+            raise RecipeError(
+                f"{request.method} in the checkpoint's recipe, `tensors`: {name!r} should have none, as "
+                f"{type(module).__name__} does not fold; got {list(entry.tensors[name])[:4]}."
+            )
         if entry is None:
             raise RecipeError(
                 f"the checkpoint was written without {request.method}, and {type(module).__name__} {name!r} cannot "
@@ -141,7 +198,23 @@ def _unfold_one(
         return
     plain = _take(state, prefix)
     raw = {} if entry is None else _take(dict(entry.tensors[name]), f"{state_name}/")
+    if raw:
+        _check_raw(module, raw, plain, f"{request.method} in the checkpoint's recipe, `tensors` of {name!r}")
     state.update({prefix + k: v for k, v in (raw or module.unfold_state(plain)).items()})
+
+
+def _check_raw(module: Foldable, raw: dict[str, Tensor], plain: dict[str, Tensor], where: str) -> None:
+    """Refuse raw tensors that are not the module's, or are not those that the file's plain weights were folded from."""
+    own = {key: value for key, value in cast(nn.Module, module).state_dict().items() if isinstance(value, Tensor)}
+    for key in own.keys() | raw.keys():
+        if key not in raw or key not in own or raw[key].shape != own[key].shape:
+            expected = f"a tensor of shape {tuple(own[key].shape)}" if key in own else "not there"
+            found = f"a tensor of shape {tuple(raw[key].shape)}" if key in raw else "none"
+            raise RecipeError(f"{where}: {key!r} should be {expected}; got {found}.")
+    folded = module.fold_state(dict(raw))
+    for key, value in plain.items():
+        if key in folded and not torch.allclose(folded[key].double(), value.double(), 1e-2, 1e-3, equal_nan=True):
+            raise RecipeError(f"{where}: they should fold to the weights in the file, and {key!r} is another.")
 
 
 def _prefixes(model: nn.Module, changes: Sequence[Change]) -> Iterator[tuple[str, str, nn.Module]]:
@@ -157,61 +230,17 @@ def _take(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key[len(prefix) :]: state.pop(key) for key in keys}
 
 
-def write_cuts(checkpoint: dict[str, Any], key: str, cuts: Cuts | None) -> None:
-    """Put cuts into a checkpoint's recipe.
-
-    Args:
-        checkpoint: The checkpoint.
-        key: :data:`CUT` or :data:`ZEROED`.
-        cuts: None: there are none.
-    """
-    if cuts is not None and cuts.kept:
-        tensors = {name: {str(dim): mask for dim, mask in masks.items()} for name, masks in cuts.kept.items()}
-        recipe.write(checkpoint, Entry("slim", key, {"attributes": cuts.attributes, "units": cuts.units}, tensors))
-
-
-def read_cuts(checkpoint: Mapping[str, Any], key: str) -> Cuts | None:
-    """The cuts that a checkpoint's recipe holds under a key; None if there are none.
-
-    Raises:
-        RecipeError: They are malformed.
-    """
-    entry = next((e for e in recipe.read(checkpoint) if (e.method, e.key) == ("slim", key)), None)
-    if entry is None:
-        return None
-    kept: dict[str, dict[int, Tensor]] = {}
-    for name, masks in entry.tensors.items():
-        for dim, mask in masks.items():
-            if not dim.isdecimal() or mask.dtype != torch.bool or mask.ndim != 1:
-                raise RecipeError(
-                    f"the checkpoint's cuts of {name!r} should be flags along an axis; got {dim!r}: {mask.dtype}."
-                )
-            kept.setdefault(name, {})[int(dim)] = mask
-    return Cuts(kept, dict(entry.config.get("attributes", {})), dict(entry.config.get("units", {})))
-
-
-def make_cuts(model: nn.Module, cuts: Cuts) -> None:
-    """Cut a model as a checkpoint says, before its weights load; one that is cut already stays as it is.
-
-    Raises:
-        RecipeError: The model was built with other widths.
-    """
-    try:
-        replay_slim(model, cuts)
-    except ValueError as error:
-        raise RecipeError(f"the checkpoint holds a smaller model: {error}") from error
-
-
 def replay_of(entry: Entry) -> Callable[[nn.Module], Change] | None:
     """What makes the change of an entry on a model that has not got it; None: it folds, and the file is plain.
 
     Raises:
-        RecipeError: When called: the model lacks modules that were changed.
+        RecipeError: When called: the model lacks modules that were changed, or the entry's arguments are no such.
     """
     # What folded exactly is plain in the file (its raw tensors lie in the entry) and needs no other module.
     names = [name for name, raw in entry.tensors.items() if not raw]
     if not names:
         return None
+    known = fields(_CONFIGS[entry.method]) if entry.method in _CONFIGS else ()
     apply = METHODS[entry.method].find("replay")
 
     def replay(model: nn.Module) -> Change:
@@ -221,7 +250,14 @@ def replay_of(entry: Entry) -> Callable[[nn.Module], Change] | None:
                 f"the checkpoint's {entry.method} changed modules that {type(model).__name__} lacks: {lacking[:5]}. "
                 "Was the model built with other arguments?"
             )
-        change: Change = apply(model, entry.config, names)
+        if lacking := [argument.name for argument in known if argument.name not in entry.config]:
+            raise RecipeError(f"{entry.method} in the checkpoint's recipe, `config`: {lacking[0]!r} is missing.")
+        try:
+            change: Change = apply(model, entry.config, names)
+        except NoMatchError:
+            raise
+        except ValueError as error:
+            raise RecipeError(f"{entry.method} in the checkpoint's recipe: {error}") from error
         return change
 
     return replay

@@ -24,6 +24,7 @@ from lightning_efficient.common.match import NoMatchError
 from lightning_efficient.common.registry import METHODS
 from lightning_efficient.lifecycle import checkpoint as codec
 from lightning_efficient.lifecycle import recipe
+from lightning_efficient.lifecycle.cut_entries import CUT, ZEROED, make_cuts, read_cuts, write_cuts
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
 from lightning_efficient.lifecycle.state import NAME, Attachment, Request, attachment, set_zeroed, without
 from lightning_efficient.surgery.optimizer import plain_view
@@ -162,8 +163,8 @@ def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
     written = {(entry.method, entry.key) for entry in now}
     for entry in [*now, *(e for e in mine.entries if (e.method, e.key) not in written)]:
         recipe.write(checkpoint, entry)
-    codec.write_cuts(checkpoint, codec.CUT, mine.cut)
-    codec.write_cuts(checkpoint, codec.ZEROED, mine.zeroed)
+    write_cuts(checkpoint, CUT, mine.cut)
+    write_cuts(checkpoint, ZEROED, mine.zeroed)
     _previous(self, "on_save_checkpoint", checkpoint)
 
 
@@ -171,7 +172,7 @@ def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
     """The user's hook, which sees the keys it knows; then everything is checked; then the model follows the file."""
     _previous(self, "on_load_checkpoint", checkpoint)
     mine, entries = attachment(self), recipe.read(checkpoint)
-    cut, zeroed = codec.read_cuts(checkpoint, codec.CUT), codec.read_cuts(checkpoint, codec.ZEROED)
+    cut, zeroed = read_cuts(checkpoint, CUT), read_cuts(checkpoint, ZEROED)
     for member in members(self):
         member.check_checkpoint(self, checkpoint, entries)
     if cut is None and mine.cut is not None:
@@ -181,7 +182,7 @@ def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
         )
     unfolded = codec.unfold(self, mine.requests, checkpoint)
     if cut is not None:
-        codec.make_cuts(self, cut)
+        make_cuts(self, cut)
     checkpoint.update(unfolded)
     codec.adapt(self, checkpoint)
     mine.cut = cut

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
-import torch
 from lightning.pytorch import LightningModule
 
 from lightning_efficient.common.registry import METHODS
 from lightning_efficient.lifecycle import checkpoint as codec
 from lightning_efficient.lifecycle import recipe
+from lightning_efficient.lifecycle.cut_entries import CUT, ZEROED, make_cuts, read_cuts
+from lightning_efficient.lifecycle.files import File, read_checkpoint
 from lightning_efficient.lifecycle.hooks import hook_files, keep_request
+from lightning_efficient.lifecycle.recipe import RecipeError
 from lightning_efficient.lifecycle.state import Request, attachment, set_zeroed
 
 M = TypeVar("M", bound=LightningModule)
 
 
-def load_from_checkpoint(cls: type[M], path: str | Path | IO[bytes], map_location: Any = None, **kwargs: Any) -> M:
+def load_from_checkpoint(
+    cls: type[M], path: File, map_location: Any = None, weights_only: bool | None = None, **kwargs: Any
+) -> M:
     """``cls.load_from_checkpoint`` for files whose modules were changed: the changes are made before weights load.
 
     The module knows what the file says of its weights (masks, a temperature, units that are zero): a ``fit`` with the
@@ -25,8 +28,11 @@ def load_from_checkpoint(cls: type[M], path: str | Path | IO[bytes], map_locatio
 
     Args:
         cls: The user's LightningModule class.
-        path: A checkpoint written by a Trainer.
+        path: A checkpoint written by a Trainer: a local path, a URL that fsspec knows (``file://``, ``memory://``,
+            ``s3://``), ``http(s)://``, or an open binary file.
         map_location: As in ``torch.load``.
+        weights_only: As in ``torch.load``. None: True, which loads plain data and tensors only. False runs what code
+            the file asks for: for files that you trust.
         **kwargs: Further arguments of ``cls.load_from_checkpoint``, such as hyper-parameters and ``strict``.
 
     Returns:
@@ -34,17 +40,19 @@ def load_from_checkpoint(cls: type[M], path: str | Path | IO[bytes], map_locatio
         method would.
 
     Raises:
-        RecipeError: The recipe is malformed, newer, or names modules that the model does not have.
+        FileNotFoundError: There is no such file.
+        CheckpointError: It is not a whole checkpoint, or holds objects that are no plain data.
+        RecipeError: The recipe is malformed, newer, or does not fit the model.
     """
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    if hasattr(path, "seek"):
-        cast(IO[bytes], path).seek(0)
+    content = read_checkpoint(path, weights_only)
+    if weights_only is not None:
+        kwargs["weights_only"] = weights_only
     entries = recipe.read(content)
     replays = [(e, replay) for e in entries if METHODS[e.method].replay and (replay := codec.replay_of(e))]
-    cut, zeroed = codec.read_cuts(content, codec.CUT), codec.read_cuts(content, codec.ZEROED)
+    cut, zeroed = read_cuts(content, CUT), read_cuts(content, ZEROED)
     if not entries and not codec.has_laws(content):
         return cls.load_from_checkpoint(path, map_location=map_location, **kwargs)
-    if "_class_path" in content.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}):
+    if "_class_path" in (content.get(cls.CHECKPOINT_HYPER_PARAMS_KEY) or ()):
         kwargs.setdefault("_class_path", None)  # written by a CLI; it would have to name a subclass of the loader below
     requests = [Request(e.method, e.key, dict(e.config), replay) for e, replay in replays]
 
@@ -53,14 +61,24 @@ def load_from_checkpoint(cls: type[M], path: str | Path | IO[bytes], map_locatio
         for request in requests:
             request.changes.append(request.apply(self))
         if cut is not None:
-            codec.make_cuts(self, cut)
+            make_cuts(self, cut)
 
     def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
         cls.on_load_checkpoint(self, checkpoint)
         codec.adapt(self, checkpoint)
 
+    def load_state_dict(self: LightningModule, *args: Any, **options: Any) -> Any:
+        try:
+            return cls.load_state_dict(self, *args, **options)
+        except RuntimeError as error:
+            what = [entry.method for entry, _ in replays] + ["slim"] * (cut is not None)
+            raise RecipeError(
+                f"what the checkpoint's recipe says ({', '.join(what) or 'temperatures'}) and its weights do not fit "
+                f"together, or not {cls.__name__}: {error}"
+            ) from error
+
     # A subclass that lives for this call only: all of Lightning's logic for hyper-parameters is reused as it is.
-    hooks = {"configure_model": configure_model, "on_load_checkpoint": on_load_checkpoint}
+    hooks = {f.__name__: f for f in (configure_model, on_load_checkpoint, load_state_dict)}
     loader = cast(
         type[M],
         type(cls.__name__, (cls,), hooks | {"__module__": cls.__module__}),

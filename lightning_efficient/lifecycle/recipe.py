@@ -13,13 +13,22 @@ from typing import Any
 from torch import Tensor
 
 from lightning_efficient.common.registry import METHODS, near
+from lightning_efficient.common.schema import Anything, Int, ListOf, MapOf, Plain, Record, TensorOf, Text, check, short
 
 KEY = "lightning_efficient"
 VERSION = 1
 
-_LONGEST_NAME = 4096
 _MOST_METHODS = 64
-_MOST_NAMES = 1_000_000
+_NAME = Text()
+_ENTRY = Record(
+    {
+        "method": _NAME,
+        "key": _NAME,
+        "config": MapOf(_NAME, Plain()),
+        "tensors": MapOf(_NAME, MapOf(_NAME, TensorOf())),
+    }
+)
+_RECIPE = Record({"version": Int(low=1), "methods": ListOf(MapOf(_NAME, Anything()), most=_MOST_METHODS)})
 
 
 class RecipeError(ValueError):
@@ -62,71 +71,27 @@ def read(checkpoint: Mapping[str, Any]) -> list[Entry]:
     recipe = checkpoint.get(KEY)
     if recipe is None:
         return []
-    _expect(isinstance(recipe, Mapping), "a mapping", "the recipe", recipe)
-    version = recipe.get("version")
-    _expect(type(version) is int and version >= 1, "a whole number from 1", "`version`", version)
-    if version > VERSION:
+    version = recipe.get("version") if isinstance(recipe, Mapping) else None
+    if type(version) is int and version > VERSION:
         raise RecipeError(
-            f"the checkpoint's recipe has version {version}; this lightning_efficient reads up to {VERSION}. "
+            f"the checkpoint's recipe has version {short(version)}; this lightning_efficient reads up to {VERSION}. "
             "Upgrade lightning_efficient to load it."
         )
-    methods = recipe.get("methods")
-    _expect(
-        isinstance(methods, (list, tuple)) and len(methods) <= _MOST_METHODS,
-        f"a list of at most {_MOST_METHODS}",
-        "`methods`",
-        methods,
-    )
-    return [_entry(item) for item in methods]
+    check(recipe, _RECIPE, f"the checkpoint's {KEY!r} recipe", RecipeError)
+    entries = [_entry(item) for item in recipe["methods"]]
+    names = [(entry.method, entry.key) for entry in entries]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise RecipeError(f"the checkpoint's {KEY!r} recipe has {twice[0]} more than once; each should be there once.")
+    return entries
 
 
-def _entry(item: Any) -> Entry:
-    _expect(isinstance(item, Mapping), "a mapping", "a method of the recipe", item)
-    method, key, config, tensors = (item.get(k) for k in ("method", "key", "config", "tensors"))
-    _expect(_is_name(method), f"a string up to {_LONGEST_NAME} characters", "`method`", method)
+def _entry(item: Mapping[str, Any]) -> Entry:
+    method: Any = item.get("method")
+    check(method, _NAME, f"the method of an entry in the checkpoint's {KEY!r} recipe", RecipeError)
     if method not in METHODS:
         raise RecipeError(
-            f"the checkpoint names the method {_short(method)}{near(method, METHODS)}, which is not known here; known "
+            f"the checkpoint names the method {short(method)}{near(method, METHODS)}, which is not known here; known "
             f"are {', '.join(METHODS)}. Import the package that it comes from first, or upgrade lightning_efficient."
         )
-    _expect(_is_name(key), f"a string up to {_LONGEST_NAME} characters", "`key`", key)
-    _expect(isinstance(config, Mapping) and _is_plain(config), "plain data", f"`config` of {method}", config)
-    _expect(
-        isinstance(tensors, Mapping) and len(tensors) <= _MOST_NAMES,
-        "a mapping",
-        f"`tensors` of {method}",
-        tensors,
-    )
-    for name, group in tensors.items():
-        ok = _is_name(name) and isinstance(group, Mapping)
-        ok = ok and all(_is_name(k) and type(v) is Tensor for k, v in group.items())
-        _expect(ok, "named tensors", f"`tensors[{_short(name)}]` of {method}", group)
-    return Entry(method, key, dict(config), {n: dict(g) for n, g in tensors.items()})
-
-
-def _is_name(value: Any) -> bool:
-    return type(value) is str and len(value) <= _LONGEST_NAME
-
-
-def _is_plain(value: Any, depth: int = 0) -> bool:
-    if value is None or type(value) in (bool, int, float):
-        return True
-    if type(value) is str:
-        return len(value) <= _LONGEST_NAME
-    if depth > 8:
-        return False
-    if isinstance(value, (list, tuple)):
-        return all(_is_plain(v, depth + 1) for v in value)
-    if isinstance(value, Mapping):
-        return all(_is_name(k) and _is_plain(v, depth + 1) for k, v in value.items())
-    return False
-
-
-def _expect(condition: bool, expected: str, what: str, value: Any) -> None:
-    if not condition:
-        raise RecipeError(f"{what} in the checkpoint's {KEY!r} recipe should be {expected}; got {_short(value)}.")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."
+    check(item, _ENTRY, f"{method} in the checkpoint's {KEY!r} recipe", RecipeError)
+    return Entry(method, item["key"], dict(item["config"]), {n: dict(g) for n, g in item["tensors"].items()})

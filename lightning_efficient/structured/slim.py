@@ -127,7 +127,7 @@ def plan_slim(model: nn.Module, keep: Mapping[str, Iterable[int]], groups: Group
             mask[part.entries(gone)] = False
             if not mask.any():
                 raise ValueError(f"`keep`: nothing of {part.name!r} would stay along axis {part.dim}. Keep more units.")
-    attributes = _layer_attributes(model, kept)
+    attributes = layer_attributes(model, kept)
     for name, stay in units.items():
         group = groups.found[name]
         for module, counts in group.counts.items():
@@ -230,8 +230,13 @@ def _check(cuts: Cuts, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.M
     return True in states
 
 
-def _layer_attributes(model: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]) -> dict[str, dict[str, Any]]:
-    """The attributes of the layers whose tensors become smaller."""
+def layer_attributes(model: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]) -> dict[str, dict[str, Any]]:
+    """The attributes of torch's own layers whose tensors become smaller: module → attribute → its value afterwards.
+
+    Args:
+        model: As wide as before.
+        kept: See :class:`Cuts`.
+    """
     attributes: dict[str, dict[str, Any]] = {}
     for name, module in modules_by_name(model).items():
         own = {n for n, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))}

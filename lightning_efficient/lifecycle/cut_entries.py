@@ -1,0 +1,176 @@
+"""Cuts in a checkpoint's recipe: written, read, and checked against its weights and the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_efficient.common.match import canonical_name, modules_by_name
+from lightning_efficient.common.schema import (
+    Int,
+    ListOf,
+    MapOf,
+    OneOf,
+    Record,
+    Schema,
+    Such,
+    TensorOf,
+    Text,
+    check,
+)
+from lightning_efficient.lifecycle import recipe
+from lightning_efficient.lifecycle.recipe import Entry, RecipeError
+from lightning_efficient.structured.slim import (
+    ATTRIBUTES,
+    HEAD_ATTRIBUTES,
+    INNER_ATTRIBUTES,
+    Cuts,
+    is_cut,
+    layer_attributes,
+    replay_slim,
+    tensors_by_name,
+)
+
+# Keys of the entries of method "slim": what has been cut out of the weights in the file, and what lies in them as
+# zeros, to be cut out by `export`.
+CUT, ZEROED = "cut", "promised"
+
+_MASK = Such(TensorOf(torch.bool, ndim=1), lambda mask: bool(mask.any()), "True where an entry stays, so somewhere")
+_TENSORS = MapOf(Text(), MapOf(OneOf(tuple("01234567")), _MASK))
+_WIDTHS: dict[str, Schema] = {name: Int(low=1) for name in sorted(ATTRIBUTES)}
+_WIDTHS["normalized_shape"] = Such(ListOf(Int(low=1)), lambda shape: len(shape) > 0, "not empty")
+_CONFIG = Record(
+    {"attributes": MapOf(Text(), Record({}, optional=_WIDTHS)), "units": MapOf(Text(), ListOf(Int(low=0)))}
+)
+# Attributes of an attention that count nothing but what its heads hold.
+_OF_HEADS = tuple(name for name in INNER_ATTRIBUTES if name not in ("hidden_dim", "embed_dim", "dim"))
+
+
+def write_cuts(checkpoint: dict[str, Any], key: str, cuts: Cuts | None) -> None:
+    """Put cuts into a checkpoint's recipe.
+
+    Args:
+        checkpoint: The checkpoint.
+        key: :data:`CUT` or :data:`ZEROED`.
+        cuts: None: there are none.
+    """
+    if cuts is not None and cuts.kept:
+        tensors = {name: {str(dim): mask for dim, mask in masks.items()} for name, masks in cuts.kept.items()}
+        recipe.write(checkpoint, Entry("slim", key, {"attributes": cuts.attributes, "units": cuts.units}, tensors))
+
+
+def read_cuts(checkpoint: Mapping[str, Any], key: str) -> Cuts | None:
+    """The cuts that a checkpoint's recipe holds under a key; None if there are none.
+
+    Raises:
+        RecipeError: They are malformed, or do not fit the weights in the file.
+    """
+    entry = next((e for e in recipe.read(checkpoint) if (e.method, e.key) == ("slim", key)), None)
+    if entry is None:
+        return None
+    _check_entry(entry, checkpoint.get("state_dict", {}), cut=key == CUT)
+    kept = {name: {int(dim): mask for dim, mask in masks.items()} for name, masks in entry.tensors.items()}
+    return Cuts(kept, dict(entry.config["attributes"]), dict(entry.config["units"]))
+
+
+def make_cuts(model: nn.Module, cuts: Cuts) -> None:
+    """Cut a model as a checkpoint says, before its weights load; one that is cut already stays as it is.
+
+    Raises:
+        RecipeError: The model was built with other widths, or attributes do not fit them. Nothing is changed then.
+    """
+    try:
+        if not is_cut(model, cuts):
+            _check_cuts(model, cuts)
+        replay_slim(model, cuts)
+    except RecipeError:
+        raise
+    except ValueError as error:
+        raise RecipeError(f"the checkpoint holds a smaller model: {error}") from error
+
+
+def _check_entry(entry: Entry, state: Mapping[str, Any], cut: bool) -> None:
+    """Refuse an entry that is malformed, or says other sizes than the weights in the file have.
+
+    Args:
+        entry: Of the method ``slim``.
+        state: The file's weights.
+        cut: Whether they are smaller already; else it says what can be cut out of them.
+
+    Raises:
+        RecipeError: Names the field.
+    """
+    where = f"slim {entry.key!r} in the checkpoint's recipe"
+    check(entry.tensors, _TENSORS, f"{where}, `tensors`", RecipeError)
+    check(entry.config, _CONFIG, f"{where}, `config`", RecipeError)
+    shapes = {canonical_name(name): tensor.shape for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    for name, masks in entry.tensors.items():
+        for dim, mask in masks.items():
+            size = int(mask.sum()) if cut else mask.numel()
+            found = shapes.get(name)  # a user's hook may have left it out of the file
+            if found is not None and (int(dim) >= len(found) or found[int(dim)] != size):
+                raise RecipeError(
+                    f"{where}, `tensors`: {name!r} should have {size} entries along axis {dim} in the file; its shape "
+                    f"is {tuple(found)}."
+                )
+
+
+def _check_cuts(model: nn.Module, cuts: Cuts) -> None:
+    """Refuse attributes that do not say what the cuts make of a model's widths; nothing is changed.
+
+    Args:
+        model: Not cut yet.
+        cuts: Whose masks fit it.
+
+    Raises:
+        RecipeError: One is missing, or has another value.
+    """
+    modules, tensors = modules_by_name(model), tensors_by_name(model)
+    layers = layer_attributes(model, {name: kept for name, kept in cuts.kept.items() if name in tensors})
+    for name, values in layers.items():
+        for attribute, value in values.items():
+            _same(name, attribute, value, cuts.attributes.get(name, {}).get(attribute))
+    for name, given in cuts.attributes.items():
+        module = modules[name]
+        shares = _shares(name, cuts)
+        for attribute, value in given.items():
+            if attribute in layers.get(name, {}):
+                continue
+            now = getattr(module, attribute)
+            if type(now) is not int or type(value) is not int or Fraction(value, max(now, 1)) not in shares:
+                _refuse(name, attribute, f"{now}, or as much less as its weights are", value)
+    for name in cuts.units:  # an attention's heads are named like it
+        shares, widths = _shares(name, cuts) - {Fraction(1)}, {mask.numel() for mask in _masks(name, cuts)}
+        for attribute in HEAD_ATTRIBUTES + _OF_HEADS:
+            now = getattr(modules.get(name), attribute, None)
+            if type(now) is not int or attribute in cuts.attributes.get(name, {}):
+                continue
+            less = any((share * now).denominator == 1 for share in shares)
+            if less and (attribute in HEAD_ATTRIBUTES or now in widths):
+                _refuse(name, attribute, f"there: its heads are cut, and it is {now} before", None)
+
+
+def _masks(module: str, cuts: Cuts) -> list[Tensor]:
+    """Those of tensors inside a module, or beside it."""
+    around = f"{module.rpartition('.')[0]}." if "." in module else ""
+    return [mask for name, kept in cuts.kept.items() if name.startswith(around) for mask in kept.values()]
+
+
+def _shares(module: str, cuts: Cuts) -> set[Fraction]:
+    """How much of its tensors stays, along each axis."""
+    return {Fraction(int(mask.sum()), mask.numel()) for mask in _masks(module, cuts)} | {Fraction(1)}
+
+
+def _same(module: str, attribute: str, expected: Any, found: Any) -> None:
+    if found != (list(expected) if isinstance(expected, (list, tuple)) else expected):
+        _refuse(module, attribute, expected, found)
+
+
+def _refuse(module: str, attribute: str, expected: Any, found: Any) -> None:
+    raise RecipeError(
+        f"slim in the checkpoint's recipe, `config`: `{attribute}` of {module!r} should be {expected}; got {found!r}."
+    )
