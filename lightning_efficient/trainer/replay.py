@@ -77,7 +77,7 @@ class Replay:
             silent(self.trainer),
             _in_stage(self.trainer, _RUNNING[self.stage]),
             randomness_kept(cuda_devices(self.trainer)),
-            as_found(self.pl_module, parameters=self.stage == "fit", apart=apart),
+            as_found(self.pl_module, parameters=True, apart=apart),
             uncompiled(),
         ):
             self.pl_module.eval()

@@ -93,10 +93,10 @@ class _Builder:
 
     def _fresh(self, value: Any) -> Any:
         """A container of its own; what lies in it stays, unless it counts, draws or is swapped."""
-        if id(value) in self.swapped:
-            return self.swapped[id(value)]
         if isinstance(value, nn.Module):
             return self.module(value)
+        if id(value) in self.swapped:
+            return self.swapped[id(value)]
         if isinstance(value, _STATEFUL):
             return deepcopy(value)
         if type(value) not in _CONTAINERS:

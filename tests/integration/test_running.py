@@ -6,19 +6,18 @@ the data set, say): both must come to the same numbers.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sigma_runs import Do, differing, trainer, weights
+from sigma_runs import differing, trainer, weights
+from timm.layers import Attention
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_efficient import (
     CollapseMonitor,
@@ -30,6 +29,7 @@ from lightning_efficient import (
     SimplifiedLinearAttention,
     TempScale,
 )
+from lightning_efficient.trainer.replay import EmptyLoaderError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*in eval mode"),
@@ -47,7 +47,8 @@ class Grid(nn.Module):
         super().__init__()
         self.embed = nn.Linear(4, WIDTH)
         self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.attn = SelfAttention()
+        self.attn = Attention(WIDTH, 2)
+        self.attn.fused_attn = False  # fused attention has no second derivative on the CPU
         self.up, self.down = nn.Linear(WIDTH, 12), nn.Linear(12, WIDTH)
         self.head = nn.Linear(WIDTH, CLASSES)
 
@@ -58,30 +59,19 @@ class Grid(nn.Module):
         return self.head(h.mean(1))
 
 
-class SelfAttention(nn.Module):
-    """As timm writes it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_heads, self.head_dim, self.scale = 2, WIDTH // 2, (WIDTH // 2) ** -0.5
-        self.fused_attn = False
-        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
-        self.attn_drop, self.proj_drop = nn.Dropout(0.0), nn.Dropout(0.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, n, c = x.shape
-        q, k, v = self.qkv(x).reshape(b, n, 3, 2, c // 2).permute(2, 0, 3, 1, 4)
-        a = ((q * self.scale) @ k.mT).softmax(-1)
-        return self.proj((a @ v).transpose(1, 2).reshape(b, n, c))
-
-
 class Task(pl.LightningModule):
-    """Args: prepare: where inputs become what the network was made for: "data", "before" or "after" the transfer."""
+    """A classifier as users write it.
 
-    def __init__(self, prepare: str = "data", teacher: bool = False, gradient: bool = False) -> None:
+    Args:
+        prepare: Where inputs become what the network was made for: in the ``"data"``, or in the hook ``"before"`` or
+            ``"after"`` the transfer.
+        penalty: Weight of a gradient penalty on the inputs; None: there is none.
+        teacher: Have a frozen reference network.
+    """
+
+    def __init__(self, prepare: str = "data", penalty: float | None = None, teacher: bool = False) -> None:
         super().__init__()
-        self.prepare, self.gradient = prepare, gradient
+        self.prepare, self.penalty = prepare, penalty
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.net = Grid()
@@ -96,31 +86,19 @@ class Task(pl.LightningModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return self._prepared(batch, "after")
 
-    def loss(self, batch: Any) -> Tensor:
-        x = batch["x"]
-        assert x.dtype == self.net.embed.weight.dtype
-        if self.gradient and self.training_step_runs:
-            x = x.requires_grad_()
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x = batch["x"] if self.penalty is None else batch["x"].requires_grad_()
         logits = self.net(x)
         loss = F.cross_entropy(logits, batch["y"])
-        if self.gradient and self.training_step_runs:
-            (slope,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
-            loss = loss + 0.1 * slope.square().mean()
         if self.teacher is not None:
-            loss = loss + 0.1 * (logits - self.teacher(batch["x"])).square().mean()
+            loss = loss + 0.1 * (logits - self.teacher(x)).square().mean()
+        if self.penalty is not None:
+            (slope,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
+            loss = loss + self.penalty * slope.square().mean()
         return loss
 
-    training_step_runs = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.training_step_runs = True
-        try:
-            return self.loss(batch)
-        finally:
-            self.training_step_runs = False
-
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val_loss", self.loss(batch))
+        self.log("val_loss", F.cross_entropy(self.net(batch["x"]), batch["y"]))
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], 1e-2, eps=1e-4)
@@ -140,26 +118,100 @@ METHODS: dict[str, Callable[[], Any]] = {
     "prepbn": lambda: PRepBN(transition=4, hold=1),
     "temp_scale": lambda: TempScale(tau=0.5),
     "hesso": lambda: HESSOPruning(target=0.3, start=2, duration=4, periods=2),
-    "hesso macs": lambda: HESSOPruning(target=0.3, unit="macs", start=2, duration=4, periods=2),
+    "hesso macs": lambda: HESSOPruning(target=0.2, unit="macs", start=2, duration=4, periods=2),
     "cric": lambda: HESSOPruning(target=0.3, start=2, duration=6, periods=2, cric=True),
     "pagcp": lambda: PAGCPPruning(budgets={"val_loss": 0.2}, start=4),
-    "linear attention": lambda: SimplifiedLinearAttention(),
+    "linear attention": lambda: SimplifiedLinearAttention(grid=SIDE, kernel_size=3),
     "monitor": lambda: CollapseMonitor(every_n_steps=2),
-    "wanda": lambda: MagnitudePruning(0.3, criterion="wanda", schedule="one_shot"),
-    "taylor": lambda: MagnitudePruning(0.3, criterion="taylor", schedule="one_shot"),
+    "wanda": lambda: MagnitudePruning(0.3, criterion="wanda", scope="layer"),
+    "taylor": lambda: MagnitudePruning(0.3, criterion="taylor", scope="layer"),
 }
 
 
-def fitted(root: Path, method: str, module: Task, prepared: bool, **kwargs: Any) -> dict[str, Tensor]:
-    """The weights after ten steps."""
-    dtype = kwargs.pop("dtype", torch.float32)
+METHODS["sap"] = lambda: SAPPruning(iterations=2, scope="layer")
+
+
+def fitted(root: Path, method: str, module: Task, data: DataLoader[Any], **kwargs: Any) -> dict[str, Tensor]:
+    """Weights, statistics and logged numbers after ten steps."""
     t = trainer(root, METHODS[method](), max_steps=10, **kwargs)
-    t.fit(module, loader(prepared, dtype=dtype), loader(prepared, 2, dtype=dtype))
-    return weights(module) | {k: torch.as_tensor(float(v)) for k, v in t.callback_metrics.items()}
+    t.fit(module, data, data)
+    state = {k: v.clone() for k, v in module.state_dict().items() if isinstance(v, Tensor)}
+    return state | {k: torch.as_tensor(float(v)) for k, v in t.callback_metrics.items()}
 
 
 @pytest.mark.parametrize("where", ["before", "after"])
 @pytest.mark.parametrize("method", METHODS)
 def test_inputs_prepared_in_a_hook(tmp_path: Path, method: str, where: str) -> None:
-    expected = fitted(tmp_path, method, Task(), True)
-    assert differing(fitted(tmp_path, method, Task(where), False), expected) == []
+    expected = fitted(tmp_path, method, Task(), loader(prepared=True))
+    assert differing(fitted(tmp_path, method, Task(where), loader(prepared=False)), expected) == []
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true", "16-true"])
+@pytest.mark.parametrize("method", METHODS)
+def test_in_true_precision(tmp_path: Path, method: str, precision: Any) -> None:
+    """A loader of float32 is as good as one of what the precision plugin makes of it."""
+    dtype = {"bf16-true": torch.bfloat16, "64-true": torch.float64, "16-true": torch.float16}[precision]
+    expected = fitted(tmp_path, method, Task(), loader(prepared=True, dtype=dtype), precision=precision)
+    found = fitted(tmp_path, method, Task(), loader(prepared=True), precision=precision)
+    assert found["net.embed.weight"].dtype == dtype
+    assert differing(found, expected) == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_that_asks_for_gradients(tmp_path: Path, method: str) -> None:
+    """A penalty of weight zero takes gradients and changes nothing."""
+    expected = fitted(tmp_path, method, Task(), loader(prepared=True))
+    assert differing(fitted(tmp_path, method, Task(penalty=0.0), loader(prepared=True)), expected) == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.filterwarnings("ignore:.*leaves .* alone")
+def test_a_frozen_reference_network(tmp_path: Path, method: str) -> None:
+    module = Task(teacher=True)
+    assert module.teacher is not None
+    before = weights(module.teacher)  # type: ignore[arg-type]
+    fitted(tmp_path, method, module, loader(prepared=True))
+    after = module.teacher.state_dict()
+    assert [name for name in before.keys() & after.keys() if not torch.equal(before[name], after[name])] == []
+    assert not any(parameter.requires_grad for name, parameter in module.teacher.named_parameters() if name in before)
+    assert not module.teacher.training
+
+
+NEEDS_A_BATCH = {"temp_scale", "hesso", "hesso macs", "cric"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_empty_loader(tmp_path: Path, method: str) -> None:
+    empty: Any = DataLoader([], 4)
+    if method == "pagcp":
+        with pytest.raises(ValueError, match="checked on validation data, and there is none"):
+            fitted(tmp_path, method, Task(), empty)
+    elif method in NEEDS_A_BATCH:
+        with pytest.raises(EmptyLoaderError, match=r"`train_dataloader` of this run \(DataLoader\) gave no batch"):
+            fitted(tmp_path, method, Task(), empty)
+    else:
+        untouched = Task().state_dict()
+        after = fitted(tmp_path, method, Task(), empty)
+        assert (
+            differing(
+                {k: v for k, v in after.items() if k in untouched}, {k: v for k, v in untouched.items() if k in after}
+            )
+            == []
+        )
+
+
+class Nothing(IterableDataset[Any]):
+    """A stream whose end is not known before it comes, at once."""
+
+    def __iter__(self) -> Any:
+        return iter(())
+
+
+def test_an_empty_stream(tmp_path: Path) -> None:
+    full, empty = loader(prepared=True), DataLoader(Nothing(), 4)
+    with pytest.raises(EmptyLoaderError, match="`train_dataloader` of this run"):
+        trainer(tmp_path, METHODS["temp_scale"]()).fit(Task(), empty, full)
+    with pytest.raises(EmptyLoaderError, match=r"`val_dataloader` of this run.*`limit_val_batches`"):
+        trainer(tmp_path, METHODS["pagcp"]()).fit(Task(), full, empty)
+    with pytest.raises(EmptyLoaderError, match="`limit_train_batches=0` leaves none"):
+        trainer(tmp_path, METHODS["temp_scale"](), limit_train_batches=0).fit(Task(), full, full)
