@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -130,7 +130,9 @@ def randomness_kept(devices: Iterable[int] = ()) -> Iterator[None]:
 
 
 @contextmanager
-def as_found(*models: nn.Module, parameters: bool = False, apart: Iterable[nn.Module] = ()) -> Iterator[None]:
+def as_found(
+    *models: nn.Module, parameters: bool = False, apart: Iterable[nn.Module] = (), randomness: bool = True
+) -> Iterator[None]:
     """Whatever runs inside leaves no trace in the models.
 
     Training flags, ``requires_grad``, gradients (None inside), buffers, and random states, those of generators held by
@@ -141,6 +143,7 @@ def as_found(*models: nn.Module, parameters: bool = False, apart: Iterable[nn.Mo
         parameters: Also the values of parameters, for code that may write to them (a momentum teacher's average). Takes
             a copy of them.
         apart: Modules whose buffers are the caller's to write.
+        randomness: ``False``: random states go on, so that two runs show whether a model draws.
     """
     modules = [module for model in models for module in model.modules()]
     flags = [(module, module.training) for module in modules]
@@ -156,7 +159,7 @@ def as_found(*models: nn.Module, parameters: bool = False, apart: Iterable[nn.Mo
     try:
         for p in params:
             p.grad = None
-        with randomness_kept(devices):
+        with randomness_kept(devices) if randomness else nullcontext():
             yield
     finally:
         for module, training in flags:
@@ -183,13 +186,14 @@ def _put_back(tensor: Tensor, value: Tensor) -> None:
 
 
 @contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
+def evaluating(*models: nn.Module, randomness: bool = True) -> Iterator[None]:
     """Evaluation mode without gradients; the models, and random states, come back as they were.
 
     Args:
         models: The models that will run; see :func:`as_found`.
+        randomness: See :func:`as_found`.
     """
-    with as_found(*models), torch.no_grad():
+    with as_found(*models, randomness=randomness), torch.no_grad():
         for model in models:
             model.eval()
         yield

@@ -286,7 +286,7 @@ class Tracker(TorchFunctionMode):
 
 def watch(model: nn.Module, axes: Mapping[str, Axis], call: Callable[[], Any]) -> tuple[Tracker, Any]:
     """Run ``call`` once in evaluation mode under a ``Tracker``; the tracker and what the call returned."""
-    with evaluating(model):
+    with evaluating(model, randomness=False):  # two runs show whether it draws
         with Tracker(model, axes) as tracker:
             result = call()
         tracker.finish(result)
