@@ -186,14 +186,15 @@ def _put_back(tensor: Tensor, value: Tensor) -> None:
 
 
 @contextmanager
-def evaluating(*models: nn.Module, randomness: bool = True) -> Iterator[None]:
+def evaluating(*models: nn.Module, apart: Iterable[nn.Module] = (), randomness: bool = True) -> Iterator[None]:
     """Evaluation mode without gradients; the models, and random states, come back as they were.
 
     Args:
         models: The models that will run; see :func:`as_found`.
+        apart: See :func:`as_found`.
         randomness: See :func:`as_found`.
     """
-    with as_found(*models, randomness=randomness), torch.no_grad():
+    with as_found(*models, apart=apart, randomness=randomness), torch.no_grad():
         for model in models:
             model.eval()
         yield

@@ -44,7 +44,8 @@ class Replay:
 
     Batches go through ``on_before_batch_transfer``, the transfer, ``on_after_batch_transfer`` and the precision plugin,
     steps run under its context, all as in Lightning's loop. ``training_step`` runs with gradients enabled, the others
-    without. What is logged goes to ``log``. Batches and steps belong inside :meth:`quiet`.
+    without. Under manual optimization no optimizer steps. What is logged goes to ``log``. Batches and steps belong
+    inside :meth:`quiet`.
 
     Args:
         trainer: The Trainer, in ``on_fit_start`` (or the start of another loop) or later.
@@ -132,7 +133,7 @@ class Replay:
             self.twin.training = False
 
     def step(self, batch: Any, number: int = 0, index: int | None = None) -> Any:
-        """What the user's step returns. Where ``training_step`` would step optimizers, ``forward`` gets the batch.
+        """What the user's step returns.
 
         Args:
             batch: As :meth:`given` gives it.
@@ -178,7 +179,7 @@ def run_step(
         number: Of the batch.
         index: Of its loader; None: there is one.
     """
-    if stage == "forward" or (stage == "fit" and not twin.automatic_optimization):
+    if stage == "forward":
         return twin(batch[0] if isinstance(batch, (tuple, list)) else batch)
     step = getattr(twin, STEPS[stage])
     takes_number = is_param_in_hook_signature(step, "batch_idx", min_args=2)

@@ -9,13 +9,15 @@ from __future__ import annotations
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy, deepcopy
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 _CONTAINERS = (list, dict, set, tuple, deque, defaultdict, OrderedDict, Counter)
@@ -31,7 +33,8 @@ def stand_in(
 
     Metrics, random generators and containers (lists, dicts, sets, deques) held as attributes are copies. What was set
     on the instance in place of a method of the class (compiled steps, our hooks) is left out: those would act on the
-    original. LightningModules inside it are stood in for alike.
+    original. LightningModules inside it are stood in for alike. Under manual optimization its optimizers and schedulers
+    do not step, but ``manual_backward`` gives gradients to the parameters.
 
     Args:
         pl_module: The original; it is not touched.
@@ -85,7 +88,9 @@ class _Builder:
             for name, value in dictionary.items():
                 log_one(name, value, *args, **kwargs)
 
-        attributes |= {"log": log_one, "log_dict": log_dict, "print": _nothing}
+        attributes |= {"log": log_one, "log_dict": log_dict, "print": _nothing, "manual_backward": _backward}
+        attributes |= {name: partial(_idle, getattr(twin, name)) for name in ("optimizers", "lr_schedulers")}
+        attributes |= dict.fromkeys(("toggle_optimizer", "untoggle_optimizer", "clip_gradients"), _nothing)
 
     def attributes(self, holder: nn.Module | LightningDataModule) -> dict[str, Any]:
         """What an object holds, containers of its own."""
@@ -113,5 +118,45 @@ def _bare(holder: _Holder) -> _Holder:
     return type(holder).__new__(type(holder))
 
 
+class _Idle:
+    """An optimizer or a scheduler to be asked, whose steps do nothing."""
+
+    def __init__(self, of: Any) -> None:
+        self._of = of
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._of, name)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Copies: a step may write learning rates into them."""
+        return [dict(group) for group in self._of.param_groups]
+
+    def step(self, closure: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Of an optimizer, runs the closure if there is one."""
+        return closure() if callable(closure) else None
+
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """Gradients are put back by whoever runs the stand-in."""
+
+    def toggle_model(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        """A context that does nothing."""
+        return nullcontext()
+
+
+def _idle(found: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Stands for ``optimizers`` and ``lr_schedulers``."""
+    given = found(*args, **kwargs)
+    if isinstance(given, list):
+        return [_Idle(one) for one in given]
+    return None if given is None else _Idle(given)
+
+
+def _backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+    """Stands for ``manual_backward``: what comes after it may read gradients, or go on with the graph."""
+    if loss.requires_grad:
+        loss.backward(*args, **{**kwargs, "retain_graph": True})  # type: ignore[no-untyped-call]
+
+
 def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Stands for ``print``."""
+    """Stands for ``print`` and the like."""

@@ -16,9 +16,8 @@ from lightning_efficient.trainer.replay import EmptyLoaderError, Replay
 def recalibrate_in(trainer: Trainer, pl_module: LightningModule, batches: int, who: str) -> bool:
     """Average the statistics of the swapped norms over training batches, as ``training_step`` sees them.
 
-    Nothing is logged, no metric of the module counts them, everything but the statistics is as before afterwards.
-    Under manual optimization, where ``training_step`` would take optimizer steps, ``forward`` gets the batch, or the
-    first of it.
+    Nothing is logged, no metric of the module counts them, no optimizer steps, everything but the statistics is as
+    before afterwards.
 
     Args:
         trainer: A Trainer inside ``fit``.

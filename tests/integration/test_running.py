@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from sigma_runs import differing, trainer, weights
+from sigma_runs import Do, differing, trainer, weights
 from timm.layers import Attention
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -175,6 +175,69 @@ def test_a_frozen_reference_network(tmp_path: Path, method: str) -> None:
     assert [name for name in before.keys() & after.keys() if not torch.equal(before[name], after[name])] == []
     assert not any(parameter.requires_grad for name, parameter in module.teacher.named_parameters() if name in before)
     assert not module.teacher.training
+
+
+class Gan(pl.LightningModule):
+    """A Wasserstein GAN with a gradient penalty, as it has to be written: with manual optimization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.generator = nn.Sequential(
+                nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 6), nn.LayerNorm(6), nn.Linear(6, 4)
+            )
+            self.critic = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        real = batch["x"][:, 0]
+        for_generator, for_critic = self.optimizers()
+        rates = self.lr_schedulers()
+        fake = self.generator(torch.randn(len(real), 3))
+        self.toggle_optimizer(for_critic)
+        between = (real + fake.detach()).div(2).requires_grad_()
+        (slope,) = torch.autograd.grad(self.critic(between).sum(), between, create_graph=True)
+        loss = self.critic(fake.detach()).mean() - self.critic(real).mean() + (slope.norm(dim=1) - 1).square().mean()
+        for_critic.zero_grad()
+        self.manual_backward(loss)
+        assert all(p.grad is not None for p in self.critic.parameters())
+        self.clip_gradients(for_critic, gradient_clip_val=1.0)
+        for_critic.step()
+        self.untoggle_optimizer(for_critic)
+        for group in for_generator.param_groups:
+            group["lr"] *= 0.5
+        with for_generator.toggle_model():
+            loss = -self.critic(fake).mean()
+            for_generator.zero_grad()
+            self.manual_backward(loss)
+            for_generator.step()
+        rates.step()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.critic(batch["x"][:, 0]).square().mean())
+
+    def configure_optimizers(self) -> Any:
+        first, second = (torch.optim.AdamW(n.parameters(), 1e-3) for n in (self.generator, self.critic))
+        return [first, second], [torch.optim.lr_scheduler.StepLR(second, 2, 0.5)]
+
+
+def learning_rates(root: Path, *callbacks: Any) -> list[list[float]]:
+    """Of both optimizers, after each batch."""
+    rates: list[list[float]] = []
+    look = Do(on_train_batch_end=lambda t, m: rates.append([o.param_groups[0]["lr"] for o in t.optimizers]))
+    t = trainer(root, *callbacks, look, max_steps=12)
+    t.fit(Gan(), loader(prepared=True), loader(prepared=True, batches=1))
+    return rates
+
+
+@pytest.mark.parametrize("method", ["prepbn", "hesso", "pagcp"])
+def test_a_step_that_optimizes_by_itself(tmp_path: Path, method: str) -> None:
+    """Both networks are found, and optimizers and schedulers step in the loop alone."""
+    callback = METHODS[method]()
+    assert learning_rates(tmp_path, callback) == learning_rates(tmp_path)
+    if method != "prepbn":
+        assert set(callback.groups.found) == {"generator.0", "critic.0"}
 
 
 NEEDS_A_BATCH = {"temp_scale", "hesso", "hesso macs", "cric"}
