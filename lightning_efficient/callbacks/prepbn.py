@@ -209,30 +209,20 @@ class PRepBN(StructuralCallback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Once more, after an averaged model has been swapped in: this is the network that is validated."""
-        if not self._norms or batch_idx or dataloader_idx or trainer.state.fn != "fit":
+        """Before the first batch, when an averaged model has been swapped in; and every batch in its finished form."""
+        if not self._norms or trainer.state.fn != "fit":
             return
-        self._write(self.step(trainer))
-        if self._over(trainer):
-            self._recalibrate(trainer, pl_module)
-        if self.finished_metrics and 0 < self.transition.at(self.step(trainer)) < 1 and not trainer.sanity_checking:
-            self._finished.start(pl_module)
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """The same batch through the finished form."""
-        self._finished.batch(trainer, pl_module, self._norms, batch, batch_idx, dataloader_idx)
+        if not (batch_idx or dataloader_idx):
+            self._write(step := self.step(trainer))  # this is the network that is validated
+            if self._over(trainer):
+                self._recalibrate(trainer, pl_module)
+            if self.finished_metrics and 0 < self.transition.at(step) < 1 and not trainer.sanity_checking:
+                self._finished.start(trainer, pl_module)
+        self._finished.batch(self._norms, batch, batch_idx, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what the finished form's epoch comes to."""
-        self._finished.end(trainer, pl_module, self._norms)
+        self._finished.end(self._norms)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before a file of the last epoch is written, where there is no validation."""

@@ -38,7 +38,8 @@ from lightning_efficient.lifecycle.base import peers
 from lightning_efficient.lifecycle.state import attachment
 from lightning_efficient.lifecycle.structural import spawned
 from lightning_efficient.lifecycle.weights import Plan, WeightSpaceCallback
-from lightning_efficient.trainer.example import Example, Stage, example_of, first_batch
+from lightning_efficient.trainer.example import Example, example_of, first_batch
+from lightning_efficient.trainer.replay import Stage
 from lightning_efficient.weightspace import Block, Boundary, ScaleTransform, Temperature, Transform
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
@@ -112,31 +114,90 @@ def _cuda_devices(model: nn.Module) -> list[int]:
 
 
 @contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; training flags, buffers and random state come back as they were.
+def randomness_kept(devices: Iterable[int] = ()) -> Iterator[None]:
+    """What is drawn inside is drawn again afterwards: by torch, numpy and Python's own generator.
 
     Args:
-        models: The models that will run. Module by module their flags return, however they were mixed.
+        devices: Indices of CUDA devices, beside the CPU.
+    """
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
+def as_found(
+    *models: nn.Module, parameters: bool = False, apart: Iterable[nn.Module] = (), randomness: bool = True
+) -> Iterator[None]:
+    """Whatever runs inside leaves no trace in the models.
+
+    Training flags, ``requires_grad``, gradients (None inside), buffers, and random states, those of generators held by
+    modules included, come back module by module as they were.
+
+    Args:
+        models: The models that will run.
+        parameters: Also the values of parameters, for code that may write to them (a momentum teacher's average). Takes
+            a copy of them.
+        apart: Modules whose buffers are the caller's to write.
+        randomness: ``False``: random states go on, so that two runs show whether a model draws.
     """
     modules = [module for model in models for module in model.modules()]
     flags = [(module, module.training) for module in modules]
-    buffers = [(m, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
+    params = list({id(p): p for module in modules for p in module._parameters.values() if p is not None}.values())
+    grads = [(p, p.requires_grad, p.grad) for p in params]
+    values = [(p, p.data, p.detach().clone()) for p in params] if parameters else []
+    left = {id(module) for part in apart for module in part.modules()}
+    owners = [module for module in modules if id(module) not in left]
+    buffers = [(m, name, b, b.clone()) for m in owners for name, b in m._buffers.items() if b is not None]
+    own = {id(v): v for m in modules for v in vars(m).values() if isinstance(v, torch.Generator)}
+    generators = [(generator, generator.get_state()) for generator in own.values()]
     devices = sorted({index for model in models for index in _cuda_devices(model)})
     try:
-        for model in models:
-            model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        for p in params:
+            p.grad = None
+        with randomness_kept(devices) if randomness else nullcontext():
             yield
     finally:
         for module, training in flags:
             module.training = training
+        for generator, state in generators:
+            generator.set_state(state)
         with torch.no_grad():
+            for p, data, value in values:
+                p.data = data  # a teacher's average may have been put in its place
+                _put_back(p, value)
             for module, name, buffer, value in buffers:
                 module._buffers[name] = buffer
-                # An unconditional copy_ would raise the version counter of every buffer autograd may have
-                # saved.
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+                _put_back(buffer, value)
+        for p, requires_grad, grad in grads:
+            if p.requires_grad is not requires_grad:
+                p.requires_grad_(requires_grad)
+            p.grad = grad
+
+
+def _put_back(tensor: Tensor, value: Tensor) -> None:
+    # An unconditional copy_ would raise the version counter of every tensor autograd may have saved.
+    if not torch.equal(tensor, value):
+        tensor.copy_(value)
+
+
+@contextmanager
+def evaluating(*models: nn.Module, apart: Iterable[nn.Module] = (), randomness: bool = True) -> Iterator[None]:
+    """Evaluation mode without gradients; the models, and random states, come back as they were.
+
+    Args:
+        models: The models that will run; see :func:`as_found`.
+        apart: See :func:`as_found`.
+        randomness: See :func:`as_found`.
+    """
+    with as_found(*models, apart=apart, randomness=randomness), torch.no_grad():
+        for model in models:
+            model.eval()
+        yield
 
 
 def forget(model: nn.Module) -> None:

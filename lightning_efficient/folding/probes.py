@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_efficient.common.nests import mapped, tensors_behind, tensors_in
-from lightning_efficient.common.running import Float64, _double
+from lightning_efficient.common.running import Float64, _double, evaluating
 from lightning_efficient.folding.tags import Axis
-from lightning_efficient.folding.tracking import Tracker, evaluating, watch
+from lightning_efficient.folding.tracking import Tracker, watch
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_efficient.common.eager import uncompiled
 from lightning_efficient.common.match import canonical_name, modules_by_name
 from lightning_efficient.common.nests import tensors_behind, tensors_in
+from lightning_efficient.common.running import evaluating
 from lightning_efficient.folding.readers import Contraction, contractions
 from lightning_efficient.folding.tags import (
     Axis,
@@ -283,22 +284,9 @@ class Tracker(TorchFunctionMode):
                 self.leaks[weight].append(rows.ids)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's ``training`` flag is put back."""
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in flags.items():
-            module.training = training
-
-
 def watch(model: nn.Module, axes: Mapping[str, Axis], call: Callable[[], Any]) -> tuple[Tracker, Any]:
     """Run ``call`` once in evaluation mode under a ``Tracker``; the tracker and what the call returned."""
-    with evaluating(model):
+    with evaluating(model, randomness=False):  # two runs show whether it draws
         with Tracker(model, axes) as tracker:
             result = call()
         tracker.finish(result)

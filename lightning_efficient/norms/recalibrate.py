@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_efficient.common.eager import uncompiled
+from lightning_efficient.common.running import evaluating
 from lightning_efficient.norms.blend import BlendNorm, blend_norms
 
 
@@ -28,7 +29,6 @@ class Recalibration:
     untouched: list[str] = field(default_factory=list)
 
 
-@torch.no_grad()
 def recalibrate(
     model: nn.Module,
     batches: Iterable[Any],
@@ -39,7 +39,7 @@ def recalibrate(
 
     The moving averages of training lag behind the weights, and dropout and drop-path shift variances. Here everything
     is in evaluation mode, except that the swapped norms normalize with, and average, the statistics of each batch.
-    Modes, gates and torch's random state are as before afterwards; after an error the old statistics are too.
+    Modes, gates and random states are as before afterwards; after an error the old statistics are too.
 
     Args:
         model: The model; norms without batch statistics do not take part.
@@ -57,23 +57,18 @@ def recalibrate(
     norms = {name: norm for name, norm in blend_norms(model).items() if norm.target.batch_statistics}
     if not norms:
         return Recalibration(0, 0)
-    modes = [(module, module.training) for module in model.modules()]
-    cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     count, done = 0, False
-    model.eval()
-    for norm in norms.values():
-        norm.target.begin_recalibration()
-    try:
-        with torch.random.fork_rng(devices=cuda), uncompiled():
+    with evaluating(model, apart=[norm.target for norm in norms.values()]), uncompiled():
+        for norm in norms.values():
+            norm.target.begin_recalibration()
+        try:
             for batch in batches:
                 batch = batch if device is None else _to(batch, device)
                 (forward or _forward)(model, batch)
                 count += 1
-        done = count > 0
-    finally:
-        untouched = _end(norms, keep=done)
-        for module, mode in modes:
-            module.training = mode
+            done = count > 0
+        finally:
+            untouched = _end(norms, keep=done)
     if not done:
         raise ValueError("recalibrate got no batches; expected an iterable with at least one.")
     return Recalibration(count, len(norms) - len(untouched), untouched)

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_efficient.common.eager import uncompiled
 from lightning_efficient.common.match import canonical_name
-from lightning_efficient.folding.tracking import evaluating
+from lightning_efficient.common.running import evaluating
 from lightning_efficient.structured.groups import UnitGroup
 
 
@@ -89,9 +89,8 @@ class Cost:
 
 def _macs(model: nn.Module, run: Callable[[], object]) -> tuple[dict[str, float], float]:
     """Parameter → multiply-accumulates, and those of no parameter."""
-    cuda = sorted({p.device.index for p in model.parameters() if p.is_cuda})
     counter = FlopCounterMode(display=False)
-    with torch.random.fork_rng(cuda), evaluating(model), _countable(), torch.enable_grad(), counter:
+    with evaluating(model), _countable(), torch.enable_grad(), counter:
         run()
     prefix = type(model).__name__
     whole = {name: sum(ops.values()) / 2 for name, ops in counter.get_flop_counts().items()}

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_efficient.common.eager import uncompiled
+from lightning_efficient.common.running import randomness_kept
 from lightning_efficient.common.schema import Int, OrNone, Record
 from lightning_efficient.structured.cric import CRIC_STATE, PROBES, CricPlan, CricState, probe_units
 from lightning_efficient.structured.groups import Groups
-from lightning_efficient.trainer.example import run_step
-from lightning_efficient.trainer.stand_in import shadow
+from lightning_efficient.trainer.replay import Replay, cuda_devices, own
 from lightning_efficient.weightspace import Site
 from lightning_efficient.weightspace.snapshot import SNAPSHOT, Snapshot, restore_snapshot, rewind, take
 
@@ -93,7 +91,6 @@ class Cycles:
         self.decided, self.snapshot = step, None
         return self.state.verdict()
 
-    @torch.no_grad()
     def probe(
         self,
         trainer: Trainer,
@@ -106,16 +103,14 @@ class Cycles:
 
         In evaluation mode, so that neither dropout nor batch statistics come in between; nothing is logged or counted.
         """
-        twin = shadow(pl_module)
-        modes = [(module, module.training) for module in pl_module.modules()]
+        replay = Replay(trainer, pl_module, "fit")
 
         def loss() -> float:
             self.forwards += 1
-            with torch.random.fork_rng(_devices(trainer)), trainer.precision_plugin.forward_context(), uncompiled():
-                return _loss_of(run_step(pl_module, twin, "fit", batch))
+            with randomness_kept(cuda_devices(trainer)):
+                return _loss_of(replay.step(own(batch)))
 
-        try:
-            pl_module.eval()
+        with replay.quiet():
             whole = loss()
             for name, group in groups.found.items():
                 names = {part.name for part in group.produced if part.name in params}
@@ -127,9 +122,6 @@ class Cycles:
                     for n in names:
                         params[n].copy_(kept[n])
                 self.state.probes[name] = sum(ratios) / max(len(ratios), 1)
-        finally:
-            for module, mode in modes:
-                module.training = mode
 
     def say(self, cycles: int) -> None:
         """What the cycles have cost."""
@@ -148,9 +140,4 @@ def _loss_of(output: Any) -> float:
             f"cric=True compares losses: `training_step` should return the loss, or a dict with 'loss'; got "
             f"{type(output).__name__}."
         )
-    return float(loss)
-
-
-def _devices(trainer: Trainer) -> list[int | None]:
-    device = trainer.strategy.root_device
-    return [device.index] if device.type == "cuda" else []
+    return float(loss.detach())

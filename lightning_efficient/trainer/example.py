@@ -2,46 +2,123 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import CombinedLoader
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from lightning_efficient.common.eager import uncompiled
 from lightning_efficient.common.match import canonical_name
-from lightning_efficient.trainer.stand_in import shadow
+from lightning_efficient.trainer.replay import STEPS, EmptyLoaderError, Replay, Stage, own, run_step, silent
+from lightning_efficient.trainer.stand_in import stand_in
 
-Stage = Literal["fit", "validate", "test", "predict"]
-_STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
+_Calls = list[tuple[str, tuple[Any, ...], dict[str, Any]]]
 
 
-class Shell(nn.Module):
-    """The networks of a LightningModule under their own names, and a forward that repeats the calls it made of them.
+class ModuleView(nn.Module):
+    """A LightningModule reduced to one computation: base of :class:`RecordedCalls` and :class:`WholeStep`.
 
-    Deep copies of it leave the LightningModule, with its Trainer and whatever else it holds, out.
+    It shares the LightningModule's children, parameters and buffers, under their names. Deep copies of it, to try
+    things on, copy these alone, and leave the LightningModule, with its Trainer and whatever else it holds, out.
 
     Args:
-        pl_module: Its children are shared.
+        pl_module: The module.
+        context: The precision plugin's; entered by the forward unless the view has been cast to another dtype.
+    """
+
+    def __init__(self, pl_module: LightningModule, context: Callable[[], AbstractContextManager[Any]]) -> None:
+        super().__init__()
+        for tables in ("_modules", "_parameters", "_buffers"):
+            getattr(self, tables).update(getattr(pl_module, tables))
+        self.training = pl_module.training  # not `train()`, which would reach the children
+        self._dtype, self._context = _dtype(self), _Shared(context)
+
+    @classmethod
+    def of(cls, pl_module: LightningModule, *args: Any) -> Self:
+        """An instance of a class that bears the name of the LightningModule's, because errors say it.
+
+        Args:
+            pl_module: The module.
+            args: The other arguments.
+        """
+        named = type(type(pl_module).__name__, (cls,), {"__module__": cls.__module__})
+        return cast(Self, named(pl_module, *args))
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        context: AbstractContextManager[Any] = self._context.value()
+        return context if _dtype(self) == self._dtype else nullcontext()
+
+
+class RecordedCalls(ModuleView):
+    """The networks of a LightningModule, and a forward that repeats the calls one of its steps made of them.
+
+    Args:
+        pl_module: The module.
+        context: See :class:`ModuleView`.
         names: The module of each call.
     """
 
-    def __init__(self, pl_module: LightningModule, names: Sequence[str]) -> None:
-        super().__init__()
-        self._modules.update(pl_module._modules)
+    def __init__(
+        self, pl_module: LightningModule, context: Callable[[], AbstractContextManager[Any]], names: Sequence[str]
+    ) -> None:
+        super().__init__(pl_module, context)
         self.names = tuple(names)
-        self.training = pl_module.training  # not `train()`, which would reach the children
 
     def forward(self, *calls: tuple[tuple[Any, ...], Mapping[str, Any]]) -> list[Any]:
         """Repeat the calls: (positional arguments, keyword arguments) of each."""
         modules = {canonical_name(name): module for name, module in self.named_modules()}
-        return [modules[name](*args, **kwargs) for name, (args, kwargs) in zip(self.names, calls, strict=True)]
+        with self._precision():
+            return [modules[name](*args, **kwargs) for name, (args, kwargs) in zip(self.names, calls, strict=True)]
+
+
+class WholeStep(ModuleView):
+    """A LightningModule as one module whose forward is the user's whole step, between the networks as well.
+
+    A tracer sees all of it: layers directly on the module, an encoder whose output a decoder reads,
+    ``self.vae.encode(x)``. Nothing is logged or counted. It runs in the mode that it is in, with gradients as they are
+    enabled around it.
+
+    Args:
+        pl_module: The module, attached to a Trainer.
+        stage: Whose step; ``"forward"``: the module's forward, on the batch or the first of it.
+    """
+
+    def __init__(self, pl_module: LightningModule, stage: Stage | Literal["forward"]) -> None:
+        super().__init__(pl_module, pl_module.trainer.precision_plugin.forward_context)
+        self.stage = stage
+        self._whose = _Shared(pl_module)
+
+    def forward(self, batch: Any) -> tuple[Any, dict[str, Any]]:
+        """What the step returns, and what it logs: name → value, as logged last.
+
+        Args:
+            batch: As the step would get it.
+        """
+        logged: dict[str, Any] = {}
+        pl_module: LightningModule = self._whose.value
+        twin = stand_in(pl_module, lambda name, value, *_, **__: logged.update({name: value}), self._swapped(pl_module))
+        twin.training = self.training
+        with self._precision(), silent(pl_module.trainer):
+            return run_step(twin, self.stage, batch), logged
+
+    def _swapped(self, pl_module: LightningModule) -> dict[int, Any]:
+        """What of the LightningModule has a copy in this view: ``id`` → copy."""
+        swapped: dict[int, Any] = {}
+        mine = dict(self.named_modules(remove_duplicate=False))
+        for name, module in pl_module.named_modules(remove_duplicate=False):
+            copied = mine.get(name)
+            if copied is None:
+                continue
+            if name:
+                swapped[id(module)] = copied
+            for old, new in ((module._parameters, copied._parameters), (module._buffers, copied._buffers)):
+                swapped |= {id(tensor): new.get(key) for key, tensor in old.items() if tensor is not None}
+        return swapped
 
 
 @dataclass
@@ -53,61 +130,110 @@ class Example:
         args: Positional arguments of its forward.
     """
 
-    model: Shell
+    model: ModuleView
     args: tuple[Any, ...]
 
 
 def first_batch(trainer: Trainer) -> Any:
-    """The first training batch, on the device, of a ``fit`` that is about to start; the loader forgets that it gave it.
+    """The first training batch of a ``fit`` that is about to start, as its step gets it.
+
+    The loader forgets that it gave it.
 
     Args:
         trainer: In ``on_fit_start`` or later. Making the train loader before loops are restored loses a position that
             a checkpoint would restore: not for resumed runs.
+
+    Raises:
+        EmptyLoaderError: The loader gives no batch.
     """
     if trainer.train_dataloader is None:
         trainer.fit_loop.setup_data()  # what the loop will do, and then not again
-    with undisturbed(trainer.train_dataloader) as batches:
-        batch = next(iter(batches))
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    if trainer.train_dataloader is None:
+        raise EmptyLoaderError(
+            f"a training batch is needed here, and `limit_train_batches={trainer.limit_train_batches}` leaves none."
+        )
+    replay = Replay(trainer, trainer.lightning_module, "fit")
+    with replay.quiet():
+        return next(replay.batches(trainer.train_dataloader, 1))
 
 
-@torch.no_grad()
 def example_of(trainer: Trainer, pl_module: LightningModule, stage: Stage, batch: Any, samples: int = 2) -> Example:
     """Run the step of a stage on the first samples of a batch, and keep how it called the module's networks.
 
-    Nothing is logged, no metric counts it, the random state is as before afterwards.
+    Nothing is logged, no metric counts it, and everything is as before afterwards.
 
     Args:
         trainer: A Trainer inside that stage, or about to start it.
         pl_module: Its module.
         stage: The stage.
-        batch: On the device.
+        batch: As the step gets it.
         samples: Of the batch; where the step does not take a part of it, the whole batch is used.
 
     Raises:
         ValueError: The step fails, or calls no submodule.
     """
+
+    def run(given: Any) -> _Calls:
+        with _recorded(pl_module) as calls:  # before there is a stand-in, whose parts have the hooks, too
+            replay = Replay(trainer, pl_module, stage)
+            with replay.quiet():
+                replay.step(own(given))
+        return calls
+
+    calls = _on_part_or_whole(pl_module, stage, batch, samples, run)
+    if not calls:
+        raise ValueError(f"{type(pl_module).__name__}.{STEPS[stage]} calls no submodule of the module.")
+    context = trainer.precision_plugin.forward_context
+    model = RecordedCalls.of(pl_module, context, [name for name, *_ in calls])
+    return Example(model, tuple((args, kwargs) for _, args, kwargs in calls))
+
+
+def whole_step_of(
+    trainer: Trainer, pl_module: LightningModule, stage: Stage | Literal["forward"], batch: Any, samples: int = 2
+) -> Example:
+    """The step of a stage on the first samples of a batch, as one module; tried once, and everything is as before.
+
+    Args:
+        trainer: A Trainer inside that stage, or about to start it.
+        pl_module: Its module.
+        stage: The stage; ``"forward"``: the module's forward, on the batch or the first of it.
+        batch: As the step gets it.
+        samples: Of the batch; where the step does not take a part of it, the whole batch is used.
+
+    Raises:
+        ValueError: The step fails.
+    """
+    model = WholeStep.of(pl_module, stage)
+
+    def run(given: Any) -> Any:
+        replay = Replay(trainer, pl_module, "fit" if stage == "forward" else stage)
+        with replay.quiet(), torch.set_grad_enabled(stage == "fit"):
+            model(own(given))
+        return own(given)
+
+    return Example(model, (_on_part_or_whole(pl_module, stage, batch, samples, run),))
+
+
+def _on_part_or_whole(
+    pl_module: LightningModule, stage: str, batch: Any, samples: int, run: Callable[[Any], Any]
+) -> Any:
     part = apply_to_collection(batch, Tensor, lambda tensor: tensor[:samples] if tensor.ndim else tensor)
     try:
-        calls = _calls(trainer, pl_module, stage, part)
+        return run(part)
     except Exception:
         try:
-            calls = _calls(trainer, pl_module, stage, batch)
+            return run(batch)
         except Exception as error:
             raise ValueError(
-                f"{type(pl_module).__name__}.{_STEPS[stage]} does not run on a batch outside its loop "
+                f"{type(pl_module).__name__}.{STEPS.get(stage, stage)} does not run on a batch outside its loop "
                 f"({type(error).__name__}: {error}), so its networks cannot be looked at."
             ) from error
-    if not calls:
-        raise ValueError(f"{type(pl_module).__name__}.{_STEPS[stage]} calls no submodule of the module.")
-    return Example(Shell(pl_module, [name for name, *_ in calls]), tuple((a, k) for _, a, k in calls))
 
 
-def _calls(
-    trainer: Trainer, pl_module: LightningModule, stage: Stage, batch: Any
-) -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
-    """The outermost submodule calls of one step, in evaluation mode."""
-    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+@contextmanager
+def _recorded(pl_module: LightningModule) -> Iterator[_Calls]:
+    """The outermost submodule calls made inside."""
+    calls: _Calls = []
     depth, handles = [0], []
 
     def enter(name: str) -> Any:
@@ -122,59 +248,27 @@ def _calls(
     def leave(*_: Any) -> None:
         depth[0] -= 1
 
-    modes = [(module, module.training) for module in pl_module.modules()]
-    cuda = [trainer.strategy.root_device.index] if trainer.strategy.root_device.type == "cuda" else []
     try:
-        pl_module.eval()
         for name, module in pl_module.named_modules():
             if module is not pl_module and not isinstance(module, torch.jit.ScriptModule):
                 handles.append(module.register_forward_pre_hook(enter(canonical_name(name)), with_kwargs=True))
                 handles.append(module.register_forward_hook(leave, always_call=True))
-        with torch.random.fork_rng(cuda), trainer.precision_plugin.forward_context(), uncompiled():
-            run_step(pl_module, shadow(pl_module), stage, batch)
+        yield calls
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes:
-            module.training = mode
-    return calls
 
 
-def run_step(pl_module: LightningModule, twin: LightningModule, stage: Stage, batch: Any, index: int = 0) -> Any:
-    """A step of a stand-in on a batch. Where ``training_step`` would step optimizers, ``forward`` gets the batch.
+class _Shared:
+    """A value that deep copies of its holder share."""
 
-    Args:
-        pl_module: The module.
-        twin: Its stand-in.
-        stage: Whose step.
-        batch: Already on the device.
-        index: Of the batch.
-    """
-    if stage == "fit" and not pl_module.automatic_optimization:
-        return twin(batch[0] if isinstance(batch, (tuple, list)) else batch)
-    step = getattr(twin, _STEPS[stage])
-    takes = len(inspect.signature(step).parameters)
-    return step(*(batch, index)[:takes])
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: Any) -> _Shared:
+        return self
 
 
-@contextmanager
-def undisturbed(loader: Any) -> Iterator[Any]:
-    """The batches of a loader, or of several combined, read without moving what decides its next ones.
-
-    Args:
-        loader: What the user gave to the Trainer.
-    """
-    several = isinstance(loader, (list, tuple, dict))
-    parts = [loader] if not several else list(loader.values() if isinstance(loader, dict) else loader)
-    saved: list[tuple[Any, Any]] = []
-    for part in parts:
-        if hasattr(part, "state_dict") and hasattr(part, "load_state_dict"):
-            saved.append((part.load_state_dict, part.state_dict()))
-        generators = {id(g): g for g in (getattr(o, "generator", None) for o in (part, getattr(part, "sampler", None)))}
-        saved += [(g.set_state, g.get_state()) for g in generators.values() if g is not None]
-    try:
-        with torch.random.fork_rng([]):  # a shuffle draws its seed
-            yield (batch for batch, *_ in CombinedLoader(loader, "max_size_cycle")) if several else loader
-    finally:
-        for restore, state in saved:
-            restore(state)
+def _dtype(model: nn.Module) -> torch.dtype | None:
+    """Of the first floating parameter."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)

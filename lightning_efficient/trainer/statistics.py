@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from lightning_efficient.norms.blend import BlendNorm
+from lightning_efficient.norms.blend import BlendNorm, blend_norms
 from lightning_efficient.norms.recalibrate import recalibrate
-from lightning_efficient.trainer.example import run_step, undisturbed
-from lightning_efficient.trainer.stand_in import shadow
+from lightning_efficient.trainer.replay import EmptyLoaderError, Replay
 
 
 def recalibrate_in(trainer: Trainer, pl_module: LightningModule, batches: int, who: str) -> bool:
     """Average the statistics of the swapped norms over training batches, as ``training_step`` sees them.
 
-    Nothing is logged, no metric of the module counts them, the random state is as before afterwards. Under manual
-    optimization, where ``training_step`` would take optimizer steps, ``forward`` gets the batch, or the first of it.
+    Nothing is logged, no metric of the module counts them, no optimizer steps, everything but the statistics is as
+    before afterwards.
 
     Args:
         trainer: A Trainer inside ``fit``.
@@ -31,20 +29,20 @@ def recalibrate_in(trainer: Trainer, pl_module: LightningModule, batches: int, w
         Whether there was anything to average. If the step fails there is a warning, and the old statistics stay.
     """
     loader: Any = trainer.train_dataloader
-    count = min(batches, trainer.num_training_batches)
+    count = int(min(batches, trainer.num_training_batches))
     if loader is None or count < 1:
         return False
-    twin = shadow(pl_module)
-    steps = iter(range(int(count)))
+    replay, steps = Replay(trainer, pl_module, "fit"), iter(range(count))
 
     def forward(model: nn.Module, batch: Any) -> object:
-        batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-        with trainer.precision_plugin.forward_context():
-            return run_step(pl_module, twin, "fit", batch, next(steps))
+        return replay.step(batch, next(steps))
 
     try:
-        with undisturbed(loader) as whole:
-            done = recalibrate(pl_module, islice(whole, int(count)), forward=forward)
+        with replay.quiet(apart=[norm.target for norm in blend_norms(pl_module).values()]):
+            done = recalibrate(pl_module, replay.batches(loader, count), forward=forward)
+    except EmptyLoaderError as error:
+        rank_zero_warn(f"{who}: the running statistics were not recalibrated: {error} They are moving averages now.")
+        return False
     except Exception as error:
         rank_zero_warn(
             f"{who}: the running statistics were not recalibrated ({type(error).__name__}: {error}), because "

@@ -1,9 +1,8 @@
 """What validation would log now, asked for in the middle of a fit that does not notice.
 
 A second Trainer, or the Trainer's own validation loop, would move global state: process ranks, deterministic flags,
-loop counters, the last metrics that ``ModelCheckpoint`` and ``EarlyStopping`` read. So the loop here is our own: the
-user's ``validation_step`` runs on a stand-in of the module (see :mod:`lightning_efficient.trainer.stand_in`), which
-keeps what is logged for us and shares nothing that is counted.
+loop counters, the last metrics that ``ModelCheckpoint`` and ``EarlyStopping`` read. So the loop here is our own (see
+:mod:`lightning_efficient.trainer.replay`), and what is logged in it is kept for us.
 """
 
 from __future__ import annotations
@@ -13,23 +12,17 @@ import inspect
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.data import extract_batch_size
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.seed import isolate_rng
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_efficient.common.eager import uncompiled
-from lightning_efficient.trainer.example import undisturbed
-from lightning_efficient.trainer.stand_in import shadow
+from lightning_efficient.trainer.replay import Replay
 
 _LOG = inspect.signature(LightningModule.log)
 _SEED = 0
@@ -69,27 +62,11 @@ class ValidationOracle:
         known = [limit for limit in self.limits if limit is not None]
         return sum(known) if len(known) == len(self.limits) else None
 
-    def first(self) -> Any:
-        """The first validation batch, on the device."""
-        with self.quiet():
-            return next(iter(self._batches(0)))
-
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Evaluation mode without gradients, for calls inside; flags, buffers and random states come back."""
-        modules = list(self.pl_module.modules())
-        flags = [(module, module.training) for module in modules]
-        buffers = [(b, b.clone()) for b in self.pl_module.buffers()]
-        try:
-            with isolate_rng(), torch.no_grad(), uncompiled():
-                self.pl_module.eval()
-                yield
-        finally:
-            for module, training in flags:
-                module.training = training
-            for buffer, value in buffers:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+        """Evaluation mode without gradients, for calls inside; everything comes back as it was."""
+        with Replay(self.trainer, self.pl_module, "validate").quiet():
+            yield
 
     def __call__(self) -> dict[str, float]:
         """The wanted metrics, the same numbers on every process; inside :meth:`quiet`.
@@ -100,18 +77,17 @@ class ValidationOracle:
         random.seed(_SEED)  # validation that draws numbers draws the same ones for every network
         np.random.seed(_SEED)
         torch.manual_seed(_SEED)
-        log = _Log(len(self.loaders) > 1)
-        twin = shadow(self.pl_module, log.add)
+        several = len(self.loaders) > 1
+        log = _Log(several)
+        replay = Replay(self.trainer, self.pl_module, "validate", log.add)
+        twin = replay.twin.eval()
         for metric in (m for m in twin.modules() if isinstance(m, Metric)):
             metric.reset()
         twin.on_validation_epoch_start()
-        takes = len(inspect.signature(twin.validation_step).parameters)
         for index in range(len(self.loaders)):
-            for number, batch in enumerate(self._batches(index)):
+            for number, batch in enumerate(self._batches(replay, index)):
                 log.at(index, batch)
-                given = (batch, number, index) if len(self.loaders) > 1 else (batch, number)
-                with self.trainer.precision_plugin.forward_context():
-                    twin.validation_step(*given[:takes])
+                replay.validate(batch, number, index if several else None)
         log.at(None, None)
         twin.on_validation_epoch_end()
         if missing := [name for name in self.names if name not in log]:
@@ -121,25 +97,15 @@ class ValidationOracle:
             values = self.trainer.strategy.broadcast(values)
         return values
 
-    def _batches(self, index: int) -> Iterator[Any]:
+    def _batches(self, replay: Replay, index: int) -> Iterator[Any]:
         kept = None if self._kept is None else self._kept[index]
         if kept:
-            for batch in kept:  # a model may work on its input in place
-                yield self._moved(apply_to_collection(batch, Tensor, torch.clone), index)
+            yield from (replay.given(batch, index) for batch in kept)
             return
-        with undisturbed(self.loaders[index]) as whole:
-            for batch in islice(whole, self.limits[index]):
-                if kept is not None:
-                    kept.append(apply_to_collection(batch, Tensor, torch.clone))
-                yield self._moved(batch, index)
-
-    def _moved(self, batch: Any, index: int) -> Any:
-        """A batch on the device, through the hooks that Lightning's loop calls."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        name = "on_before_batch_transfer"
-        owner = data if data is not None and is_overridden(name, data, LightningDataModule) else self.pl_module
-        batch = owner.on_before_batch_transfer(self.trainer.precision_plugin.convert_input(batch), index)
-        return self.trainer.strategy.batch_to_device(batch, dataloader_idx=index)
+        for batch in replay.raw_batches(self.loaders[index], self.limits[index], index):
+            if kept is not None:
+                kept.append(batch)
+            yield replay.given(batch, index)
 
 
 def validation_loaders(trainer: Trainer) -> list[Any]:

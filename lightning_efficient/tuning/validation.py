@@ -21,7 +21,8 @@ from lightning_efficient.callbacks.temp_scale import TempScale
 from lightning_efficient.common.running import device_of
 from lightning_efficient.comparison.logs import direction
 from lightning_efficient.lifecycle.state import attachment
-from lightning_efficient.trainer.example import Example, example_of, undisturbed
+from lightning_efficient.trainer.example import Example, example_of
+from lightning_efficient.trainer.replay import undisturbed
 from lightning_efficient.tuning.sweep import TAUS, TemperatureSweep, checked_taus, sweep
 
 # Of the metric of all batches and the mean over batches: beyond float32 rounding they are different things.

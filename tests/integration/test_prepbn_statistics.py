@@ -180,7 +180,7 @@ def test_a_loader_with_a_position_keeps_it(tmp_path: Any) -> None:
     assert data.position == 5
 
 
-def test_manual_optimization_is_recalibrated_through_forward(tmp_path: Any) -> None:
+def test_manual_optimization_is_recalibrated_without_steps(tmp_path: Any) -> None:
     module, data = Manual("timm_vit"), loader(batches=8)
     t = trainer(tmp_path, PRepBN(transition=3, hold=1), max_steps=16)
     t.fit(module, data, loader(1))
