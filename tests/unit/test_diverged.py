@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_efficient import export, save_exported
 from lightning_efficient.common.comparing import ExportError, difference, gap, largest_gap
 from lightning_efficient.deploy.semi_structured import to_semi_structured
+from lightning_efficient.functional import apply_temp_scale
 from lightning_efficient.testing.checks import assert_close
 
 NAN, INF = math.nan, math.inf
@@ -155,6 +157,21 @@ def test_nan_agrees_with_nothing() -> None:
     assert difference({"a": one, "b": nan, "c": one}, {"a": one * INF, "b": nan, "c": one}).output == "b"
     with pytest.raises(AssertionError, match=r"'?b'? differs by inf"):
         assert_close({"a": one, "b": nan}, {"a": one + 0.1, "b": nan}, 0.2)
+
+
+def test_attention_whose_results_are_no_numbers_proves_nothing() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(*(f(x)[:, None] for f in (self.q, self.k, self.v)))
+
+    model, x = Attention(), X.reshape(2, 3, 8)
+    with pytest.raises(ValueError, match="nothing was changed"):
+        apply_temp_scale(spoil(model, "v.bias", NAN), 2.0, x)
+    apply_temp_scale(spoil(model, "v.bias", 0.0), 2.0, x)
 
 
 def test_gaps() -> None:
