@@ -209,8 +209,12 @@ class SAPPruning(PruningCallback):
             self._snapshot = self._take(trainer, pl_module)
         if self._over(trainer, trainer.current_epoch):  # resumed from a file of the validation, before the epoch's end
             self._close(trainer, pl_module)
-        if self._next is not None:
+        if self._next is not None and not self._done():
             self._go_on(trainer, pl_module)
+
+    def _done(self) -> bool:
+        """Whether the iterations that the run was divided into are over; what the last one asks for is not done."""
+        return bool(self.iterations) and self.epochs_per_iteration is None and len(self.history) > self.iterations
 
     def _go_on(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._next is not None

@@ -5,7 +5,7 @@ Weight-space methods never come here: their ``state_dict`` is plain at all times
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -230,8 +230,8 @@ def _take(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key[len(prefix) :]: state.pop(key) for key in keys}
 
 
-def replay_of(entry: Entry) -> Callable[[nn.Module], Change] | None:
-    """What makes the change of an entry on a model that has not got it; None: it folds, and the file is plain.
+def replay_of(entry: Entry) -> Callable[[nn.Module, Collection[str]], Change] | None:
+    """What makes the change of an entry on a model, but for the modules that have it; None: it folds, and is plain.
 
     Raises:
         RecipeError: When called: the model lacks modules that were changed, or the entry's arguments are no such.
@@ -243,7 +243,10 @@ def replay_of(entry: Entry) -> Callable[[nn.Module], Change] | None:
     known = fields(_CONFIGS[entry.method]) if entry.method in _CONFIGS else ()
     apply = METHODS[entry.method].find("replay")
 
-    def replay(model: nn.Module) -> Change:
+    def replay(model: nn.Module, done: Collection[str]) -> Change:
+        missing = [name for name in names if name not in done]
+        if not missing:
+            raise NoMatchError(f"{entry.method}: every module of the checkpoint's is changed already.")
         present = {canonical_name(name) for name, _ in model.named_modules()}
         if lacking := [name for name in names if name not in present]:
             raise RecipeError(
@@ -253,7 +256,7 @@ def replay_of(entry: Entry) -> Callable[[nn.Module], Change] | None:
         if lacking := [argument.name for argument in known if argument.name not in entry.config]:
             raise RecipeError(f"{entry.method} in the checkpoint's recipe, `config`: {lacking[0]!r} is missing.")
         try:
-            change: Change = apply(model, entry.config, names)
+            change: Change = apply(model, entry.config, missing)
         except NoMatchError:
             raise
         except ValueError as error:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar, cast
 
 from lightning.pytorch import LightningModule
+from torch import nn
 
+from lightning_efficient.common.change import Change
 from lightning_efficient.common.registry import METHODS
 from lightning_efficient.lifecycle import checkpoint as codec
 from lightning_efficient.lifecycle import recipe
 from lightning_efficient.lifecycle.cut_entries import CUT, ZEROED, make_cuts, read_cuts
 from lightning_efficient.lifecycle.files import File, read_checkpoint
 from lightning_efficient.lifecycle.hooks import hook_files, keep_request
-from lightning_efficient.lifecycle.recipe import RecipeError
+from lightning_efficient.lifecycle.recipe import Entry, RecipeError
 from lightning_efficient.lifecycle.state import Request, attachment, set_zeroed
 
 M = TypeVar("M", bound=LightningModule)
@@ -54,7 +57,7 @@ def load_from_checkpoint(
         return cls.load_from_checkpoint(path, map_location=map_location, **kwargs)
     if "_class_path" in (content.get(cls.CHECKPOINT_HYPER_PARAMS_KEY) or ()):
         kwargs.setdefault("_class_path", None)  # written by a CLI; it would have to name a subclass of the loader below
-    requests = [Request(e.method, e.key, dict(e.config), replay) for e, replay in replays]
+    requests = [_request(entry, replay) for entry, replay in replays]
 
     def configure_model(self: LightningModule) -> None:
         cls.configure_model(self)
@@ -92,3 +95,13 @@ def load_from_checkpoint(
     for request in requests:
         keep_request(model, request)
     return model
+
+
+def _request(entry: Entry, replay: Callable[[nn.Module, Collection[str]], Change]) -> Request:
+    """The change of an entry, for a model whose ``configure_model`` may make modules anew."""
+    request = Request(entry.method, entry.key, dict(entry.config), apply=lambda model: replay(model, changed()))
+
+    def changed() -> set[str]:
+        return {name for change in request.changes for name in change.swaps}
+
+    return request

@@ -18,9 +18,10 @@ import torch
 from lightning.pytorch import LightningModule
 
 from lightning_efficient.testing.case import Callbacks, Case, Loader
+from lightning_efficient.testing.histories import HISTORIES
 from lightning_efficient.testing.scenarios import SCENARIOS
 
-__all__ = ["SCENARIOS", "Case", "assert_method_contract"]
+__all__ = ["HISTORIES", "SCENARIOS", "Case", "assert_method_contract"]
 
 
 def assert_method_contract(
@@ -42,7 +43,8 @@ def assert_method_contract(
         loader: ``loader(batches, size, dtype)`` makes a data loader without shuffling.
         folds: Whether the method's checkpoints are loadable without this package.
         more_graphs: How many graphs more than without the callback ``torch.compile`` may build in a run.
-        scenarios: Names from :data:`SCENARIOS`; None: all whose variant is given.
+        scenarios: Names from :data:`SCENARIOS` and :data:`HISTORIES` (how a run came to be); None: all whose variant
+            is given.
         refused: Scenario → pattern of the error with which the method refuses it.
         root: Folder for checkpoints; None: a temporary one.
 
@@ -53,7 +55,8 @@ def assert_method_contract(
         AssertionError: A promise is not kept.
     """
     table: dict[str, str] = {}
-    for name in scenarios if scenarios is not None else SCENARIOS:
+    known = SCENARIOS | HISTORIES
+    for name in scenarios if scenarios is not None else known:
         needs = name if name in _VARIANTS else "plain"
         if needs not in modules:
             table[name] = f"no {needs!r} variant given"
@@ -64,11 +67,11 @@ def assert_method_contract(
             case = Case(callback, modules, loader, root or Path(folder), folds, more_graphs=more_graphs)
             pattern = (refused or {}).get(name)
             if pattern is None:
-                SCENARIOS[name](case)
+                known[name](case)
                 table[name] = "passed"
             else:
                 with _refusal(pattern) as message:
-                    SCENARIOS[name](case)
+                    known[name](case)
                 table[name] = f"refused: {message[0]}"
     return table
 

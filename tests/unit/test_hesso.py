@@ -92,6 +92,7 @@ def test_a_plan_follows_the_run() -> None:
     assert HessoConfig().plan(1000) == Plan(100, 200, 10)
     assert HessoConfig(start=3, duration=7, periods=2).plan(None) == Plan(3, 7, 2)
     assert HessoConfig().plan(0).period(0) == 0  # a run of no steps has a plan, and never gets to it
+    assert [HessoConfig().plan(total).periods for total in (1, 2, 20, 32, 100)] == [1, 1, 4, 7, 10]
 
 
 @pytest.mark.parametrize(
@@ -104,9 +105,9 @@ def test_a_plan_follows_the_run() -> None:
         ({"periods": 0}, 100, "`periods` must be a whole number from 1; got 0"),
         ({"group_divisible": 2.0}, 100, "`group_divisible` must be a whole number from 1; got 2.0"),
         ({"saliency": {"size": 1.0}}, 100, "'size'; the criteria are"),
-        ({}, 20, r"10 `periods` need at least one step each, but `duration`=0.2 is 4 step"),
+        ({"periods": 10}, 20, r"10 `periods` need at least one step each, but `duration`=0.2 is 4 step"),
         ({}, None, "run's length is unknown"),
-        ({"start": 0.9, "duration": 0.2}, 100, "ends at step"),
+        ({"start": 0.9, "duration": 0.2}, 100, "end at step"),
     ],
 )
 def test_bad_schedules(arguments: dict[str, object], total: int | None, said: str) -> None:

@@ -1,0 +1,44 @@
+"""The table method × history: what a run resumes from, and what it must not believe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+from test_contract import data, variants
+
+from lightning_efficient import (
+    HESSOPruning,
+    MagnitudePruning,
+    PAGCPPruning,
+    PRepBN,
+    SAPPruning,
+    SigmaReparam,
+    TempScale,
+)
+from lightning_efficient.testing import HISTORIES, assert_method_contract
+
+# Runs of six steps; what is given as fractions must go on in the steps it had when a run becomes longer.
+METHODS: dict[str, tuple[Callable[[], Any], str, bool]] = {
+    "sigma_reparam": (SigmaReparam, "encoder", True),
+    "norm_swap": (partial(PRepBN, target="dyt", transition=0.5, hold=0.2), "timm_vit", False),
+    "norm_swap_repbn": (partial(PRepBN, target="affine", transition=0.5, hold=0.2), "timm_vit", False),
+    "temp_scale": (partial(TempScale, tau=0.5), "timm_vit", True),
+    "temp_scale_transition": (partial(TempScale, tau=0.5, transition=0.5), "encoder", True),
+    "magnitude": (partial(MagnitudePruning, 0.5), "cnn", True),
+    "iterative": (partial(MagnitudePruning, amount=0.5, schedule="iterative", rounds=2), "cnn", True),
+    "sap": (partial(SAPPruning, iterations=2), "cnn", True),
+    "hesso": (partial(HESSOPruning, start=0.2, duration=0.6, periods=2), "cnn", True),
+    "cric": (partial(HESSOPruning, start=0, duration=0.9, periods=2, cric=True), "cnn", True),
+    "pagcp": (partial(PAGCPPruning, start=0.5, budgets={"val_loss": 4.0}), "cnn", True),
+}
+
+
+@pytest.mark.parametrize("history", HISTORIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_history(method: str, history: str) -> None:
+    make, net, folds = METHODS[method]
+    table = assert_method_contract(make, variants(net), data, folds=folds, scenarios=[history])
+    assert table == {history: "passed"}
