@@ -63,7 +63,7 @@ class Replay:
         self._data = None if data is None else data_stand_in(data)
 
     @contextmanager
-    def quiet(self, apart: Iterable[nn.Module] = ()) -> Iterator[None]:
+    def quiet(self, apart: Iterable[nn.Module] = (), parameters: bool = True) -> Iterator[None]:
         """Evaluation mode, and everything as it was found afterwards.
 
         That is what :func:`~lightning_efficient.common.running.as_found` says of the module, and the Trainer's stage
@@ -71,6 +71,7 @@ class Replay:
 
         Args:
             apart: Modules whose buffers are the caller's to write.
+            parameters: Also put back the values of parameters, which takes a copy of them.
         """
         with (
             torch.inference_mode(False),
@@ -78,7 +79,7 @@ class Replay:
             silent(self.trainer),
             _in_stage(self.trainer, _RUNNING[self.stage]),
             randomness_kept(cuda_devices(self.trainer)),
-            as_found(self.pl_module, parameters=True, apart=apart),
+            as_found(self.pl_module, parameters=parameters, apart=apart),
             uncompiled(),
         ):
             self.pl_module.eval()

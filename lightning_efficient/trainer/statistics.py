@@ -32,12 +32,13 @@ def recalibrate_in(trainer: Trainer, pl_module: LightningModule, batches: int, w
     count = int(min(batches, trainer.num_training_batches))
     if loader is None or count < 1:
         return False
-    replay, steps = Replay(trainer, pl_module, "fit"), iter(range(count))
-
-    def forward(model: nn.Module, batch: Any) -> object:
-        return replay.step(batch, next(steps))
-
+    steps = iter(range(count))
     try:
+        replay = Replay(trainer, pl_module, "fit")
+
+        def forward(model: nn.Module, batch: Any) -> object:
+            return replay.step(batch, next(steps))
+
         with replay.quiet(apart=[norm.target for norm in blend_norms(pl_module).values()]):
             done = recalibrate(pl_module, replay.batches(loader, count), forward=forward)
     except EmptyLoaderError as error:
