@@ -7,7 +7,7 @@ statistics, the validation oracle, CRIC's probes, the finished form.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any, Literal
@@ -86,7 +86,7 @@ class Replay:
             self.twin.eval()
             yield
 
-    def batches(self, loader: Any, most: int | None = None, index: int = 0) -> Iterator[Any]:
+    def batches(self, loader: Any, most: int | None = None, index: int = 0) -> Generator[Any, None, None]:
         """Batches as the step gets them; the loader forgets that it gave them.
 
         Args:
@@ -97,7 +97,8 @@ class Replay:
         Raises:
             EmptyLoaderError: There is none.
         """
-        return (self.given(batch, index) for batch in self.raw_batches(loader, most, index))
+        for batch in self.raw_batches(loader, most, index):
+            yield self.given(batch, index)
 
     def raw_batches(self, loader: Any, most: int | None = None, index: int = 0) -> Iterator[Any]:
         """Batches as the loader gives them; see :meth:`batches`."""
