@@ -7,7 +7,7 @@ statistics, the validation oracle, CRIC's probes, the finished form.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any, Literal
@@ -63,7 +63,7 @@ class Replay:
         self._data = None if data is None else data_stand_in(data)
 
     @contextmanager
-    def quiet(self, apart: Iterable[nn.Module] = ()) -> Iterator[None]:
+    def quiet(self, apart: Iterable[nn.Module] = (), parameters: bool = True) -> Iterator[None]:
         """Evaluation mode, and everything as it was found afterwards.
 
         That is what :func:`~lightning_efficient.common.running.as_found` says of the module, and the Trainer's stage
@@ -71,6 +71,7 @@ class Replay:
 
         Args:
             apart: Modules whose buffers are the caller's to write.
+            parameters: Also put back the values of parameters, which takes a copy of them.
         """
         with (
             torch.inference_mode(False),
@@ -78,14 +79,14 @@ class Replay:
             silent(self.trainer),
             _in_stage(self.trainer, _RUNNING[self.stage]),
             randomness_kept(cuda_devices(self.trainer)),
-            as_found(self.pl_module, parameters=True, apart=apart),
+            as_found(self.pl_module, parameters=parameters, apart=apart),
             uncompiled(),
         ):
             self.pl_module.eval()
             self.twin.eval()
             yield
 
-    def batches(self, loader: Any, most: int | None = None, index: int = 0) -> Iterator[Any]:
+    def batches(self, loader: Any, most: int | None = None, index: int = 0) -> Generator[Any, None, None]:
         """Batches as the step gets them; the loader forgets that it gave them.
 
         Args:
@@ -96,7 +97,8 @@ class Replay:
         Raises:
             EmptyLoaderError: There is none.
         """
-        return (self.given(batch, index) for batch in self.raw_batches(loader, most, index))
+        for batch in self.raw_batches(loader, most, index):
+            yield self.given(batch, index)
 
     def raw_batches(self, loader: Any, most: int | None = None, index: int = 0) -> Iterator[Any]:
         """Batches as the loader gives them; see :meth:`batches`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -32,14 +33,18 @@ def recalibrate_in(trainer: Trainer, pl_module: LightningModule, batches: int, w
     count = int(min(batches, trainer.num_training_batches))
     if loader is None or count < 1:
         return False
-    replay, steps = Replay(trainer, pl_module, "fit"), iter(range(count))
-
-    def forward(model: nn.Module, batch: Any) -> object:
-        return replay.step(batch, next(steps))
-
+    steps = iter(range(count))
     try:
-        with replay.quiet(apart=[norm.target for norm in blend_norms(pl_module).values()]):
-            done = recalibrate(pl_module, replay.batches(loader, count), forward=forward)
+        replay = Replay(trainer, pl_module, "fit")
+
+        def forward(model: nn.Module, batch: Any) -> object:
+            return replay.step(batch, next(steps))
+
+        with (
+            replay.quiet(apart=[norm.target for norm in blend_norms(pl_module).values()]),
+            closing(replay.batches(loader, count)) as given,  # also where a step fails, whose traceback would hold it
+        ):
+            done = recalibrate(pl_module, given, forward=forward)
     except EmptyLoaderError as error:
         rank_zero_warn(f"{who}: the running statistics were not recalibrated: {error} They are moving averages now.")
         return False

@@ -19,6 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, T
 from torchmetrics import MeanMetric
 
 from lightning_efficient.common.running import float64_copy
+from lightning_efficient.functional import apply_norm_swap
 from lightning_efficient.trainer.example import example_of, first_batch, whole_step_of
 from lightning_efficient.trainer.replay import Replay
 from lightning_efficient.trainer.statistics import recalibrate_in
@@ -45,7 +46,7 @@ class Messy(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.inner, self.bn, self.momentum = Inner(), nn.BatchNorm1d(4), nn.Linear(4, 4).requires_grad_(False)
-        self.frozen = nn.Linear(4, 4).eval()
+        self.frozen, self.norm, self.fails = nn.Linear(4, 4).eval(), nn.LayerNorm(4), False
         self.metric, self.loose = MeanMetric(), {"mean": [MeanMetric()]}
         self.recent: deque[float] = deque(maxlen=3)
         self.nested: dict[str, list[int]] = {"seen": []}
@@ -61,7 +62,7 @@ class Messy(pl.LightningModule):
         self.bn.running_var.add_(1)
         drawn = random.random() + np.random.rand() + self.noise.random() + self.dice.random()
         out = self.momentum(self.bn(self.inner(x))) + self.frozen(x) + torch.randn_like(x) * drawn
-        loss = out.square().mean()
+        loss = self.norm(out).square().mean() + out.mean()
         self.metric.update(loss.detach())
         self.loose["mean"][0].update(loss.detach())
         self.recent.append(loss.item())
@@ -69,6 +70,8 @@ class Messy(pl.LightningModule):
         self.log_dict({"loss": loss, "metric": self.metric})
         if self.logger is not None:
             self.logger.log_metrics({"direct": 1.0}, step=0)
+        if self.fails:
+            raise IndexError("it fails")
         return loss
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -96,7 +99,7 @@ def traces(t: pl.Trainer, m: Messy, batch: Any) -> dict[str, Any]:
         "parameters": [p.detach().clone() for p in m.parameters()],
         "gradients": [None if p.grad is None else p.grad.clone() for p in m.parameters()],
         "requires_grad": [p.requires_grad for p in m.parameters()],
-        "buffers": {name: b.clone() for name, b in m.named_buffers()},
+        "buffers": {name: b.clone() for name, b in m.named_buffers() if "norm.target" not in name},
         "identity": [id(tensor) for tensor in (*m.parameters(), *m.buffers())],
         "training": [x.training for x in m.modules()],
         "metrics": [(x.update_count, x.mean_value.clone()) for x in means],
@@ -139,7 +142,7 @@ WAYS: dict[str, Callable[[Any, Any, Any], object]] = {
     "first batch": lambda t, m, batch: first_batch(t),
     "example": lambda t, m, batch: example_of(t, m, "fit", batch),
     "whole step": lambda t, m, batch: whole_step_of(t, m, "validate", batch),
-    "statistics": lambda t, m, batch: recalibrate_in(t, m, 3, "test"),
+    "statistics": lambda t, m, batch: averaged(t, m),
     "oracle": lambda t, m, batch: asked(ValidationOracle(t, m, ["loss"])),
     "a step that fails": lambda t, m, batch: failing(t, m),
 }
@@ -150,16 +153,19 @@ def asked(oracle: ValidationOracle) -> None:
         oracle()
 
 
+def averaged(t: Any, m: Any) -> None:
+    before = m.norm.target.bn.running_mean.clone()
+    assert recalibrate_in(t, m, 3, "test")
+    assert not torch.equal(before, m.norm.target.bn.running_mean)
+
+
 def failing(t: Any, m: Any) -> None:
-    replay = Replay(t, m, "fit")
-
-    def fail() -> None:
-        with replay.quiet():
-            replay.step((torch.ones(2, 4).to(m.bn.weight),), 0)
-            replay.step((), 1)
-
-    with pytest.raises(IndexError):
-        fail()
+    m.fails = True
+    with pytest.warns(UserWarning, match="not recalibrated .IndexError: it fails"):
+        assert not recalibrate_in(t, m, 3, "test")
+    with pytest.raises(ValueError, match="it fails"):
+        example_of(t, m, "fit", first_batch(t))
+    m.fails = False
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "64-true"])
@@ -180,7 +186,9 @@ def test_everything_is_as_found(tmp_path: Path, way: str, precision: Any) -> Non
     t = trainer(
         tmp_path, hooks, max_steps=2, accumulate_grad_batches=2, logger=CSVLogger(tmp_path), precision=precision
     )
-    t.fit(Messy(), data, DataLoader(data.dataset, 4))
+    module = Messy()
+    apply_norm_swap(module, {"include": ["norm"]})
+    t.fit(module, data, DataLoader(data.dataset, 4))
     assert len(looked) == 9
     assert max(looked) > 0, "in the middle of an accumulation"
 

@@ -33,6 +33,7 @@ from lightning_efficient.trainer.replay import EmptyLoaderError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*in eval mode"),
+    pytest.mark.filterwarnings("ignore:You have overridden `on_.*_batch_transfer`"),
     pytest.mark.filterwarnings("ignore:Total length of .* across ranks is zero"),
 ]
 
@@ -128,22 +129,40 @@ METHODS: dict[str, Callable[[], Any]] = {
 }
 
 
+class Data(pl.LightningDataModule):
+    """Prepares inputs in its own hook, which comes before the module's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.data = loader(prepared=False)
+
+    def train_dataloader(self) -> Any:
+        return self.data
+
+    def val_dataloader(self) -> Any:
+        return self.data
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return {**batch, "x": (batch["x"] - SHIFT) / SCALE}
+
+
 METHODS["sap"] = lambda: SAPPruning(iterations=2, scope="layer")
 
 
-def fitted(root: Path, method: str, module: Task, data: DataLoader[Any], **kwargs: Any) -> dict[str, Tensor]:
+def fitted(root: Path, method: str, module: Task, data: DataLoader[Any] | Data, **kwargs: Any) -> dict[str, Tensor]:
     """Weights, statistics and logged numbers after ten steps."""
     t = trainer(root, METHODS[method](), max_steps=10, **kwargs)
-    t.fit(module, data, data)
+    t.fit(module, datamodule=data) if isinstance(data, Data) else t.fit(module, data, data)
     state = {k: v.clone() for k, v in module.state_dict().items() if isinstance(v, Tensor)}
     return state | {k: torch.as_tensor(float(v)) for k, v in t.callback_metrics.items()}
 
 
-@pytest.mark.parametrize("where", ["before", "after"])
+@pytest.mark.parametrize("where", ["before", "after", "data module"])
 @pytest.mark.parametrize("method", METHODS)
 def test_inputs_prepared_in_a_hook(tmp_path: Path, method: str, where: str) -> None:
     expected = fitted(tmp_path, method, Task(), loader(prepared=True))
-    assert differing(fitted(tmp_path, method, Task(where), loader(prepared=False)), expected) == []
+    data = Data() if where == "data module" else loader(prepared=False)
+    assert differing(fitted(tmp_path, method, Task(where), data), expected) == []
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true", "16-true"])
