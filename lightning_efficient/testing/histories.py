@@ -171,21 +171,12 @@ class _Data(LightningDataModule):
         self.case, self.batch_size = case, 4
 
     def train_dataloader(self) -> Loader:
-        """As many batches as a run has steps, whatever their size."""
-        return self.case.data(size=self.batch_size)
+        """The same batches whatever is tried: Lightning trains on with the last size it tried, with us or without."""
+        return self.case.data()
 
     def val_dataloader(self) -> Loader:
         """One batch."""
         return self.case.loader(1, 4, torch.float32)
-
-
-class _TryBatchSize(BatchSizeFinder):
-    """Tries batch sizes, and keeps the one there was."""
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Try, and go back."""
-        super().on_fit_start(trainer, pl_module)
-        trainer.datamodule.batch_size = 4  # type: ignore[attr-defined]
 
 
 def tuned(case: Case) -> None:
@@ -209,7 +200,7 @@ def finders(case: Case) -> None:
     for first in (True, False):
         for finder in (
             LearningRateFinder(num_training_steps=3, update_attr=False),
-            _TryBatchSize(steps_per_trial=1, max_trials=1),
+            BatchSizeFinder(steps_per_trial=1, max_trials=1),
         ):
             listed = (finder, *case.ours()) if first else (*case.ours(), finder)
             module = case.modules["plain"]()

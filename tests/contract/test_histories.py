@@ -32,7 +32,7 @@ METHODS: dict[str, tuple[Callable[[], Any], str, bool]] = {
     "sap": (partial(SAPPruning, iterations=2), "cnn", True),
     "hesso": (partial(HESSOPruning, start=0.2, duration=0.6, periods=2), "cnn", True),
     "cric": (partial(HESSOPruning, start=0, duration=0.9, periods=2, cric=True), "cnn", True),
-    "pagcp": (partial(PAGCPPruning, start=0.5, budgets={"val_loss": 4.0}), "cnn", True),
+    "pagcp": (partial(PAGCPPruning, start=0.5, most=0.3, budgets={"val_loss": 1.0}), "timm_vit", True),
 }
 
 
@@ -40,5 +40,9 @@ METHODS: dict[str, tuple[Callable[[], Any], str, bool]] = {
 @pytest.mark.parametrize("method", METHODS)
 def test_history(method: str, history: str) -> None:
     make, net, folds = METHODS[method]
-    table = assert_method_contract(make, variants(net), data, folds=folds, scenarios=[history])
-    assert table == {history: "passed"}
+    # Forked processes hand plain weights to their parent, and these norms are none until they are exported;
+    # `test_prepbn_ddp.py` has two processes that are not forked.
+    refused = {"more_devices": "norm_swap does not fold"} if not folds else {}
+    options: dict[str, Any] = {"folds": folds, "scenarios": [history], "refused": refused}
+    outcome = assert_method_contract(make, variants(net), data, **options)[history]
+    assert outcome == "passed" or (history in refused and outcome.startswith("refused"))
