@@ -19,7 +19,7 @@ from lightning_efficient.attention.trace import ROOT
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.match import NoMatchError, canonical_name
 from lightning_efficient.common.registry import METHODS
-from lightning_efficient.common.schema import Int, MapOf, OrNone, Plain, Record, Text, check
+from lightning_efficient.common.schema import Int, ListOf, MapOf, OrNone, Plain, Record, TensorOf, Text, check
 from lightning_efficient.lifecycle import recipe
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
 from lightning_efficient.norms.swap import NormSwapConfig
@@ -162,8 +162,9 @@ def _check_laws(laws: Mapping[str, Law], entries: Sequence[Entry]) -> None:
                 f"file's weights hold ({sorted(laws)[:4]}); it names {sorted(sites)[:4]}, and they differ in "
                 f"{sorted(strangers)[:4]}."
             )
-        taus = [float(t) for t in (tau if isinstance(tau, list | tuple) else [tau]) if type(t) in (int, float)]
+        taus = tau if isinstance(tau, list | tuple) else [tau]
         moving = [tensors["log_tau"] for tensors in entry.tensors.values() if "log_tau" in tensors]
+        check(moving, ListOf(TensorOf("floating", ndim=1)), "temp_scale in the checkpoint's recipe, its `log_tau`")
         for name, law in laws.items():
             same = law.mode == entry.config.get("mode")
             same &= law.mode != "log_n" or law.length == entry.config.get("length")
