@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, help="file written by a Trainer")
+    parser.add_argument("checkpoint", help="file written by a Trainer: a path, or a URL such as s3://bucket/last.ckpt")
     parser.add_argument("--model", required=True, metavar="CLASS", help="import path of the LightningModule")
     parser.add_argument(
         "--out", required=True, type=Path, metavar="FILE",
@@ -84,6 +84,10 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input-shape", metavar="N,N,...", type=_shape,
         help="shape of a random float input, batch first; default: the model's example_input_array",
+    )  # fmt: skip
+    parser.add_argument(
+        "--weights-only", "--weights_only", type=_flag, metavar="BOOL",
+        help="false: run what code the file asks for, if you trust it; default: true",
     )  # fmt: skip
     parser.add_argument("--dynamic-batch", action="store_true", help="let the program accept any batch size")
 
@@ -129,6 +133,12 @@ def _add_ablate(parser: argparse.ArgumentParser) -> None:
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="three methods, one seed, a few epochs: under a minute")
     parser.add_argument("--out", type=Path, default=Path("efficient_demo"), metavar="DIR", help="default: %(default)s")
+
+
+def _flag(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -16,9 +16,10 @@ from rich.markup import escape
 from torch import nn
 
 from lightning_efficient.cli.efficient_cli import EfficientCLI
-from lightning_efficient.cli.errors import short_errors
+from lightning_efficient.cli.errors import only_libraries, short_errors
 from lightning_efficient.cli.targets import show_targets
 from lightning_efficient.cli.tune import tune
+from lightning_efficient.common.registry import near
 from lightning_efficient.lifecycle.load import load_from_checkpoint
 
 __all__ = ["run_ablate", "run_compare", "run_demo", "run_export", "run_targets", "run_tune_temperature", "train"]
@@ -58,15 +59,14 @@ def run_export(options: Namespace) -> None:
     """``export``: load a checkpoint, export a plain model, save and check the file.
 
     Args:
-        options: ``checkpoint``, ``model``, ``out``, ``submodule``, ``input_shape``, ``dynamic_batch``.
+        options: ``checkpoint``, ``model``, ``out``, ``submodule``, ``input_shape``, ``dynamic_batch``,
+            ``weights_only``.
     """
     from lightning_efficient.deploy.export import export, save_exported
 
     with short_errors():
         cls = import_class(options.model)
-        if not options.checkpoint.is_file():
-            raise FileNotFoundError(f"no checkpoint {str(options.checkpoint)!r}.")
-        model: nn.Module = load_from_checkpoint(cls, options.checkpoint, map_location="cpu")
+        model: nn.Module = _load(cls, options.checkpoint, options.weights_only)
         example: Any = getattr(model, "example_input_array", None)
         if options.input_shape is not None:
             example = torch.randn(options.input_shape, generator=torch.Generator().manual_seed(0))
@@ -79,6 +79,18 @@ def run_export(options: Namespace) -> None:
     Console().print(f"{options.out}  {size:.1f} MiB  ({checked})", highlight=False)
 
 
+def _load(cls: type[LightningModule], checkpoint: str, weights_only: bool | None) -> LightningModule:
+    try:
+        return load_from_checkpoint(cls, checkpoint, map_location="cpu", weights_only=weights_only)
+    except (TypeError, RuntimeError) as error:
+        if not only_libraries(error):
+            raise
+        raise ValueError(
+            f"{checkpoint!r} does not fit --model {cls.__module__}.{cls.__name__}: {error} Is it another class, or "
+            "does it not call `save_hyperparameters()`?"
+        ) from error
+
+
 def import_class(path: str) -> type[LightningModule]:
     """The LightningModule class at an import path.
 
@@ -86,12 +98,19 @@ def import_class(path: str) -> type[LightningModule]:
         path: Such as ``my_package.models.MyModule``.
 
     Raises:
-        ValueError: It cannot be imported, or is something else.
+        ValueError: There is no such module or class, or it is something else.
     """
     module, _, name = path.rpartition(".")
     try:
-        found = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        if not module:
+            raise ValueError("no module is named")
+        found = getattr(import_module(module), name, None)
+        if found is None:
+            raise ValueError(f"module {module!r} has no {name!r}{near(name, vars(import_module(module)))}")
+    except (ModuleNotFoundError, ValueError) as error:
+        # What that module itself fails to import is a mistake in it.
+        if isinstance(error, ModuleNotFoundError) and not f"{module}.".startswith(f"{error.name}."):
+            raise
         raise ValueError(f"cannot import --model {path!r}: {error}. Expected package.module.Class.") from error
     if not (isinstance(found, type) and issubclass(found, LightningModule)):
         raise ValueError(f"--model {path!r} is {found!r}; expected a LightningModule class.")

@@ -7,10 +7,11 @@ import re
 from typing import Any, NoReturn
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from lightning_efficient.common.names import VARIABLE
 from lightning_efficient.common.registry import METHODS, near
+from lightning_efficient.lifecycle.files import ShardedCheckpointError, check_checkpoint
 from lightning_efficient.lifecycle.methods import callback_class
 
 _UNKNOWN_OPTION = re.compile(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)")
@@ -49,6 +50,27 @@ def add_method_arguments(parser: LightningArgumentParser) -> None:
         parser.set_defaults({f"{method}.enabled": False})
 
 
+def check_path(config: Any, weights_only: bool | None) -> None:
+    """Refuse the ``ckpt_path`` of a parsed configuration if it is no whole checkpoint.
+
+    Args:
+        config: Of one command, with ``trainer`` in it.
+        weights_only: As it will be loaded.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointError: It is something else.
+    """
+    path, strategy = config.get("ckpt_path"), config["trainer"].get("strategy")
+    if path in (None, "best", "last", "hpc") or str(path).startswith("registry"):  # what the Trainer looks for itself
+        return
+    try:
+        check_checkpoint(str(path), weights_only)
+    except ShardedCheckpointError:
+        if strategy is None or str(strategy).startswith(("auto", "ddp", "single")):
+            raise
+
+
 class EfficientCLI(LightningCLI):
     """``LightningCLI`` with one top-level key per method: ``sigma_reparam``, ``collapse_monitor``.
 
@@ -73,6 +95,22 @@ class EfficientCLI(LightningCLI):
         """
         super().add_core_arguments_to_parser(parser)
         add_method_arguments(parser)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, then refuse a ``ckpt_path`` that is no whole checkpoint before anything is made.
+
+        Args:
+            parser: The parser.
+            args: What to parse; None: the arguments of the process.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            CheckpointError: It is something else.
+        """
+        super().parse_arguments(parser, args)
+        if name := self.config.get("subcommand"):
+            # Lightning reads the hyper-parameters in it now, and only from plain data.
+            check_path(self.config[name], weights_only=True)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer, unless a method would be in it twice.

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from rich.console import Console
 
 from lightning_efficient.callbacks.temp_scale import TempScale
-from lightning_efficient.cli.efficient_cli import EfficientCLI
+from lightning_efficient.cli.efficient_cli import EfficientCLI, check_path
 from lightning_efficient.tuning.sweep import TAUS
 from lightning_efficient.tuning.validation import tune_on_validation
 
@@ -54,6 +54,7 @@ class _TuneCLI(EfficientCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = parser.parse_args(cast(list[str], args))
+        check_path(self.config, self.config.get("weights_only"))
 
     def before_instantiate_classes(self) -> None:
         # Every batch is a validation of its own here: nothing to log, and no bar for each.
@@ -82,12 +83,11 @@ def tune(args: Sequence[str], console: Console | None = None) -> None:
             "`temp_scale` asks for a temperature that depends on the length or is learned, and a sweep sets a constant "
             "one: leave its `mode` and `learnable` out."
         )
-    if (path := options["ckpt_path"]) and "://" not in path and not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint {path!r}.")
     ours.enabled = False  # the sweep sets the temperature; of the method's key, only what it covers is used
     found = tune_on_validation(
         cli.trainer, cli.model, options["metric"], options["taus"], datamodule=cli.datamodule,
-        ckpt_path=options["ckpt_path"], maximize=None if options["mode"] is None else options["mode"] == "max",
+        ckpt_path=options["ckpt_path"], weights_only=options.get("weights_only"),
+        maximize=None if options["mode"] is None else options["mode"] == "max",
         include=ours.include, exclude=ours.exclude, resamples=options["resamples"],
     )  # fmt: skip
     console = console or Console()

@@ -319,8 +319,8 @@ class _Never(Schema):
 
 
 @dataclass(frozen=True)
-class Record(Schema):
-    """A mapping with these fields, perhaps the ``optional`` ones, and no others."""
+class Part(Schema):
+    """A mapping with these fields, perhaps the ``optional`` ones, and whatever else."""
 
     fields: Mapping[str, Schema]
     optional: Mapping[str, Schema] = field(default_factory=dict)
@@ -336,9 +336,18 @@ class Record(Schema):
         for name in self.fields:
             if name not in value:
                 yield _Never(f"there, {self.fields[name]}"), f"[{name!r}]", None
-        names = ", ".join(map(repr, known)) or "none"
-        for key, item in value.items():
-            yield (known[key], f"[{key!r}]", item) if key in known else (_Never(f"a known field: {names}"), _KEY, key)
+        yield from ((known[key], f"[{key!r}]", item) for key, item in value.items() if key in known)
+
+
+@dataclass(frozen=True)
+class Record(Part):
+    """A mapping with these fields, perhaps the ``optional`` ones, and no others."""
+
+    def _parts(self, value: Any) -> Iterator[tuple[Schema, str, Any]]:
+        yield from super()._parts(value)
+        known = ", ".join(map(repr, {**self.fields, **self.optional})) or "none"
+        strangers = (key for key in value if key not in self.fields and key not in self.optional)
+        yield from ((_Never(f"a known field: {known}"), _KEY, key) for key in strangers)
 
 
 @dataclass(frozen=True)

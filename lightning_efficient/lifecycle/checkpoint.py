@@ -19,7 +19,7 @@ from lightning_efficient.attention.trace import ROOT
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.match import NoMatchError, canonical_name
 from lightning_efficient.common.registry import METHODS
-from lightning_efficient.common.schema import Int, MapOf, OrNone, Plain, Record, Text, check
+from lightning_efficient.common.schema import Int, ListOf, MapOf, OrNone, Plain, Record, TensorOf, Text, check
 from lightning_efficient.lifecycle import recipe
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
 from lightning_efficient.norms.swap import NormSwapConfig
@@ -154,7 +154,7 @@ def _check_laws(laws: Mapping[str, Law], entries: Sequence[Entry]) -> None:
         check(entry.config["layout"], _LAYOUT, "temp_scale in the checkpoint's recipe, `layout`")
         layout = {"" if name == ROOT else name: site for name, site in entry.config["layout"].items()}
         sites = {name: site for name, site in layout.items() if site["adapter"] is not None}
-        tau = entry.config.get("tau")  # 1 needs no adapter
+        tau: Any = entry.config.get("tau")  # 1 needs no adapter
         all_move = entry.config.get("mode") != "constant" or (type(tau) in (int, float) and tau != 1)
         if strangers := set(laws) - set(sites) or (set(sites) - set(laws) if all_move else set()):
             raise ValueError(
@@ -162,11 +162,21 @@ def _check_laws(laws: Mapping[str, Law], entries: Sequence[Entry]) -> None:
                 f"file's weights hold ({sorted(laws)[:4]}); it names {sorted(sites)[:4]}, and they differ in "
                 f"{sorted(strangers)[:4]}."
             )
+        taus = tau if isinstance(tau, list | tuple) else [tau]
+        moving = [tensors["log_tau"] for tensors in entry.tensors.values() if "log_tau" in tensors]
+        check(moving, ListOf(TensorOf("floating", ndim=1)), "temp_scale in the checkpoint's recipe, its `log_tau`")
         for name, law in laws.items():
-            if law.log_tau is not None and len(law.log_tau) not in (1, sites[name]["heads"]):
+            same = law.mode == entry.config.get("mode")
+            same &= law.mode != "log_n" or law.length == entry.config.get("length")
+            if law.log_tau is None:
+                same &= law.tau in taus
+            elif entry.tensors:
+                here = law.log_tau.data
+                same &= any(t.shape == here.shape and torch.allclose(t.to(here), here, 1e-2, 1e-3) for t in moving)
+            if not same:
                 raise ValueError(
-                    f"the file's temperature of {name!r} should be one, or one for each of {sites[name]['heads']} "
-                    f"heads; it has {len(law.log_tau)}."
+                    f"the temperature of {name!r} in the file's weights ({law}) should be the one that the recipe's "
+                    "temp_scale says in `tau`, `mode`, `length` or `tensors`, and is another."
                 )
 
 

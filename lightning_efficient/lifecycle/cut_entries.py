@@ -69,7 +69,12 @@ def read_cuts(checkpoint: Mapping[str, Any], key: str) -> Cuts | None:
     Raises:
         RecipeError: They are malformed, or do not fit the weights in the file.
     """
-    entry = next((e for e in recipe.read(checkpoint) if (e.method, e.key) == ("slim", key)), None)
+    entries = {e.key: e for e in recipe.read(checkpoint) if e.method == "slim"}
+    if strangers := [other for other in entries if other not in (CUT, ZEROED)]:
+        raise RecipeError(
+            f"slim in the checkpoint's recipe, `key`, should be {CUT!r} or {ZEROED!r}; got {strangers[0]!r}."
+        )
+    entry = entries.get(key)
     if entry is None:
         return None
     _check_entry(entry, checkpoint.get("state_dict", {}), cut=key == CUT)

@@ -15,18 +15,54 @@ import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from torch import Tensor, nn
 
-from lightning_efficient.common.schema import short
+from lightning_efficient.common.schema import Anything, MapOf, Part, Text, short
 
 File = str | Path | IO[bytes]
 
+# What Lightning's own loader needs, among much else.
+_CHECKPOINT = Part(
+    {"state_dict": MapOf(Text(), Anything()), "pytorch-lightning_version": Text()},
+    optional={"hyper_parameters": MapOf(Anything(), Anything())},
+)
 _TRUST = (
-    "Only a file that you trust may run code: pass weights_only=False then (`--weights-only=false` on the command "
-    "line), or allow the classes with torch.serialization.add_safe_globals"
+    "Only a file that you trust may run code: pass weights_only=False then (`--weights-only=false` of "
+    "`lightning-efficient export`), or allow the classes with torch.serialization.add_safe_globals"
 )
 
 
 class CheckpointError(ValueError):
     """A file is not a whole checkpoint of a LightningModule; the message says what it is, and what to do."""
+
+
+class UnsafeCheckpointError(CheckpointError):
+    """A file holds objects that are no plain data, and was not to be trusted."""
+
+
+class ShardedCheckpointError(CheckpointError):
+    """A folder of shards, which only the strategy that wrote them reads."""
+
+
+def check_checkpoint(path: str, weights_only: bool | None = None) -> None:
+    """Refuse what a Trainer is about to load if it is no whole checkpoint; tensors of a local file are not read.
+
+    Args:
+        path: As for :func:`read_checkpoint`; of a URL, only whether it is there is checked.
+        weights_only: As it will be loaded; None: as Lightning's Trainer does, which trusts the file.
+
+    Raises:
+        FileNotFoundError: See :func:`read_checkpoint`.
+        CheckpointError: See :func:`read_checkpoint`.
+        OSError: See :func:`read_checkpoint`.
+    """
+    if "://" in path:
+        if not path.startswith(("http://", "https://")):
+            _found(path)
+        return
+    try:
+        read_checkpoint(path, mmap=True)
+    except UnsafeCheckpointError:
+        if weights_only:
+            raise
 
 
 def read_checkpoint(path: File, weights_only: bool | None = None, mmap: bool = False) -> dict[str, Any]:
@@ -58,6 +94,15 @@ def read_checkpoint(path: File, weights_only: bool | None = None, mmap: bool = F
 
 
 def _read_path(path: str, safe: bool, mmap: bool) -> dict[str, Any]:
+    system = _found(path)
+    if mmap and Path(path).is_file() and zipfile.is_zipfile(path):
+        return _load(path, path, safe, mmap=True)
+    with system.open(path, "rb") as file:
+        return _load(file, path, safe)
+
+
+def _found(path: str) -> Any:
+    """The file system of a file that is there."""
     try:
         system = get_filesystem(path)
     except (ValueError, ImportError) as error:  # an unknown protocol, or one whose package is missing
@@ -70,10 +115,7 @@ def _read_path(path: str, safe: bool, mmap: bool) -> dict[str, Any]:
             raise FileNotFoundError(f"no checkpoint {path!r}: there is no folder {folder!r}.")
         close = difflib.get_close_matches(path.rpartition("/")[2], _names(system, folder), 3, 0.5)
         raise FileNotFoundError(f"no checkpoint {path!r}{f' (did you mean {close} there?)' if close else ''}.")
-    if mmap and Path(path).is_file() and zipfile.is_zipfile(path):
-        return _load(path, path, safe, mmap=True)
-    with system.open(path, "rb") as file:
-        return _load(file, path, safe)
+    return system
 
 
 def _names(system: Any, folder: str) -> list[str]:
@@ -89,20 +131,18 @@ def _load(file: str | IO[bytes], name: str, safe: bool, mmap: bool = False) -> d
         raise
     except Exception as error:  # a file that is cut short or of another kind makes the unpickler raise anything
         if unsafe := _unsafe(file) if safe else []:
-            raise CheckpointError(
+            raise UnsafeCheckpointError(
                 f"{name!r} holds objects that are no plain data: {', '.join(unsafe)}. {_TRUST}."
             ) from None
         why = str(error).strip().partition("\n")[0][:200] or type(error).__name__
-        trust = f" If it is an old file with objects that are no plain data: {_TRUST}." if _refused(error) else ""
-        raise CheckpointError(
-            f"{name!r} is not a whole checkpoint: it is cut short, or a file of another kind ({why}).{trust}"
-        ) from error
+        said = f"{name!r} is not a whole checkpoint: it is cut short, or a file of another kind ({why})."
+        if safe and isinstance(error, UnpicklingError) and "Unsupported" in str(error):
+            raise UnsafeCheckpointError(
+                f"{said} Or it is whole, in the format of torch before 1.6, and holds objects that are no plain data. "
+                f"{_TRUST}."
+            ) from error
+        raise CheckpointError(said) from error
     return _whole(content, name)
-
-
-def _refused(error: Exception) -> bool:
-    """Whether it may be a whole file, in the format of torch before 1.6, that is not safe."""
-    return isinstance(error, UnpicklingError) and "Unsupported" in str(error)
 
 
 def _unsafe(file: str | IO[bytes]) -> list[str]:
@@ -116,34 +156,30 @@ def _unsafe(file: str | IO[bytes]) -> list[str]:
 
 
 def _whole(content: Any, name: str) -> dict[str, Any]:
-    state = content.get("state_dict") if isinstance(content, Mapping) else None
-    if isinstance(state, Mapping) and all(type(key) is str for key in (*content, *state)):
+    if (wrong := _CHECKPOINT.wrong(content)) is None:
         return dict(content)
     found = short(content)
     if isinstance(content, nn.Module):
         found = f"a whole {type(content).__name__}: pickled, or TorchScript"
     elif isinstance(content, Mapping) and content and all(isinstance(value, Tensor) for value in content.values()):
         found = "a bare state dict: give it to the model's own load_state_dict"
-    elif isinstance(content, Mapping) and "state_dict" in content:
-        found = f"one whose 'state_dict' is {short(state)}"
-    raise CheckpointError(
-        f"{name!r} is not a whole checkpoint of a LightningModule, a mapping with a 'state_dict' in it: it holds "
-        f"{found}."
-    )
+    elif isinstance(content, Mapping):
+        found = f"a mapping in which {wrong.path} should be {wrong.expected}, and is {short(wrong.value)}"
+    raise CheckpointError(f"{name!r} is not a whole checkpoint that a Trainer wrote: it holds {found}.")
 
 
 def _refuse_folder(path: str, names: list[str]) -> NoReturn:
+    said = f"{path!r} is not a whole checkpoint: it is "
     if ".metadata" in names or any(name.endswith(".distcp") for name in names):
-        why = (
-            "is a sharded checkpoint. Make one file of it first: `python -m "
-            f"lightning.pytorch.utilities.consolidate_checkpoint {path}` writes {path}.consolidated"
+        raise ShardedCheckpointError(
+            f"{said}a folder of shards. Make one file of it first: `python -m "
+            f"lightning.pytorch.utilities.consolidate_checkpoint {path}` writes {path}.consolidated."
         )
-    elif "zero_to_fp32.py" in names or "checkpoint" in names:
-        why = (
-            "is a checkpoint of DeepSpeed's shards. Make one file of it first, with "
-            "lightning.pytorch.utilities.deepspeed.convert_zero_checkpoint_to_fp32_state_dict(folder, file)"
+    if "zero_to_fp32.py" in names or "checkpoint" in names:
+        raise ShardedCheckpointError(
+            f"{said}a folder of DeepSpeed's shards. Make one file of it first, with lightning.pytorch.utilities."
+            "deepspeed.convert_zero_checkpoint_to_fp32_state_dict(folder, file)."
         )
-    else:
-        files = [name for name in names if name.endswith((".ckpt", ".pt", ".pth"))]
-        why = f"is a folder, with {files[:5]} in it: name one of these" if files else "is a folder, without checkpoints"
-    raise CheckpointError(f"{path!r} is not a whole checkpoint: it {why}.")
+    files = [name for name in names if name.endswith((".ckpt", ".pt", ".pth"))]
+    inside = f"with {files[:5]} in it: name one of these" if files else "without checkpoints"
+    raise CheckpointError(f"{said}a folder, {inside}.")

@@ -10,9 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_efficient.common.schema import Number, Record, check
 from lightning_efficient.folding.tags import Axis
 from lightning_efficient.norms.base import Target
 from lightning_efficient.norms.sources import Source
+
+_STATE = Record({"lam": Number(low=0, high=1)})
 
 
 class BlendNorm(nn.Module):
@@ -95,7 +98,12 @@ class BlendNorm(nn.Module):
         return {"lam": float(self.lam)}
 
     def set_extra_state(self, state: dict[str, float]) -> None:
-        """Go there."""
+        """Go there.
+
+        Raises:
+            SchemaError: It is no place in a transition.
+        """
+        check(state, _STATE, "the blend of a norm in the checkpoint")
         self.resume(float(state["lam"]))
         if state["lam"] == 0.0:
             self.finish()

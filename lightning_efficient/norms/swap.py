@@ -68,7 +68,8 @@ class NormSwapConfig:
         for name, low, high in (("eps", 0.0, 1.0), ("momentum", 0.0, 1.0), ("decay", 0.0, 1.0)):
             value = getattr(self, name)
             _require(name, value, _is_number(value) and low < value < high, f"a number between {low} and {high}")
-        _require("alpha", self.alpha, _is_number(self.alpha) and self.alpha > 0, "a positive number")
+        valid = _is_number(self.alpha) and 0 < self.alpha <= 1e6
+        _require("alpha", self.alpha, valid, "a number above 0, up to 1000000")
         for name in ("frozen", "filtration"):
             _require(name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False")
         _require("window", self.window, type(self.window) is int and self.window >= 2, "an integer from 2")

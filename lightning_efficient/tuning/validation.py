@@ -40,6 +40,7 @@ def tune_on_validation(
     dataloaders: Any = None,
     datamodule: LightningDataModule | None = None,
     ckpt_path: str | None = None,
+    weights_only: bool | None = None,
     maximize: bool | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
@@ -61,6 +62,7 @@ def tune_on_validation(
         dataloaders: As for ``trainer.validate``: one loader.
         datamodule: As for ``trainer.validate``.
         ckpt_path: As for ``trainer.validate``: loaded first.
+        weights_only: As for ``trainer.validate``: how.
         maximize: Whether a higher metric is better; ``None``: by its name.
         include: Globs over the names of attention modules; ``None``: all.
         exclude: Globs over names left alone.
@@ -80,7 +82,7 @@ def tune_on_validation(
     maximize = better == "max" if maximize is None else maximize
     _check(trainer)
     passes = _Passes(trainer, module, metric)
-    whole, example = passes.first(dataloaders, datamodule, ckpt_path)
+    whole, example = passes.first(dataloaders, datamodule, ckpt_path, weights_only)
     if attachment(module).entry(METHOD) is not None:
         raise ValueError(
             "the weights were trained with a TempScale and hold its temperature: the τ of a sweep would multiply it. "
@@ -114,13 +116,16 @@ class _Passes:
         self.count: int | None = None
         self.sizes: list[int] = []
 
-    def first(self, dataloaders: Any, datamodule: Any, ckpt_path: str | None) -> tuple[float, Example]:
+    def first(
+        self, dataloaders: Any, datamodule: Any, ckpt_path: str | None, weights_only: bool | None
+    ) -> tuple[float, Example]:
         """The metric of all batches, and how the module calls its networks."""
         look = _Look()
         self.trainer.callbacks.append(look)  # type: ignore[attr-defined]
         try:
+            how: Any = {} if weights_only is None else {"weights_only": weights_only}  # since Lightning 2.6
             results = self.trainer.validate(
-                self.module, dataloaders=dataloaders, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False
+                self.module, dataloaders=dataloaders, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, **how
             )
         finally:
             self.trainer.callbacks.remove(look)  # type: ignore[attr-defined]

@@ -194,6 +194,18 @@ def test_fit_targets_export_compare(run: Any, trained: Path, capsys: pytest.Capt
         (["export", "a.ckpt", "--model=nope.Foo", "--out=a.pt2"], ["nope.Foo", "package.module.Class"]),
         (["export", "a.ckpt", "--model=torch.nn.Linear", "--out=a.pt2"], ["torch.nn.Linear", "LightningModule"]),
         (["export", "a.ckpt", "--model=lightning_efficient.demo.model.DigitsViT", "--out=a.pt2"], ["'a.ckpt'"]),
+        (["export", "cut.ckpt", "--model=lightning_efficient.demo.model.DigitsViT", "--out=a.pt2"], ["cut short"]),
+        (["export", "other.ckpt", "--model=lightning_efficient.demo.model.DigitsViT", "--out=a.pt2"], ["does not fit"]),
+        (["export", "a.ckpt", "--model=lightning_efficient.demo.model.Nope", "--out=a.pt2"], ["has no 'Nope'"]),
+        (["export", "a.ckpt", "--model=Nope", "--out=a.pt2"], ["package.module.Class"]),
+        (["export", "a.ckpt", "--model=x.Y", "--out=a.pt2", "--weights-only=maybe"], ["'maybe'", "true nor false"]),
+        (["fit", "-c", BASELINE, "--ckpt_path=cut.ckpt"], ["'cut.ckpt' is not a whole checkpoint"]),
+        (["test", "-c", BASELINE, "--ckpt_path=cat.ckpt"], ["no checkpoint 'cat.ckpt' (did you mean ['cut.ckpt'"]),
+        (["validate", "-c", BASELINE, "--ckpt_path=."], ["'.' is not a whole checkpoint", "a folder"]),
+        (["tune-temperature", "-c", BASELINE, "--metric=val_acc", "--ckpt_path=cut.ckpt"], ["not a whole checkpoint"]),
+        (["fit", "-c", "bad.yaml"], ["parsing config", "expected ',' or ']'"]),
+        (["ablate", "--variants", "bad.yaml"], ["bad.yaml"]),
+        (["compare", "logs", "--json=cut.ckpt/x.json"], ["logs"]),
         (["export", "a.ckpt", "--model=x.Y", "--out=a.pt2", "--input-shape=1,x"], ["'1,x'", "1,3,224,224"]),
         (["compare", "nowhere"], ["nowhere"]),
         (["frobnicate"], ["frobnicate", "targets"]),
@@ -202,6 +214,9 @@ def test_fit_targets_export_compare(run: Any, trained: Path, capsys: pytest.Capt
 )  # fmt: skip
 def test_wrong_input(run: Any, args: list[Any], said: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     args = [file("over.yaml", yaml.safe_dump(arg)) if isinstance(arg, dict) else arg for arg in args]
+    file("bad.yaml", "trainer: {max_epochs: [1")
+    torch.save({"state_dict": {"w": torch.ones(3)}, "pytorch-lightning_version": pl.__version__}, "other.ckpt")
+    Path("cut.ckpt").write_bytes(Path("other.ckpt").read_bytes()[:700])
     assert run(*args) == 2
     shown = capsys.readouterr().err
     assert [part for part in said if part not in shown] == []

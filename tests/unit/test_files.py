@@ -20,6 +20,8 @@ from lightning_efficient import load_from_checkpoint
 from lightning_efficient.lifecycle.files import CheckpointError, read_checkpoint
 from lightning_efficient.lifecycle.recipe import KEY
 
+EMPTY = {"state_dict": {}, "pytorch-lightning_version": pl.__version__}
+
 
 class Lit(pl.LightningModule):
     def __init__(self, width: int = 4, note: Any = None) -> None:
@@ -66,7 +68,7 @@ def test_a_file_that_may_run_code_needs_trust(tmp_path: Path) -> None:
     assert model.hparams["note"] == argparse.Namespace(a=1)
     assert model.net[0].out_features == 3
     old = tmp_path / "old.ckpt"
-    torch.save({"state_dict": {}, "x": argparse.Namespace()}, old, _use_new_zipfile_serialization=False)
+    torch.save({**EMPTY, "x": argparse.Namespace()}, old, _use_new_zipfile_serialization=False)
     with pytest.raises(CheckpointError, match="weights_only=False"):
         read_checkpoint(old)
     assert read_checkpoint(old, weights_only=False)["x"] == argparse.Namespace()
@@ -99,7 +101,13 @@ NONE_WHOLE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a state dict": (lambda path: torch.save(nn.Linear(2, 2).state_dict(), path), "a bare state dict"),
     "a list": (lambda path: torch.save([1, 2], path), r"it holds a list of 2 \(1, 2\)"),
     "a tensor": (lambda path: torch.save(torch.ones(2), path), "it holds a tensor"),
-    "no state dict": (lambda path: torch.save({"state_dict": [1]}, path), "'state_dict' is a list"),
+    "an empty mapping": (lambda path: torch.save({}, path), r"\['state_dict'\] should be there"),
+    "no state dict": (
+        lambda path: torch.save(EMPTY | {"state_dict": [1]}, path),
+        r"\['state_dict'\] .* is a list of 1",
+    ),
+    "timm's": (lambda path: torch.save({"state_dict": {}}, path), r"\['pytorch-lightning_version'\] should be there"),
+    "no parameters": (lambda path: torch.save(EMPTY | {"hyper_parameters": None}, path), "and is None"),
     "a module": (lambda path: torch.save(nn.Linear(2, 2), path), "no plain data: torch.nn.modules.linear.Linear"),
     "a folder": (lambda path: path.mkdir(), "without checkpoints"),
 }
@@ -146,5 +154,5 @@ def test_a_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_mapped_content_is_the_same(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
-    torch.save({"state_dict": {"w": torch.arange(5.0)}}, path)
+    torch.save(EMPTY | {"state_dict": {"w": torch.arange(5.0)}}, path)
     assert read_checkpoint(path, mmap=True)["state_dict"]["w"].tolist() == [0, 1, 2, 3, 4]
