@@ -272,17 +272,19 @@ class FromEmbeddings(nn.Module):
         return self.blocks(x)[:, -1]
 
 
-def hf(kind: str, inputs: Callable[[], dict[str, Tensor]], config: str | None = None, **options: Any) -> Maker:
-    """A Hugging Face model from its config; ``options`` beside the sizes common to most."""
+def hf(
+    kind: str, config: str, inputs: Callable[[], dict[str, Tensor]], attn: str | None = "eager", **sizes: Any
+) -> Maker:
+    """A Hugging Face model from its config."""
 
     def make() -> tuple[nn.Module, Any]:
         import transformers
 
-        attention = {"attn_implementation": options.pop("attn", "eager")} if options.get("attn", 1) else {}
-        options.pop("attn", None)
-        sizes = {"vocab_size": V, "hidden_size": W, "num_hidden_layers": 2, "pad_token_id": 0, "use_cache": False}
-        made = getattr(transformers, config or kind.replace("ForCausalLM", "").replace("LMHead", "").replace("Model", "") + "Config")(**{**sizes, **options})
-        return getattr(transformers, kind)._from_config(made, **attention), inputs()
+        common = {"vocab_size": V, "hidden_size": W, "num_hidden_layers": 2, "use_cache": False}
+        special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        made = getattr(transformers, config)(**{**common, **special, **sizes})
+        options = {} if attn is None else {"attn_implementation": attn}
+        return getattr(transformers, kind)._from_config(made, **options), inputs()
 
     return make
 
@@ -333,12 +335,12 @@ CAUSAL: dict[str, Maker] = {
         {"ids": tokens(), "labels": tokens(seed=1), "weight": padded()["attention_mask"]},
     ),
     "embedded, last position": lambda: (FromEmbeddings(), (floats(2, T, W),)),
-    "GPT-2, eager": hf("GPT2LMHeadModel", ids, n_embd=W, n_head=2, n_positions=16),
-    "GPT-NeoX, padded": hf("GPTNeoXForCausalLM", padded, **HEADS),
-    "OPT, sdpa": hf("OPTForCausalLM", ids, ffn_dim=32, num_attention_heads=2, word_embed_proj_dim=W, attn="sdpa"),
-    "Mamba": hf("MambaForCausalLM", ids, state_size=4, attn=None),
+    "GPT-2, eager": hf("GPT2LMHeadModel", "GPT2Config", ids, n_embd=W, n_head=2, n_positions=16),
+    "GPT-NeoX, padded": hf("GPTNeoXForCausalLM", "GPTNeoXConfig", padded, **HEADS),
+    "OPT": hf("OPTForCausalLM", "OPTConfig", ids, "sdpa", ffn_dim=32, word_embed_proj_dim=W, num_attention_heads=2),
+    "Mamba": hf("MambaForCausalLM", "MambaConfig", ids, state_size=4, attn=None),
     "T5": hf(
-        "T5ForConditionalGeneration", lambda: {**padded(), "labels": tokens(seed=1)}, "T5Config",
+        "T5ForConditionalGeneration", "T5Config", lambda: {**padded(), "labels": tokens(seed=1)},
         d_model=W, d_kv=8, num_heads=2, d_ff=32, num_layers=2, decoder_start_token_id=0, attn=None,
     ),
 }  # fmt: skip
@@ -363,13 +365,15 @@ OTHERS: dict[str, Maker] = {
     "images, wide strided stem": lambda: (Pictures(nn.Conv2d(3, W, 7, 4, 3)), (floats(2, 3, 16, 16),)),
     "images, patches": lambda: (Pictures(nn.Conv2d(3, W, 4, 4)), (floats(2, 3, 16, 16),)),
     "ViT": timm("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=2, num_heads=2),
-    "Swin": timm("swin_tiny_patch4_window7_224", 32, img_size=32, window_size=4, embed_dim=12, depths=(1, 1), num_heads=(1, 2)),
+    "Swin": timm(
+        "swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=12, depths=(1, 1), num_heads=(1, 2)
+    ),
     "ConvNeXt": timm("convnext_atto", 64, depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)),
     "PVT v2": timm("pvt_v2_b0", 64, depths=(1, 1, 1, 1), embed_dims=(8, 8, 16, 16), num_heads=(1, 1, 2, 2)),
     "CaiT": timm("cait_xxs24_224", 32, img_size=32, depth=2, embed_dim=24, num_heads=2),
-    "BERT, padded": hf("BertModel", padded, **HEADS),
-    "DistilBERT": hf("DistilBertModel", padded, dim=W, n_heads=2, n_layers=2, hidden_dim=32, max_position_embeddings=16),
+    "BERT, padded": hf("BertModel", "BertConfig", padded, **HEADS),
+    "DistilBERT": hf("DistilBertModel", "DistilBertConfig", padded, dim=W, n_heads=2, n_layers=2, hidden_dim=32),
     "T5 encoder": hf(
-        "T5EncoderModel", padded, "T5Config", d_model=W, d_kv=8, num_heads=2, d_ff=32, num_layers=2, attn=None
+        "T5EncoderModel", "T5Config", padded, d_model=W, d_kv=8, num_heads=2, d_ff=32, num_layers=2, attn=None
     ),
 }  # fmt: skip

@@ -14,14 +14,16 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_efficient.common.change import Change
+from lightning_efficient.common.running import first_line
 from lightning_efficient.lifecycle.standing import is_smoke_run
 from lightning_efficient.lifecycle.state import Request
 from lightning_efficient.lifecycle.structural import StructuralCallback
 from lightning_efficient.lifecycle.weights import Plan
 from lightning_efficient.norms.blend import BlendNorm, blend_norms
-from lightning_efficient.norms.causal import CausalAttentionError, CausalWatch
+from lightning_efficient.norms.causal import CausalModelError
 from lightning_efficient.norms.padding import capture_padding
 from lightning_efficient.norms.swap import METHOD, NormSwapConfig, apply_norm_swap, find_norms
+from lightning_efficient.trainer.causal import causal_in
 from lightning_efficient.trainer.finished import FinishedForm
 from lightning_efficient.trainer.statistics import average_over_processes, recalibrate_in
 from lightning_efficient.trainer.transition import TRANSITION, GuardedTransition
@@ -96,7 +98,7 @@ class PRepBN(StructuralCallback):
         self._total: int | None = None
         self._norms: list[BlendNorm] = []
         self._handles: list[RemovableHandle] = []
-        self._watch: CausalWatch | None = None
+        self._looked = False
 
     def config(self) -> dict[str, Any]:
         """The arguments of this callback as plain data."""
@@ -160,20 +162,18 @@ class PRepBN(StructuralCallback):
             recalibrate_in(trainer, pl_module, self.recalibrate, name)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Set the blend for this step; watch the first forward for causal attention."""
+        """Set the blend for this step; before the first, look at what the model does with such a batch."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if not self.enabled:
             return
         self._settle()
         self._write(self.step(trainer))
-        uses_batch = any(norm.target.batch_statistics for norm in self._norms)
-        if self._watch is None and uses_batch and not self.allow_causal and not self.options.frozen:
-            self._watch = CausalWatch()
-            self._watch.__enter__()
+        if not self._looked:
+            self._looked = True
+            self._look(trainer, pl_module, batch, batch_idx)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Forwards from here are recomputations; after the very first, nothing was learned from the future yet."""
-        self._end_watch()
+        """Forwards from here are recomputations."""
         self._collect(False)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -189,7 +189,6 @@ class PRepBN(StructuralCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the blend."""
-        self._end_watch()
         if not self.enabled:
             return
         self.transition.after_batch(trainer, outputs, self.step(trainer))
@@ -291,17 +290,27 @@ class PRepBN(StructuralCallback):
         for norm in self._norms:
             norm.target.collect = collect
 
-    def _end_watch(self) -> None:
-        if self._watch is not None and self._watch.active:
-            self._watch.__exit__(None, None, None)
-            if self._watch.seen:
-                raise CausalAttentionError(self._watch.seen, self.options.target)
+    def _look(self, trainer: Trainer, pl_module: LightningModule, batch: Any, number: int) -> None:
+        """Refuse a causal model, which norms with batch statistics would show the future."""
+        batch_statistics = any(norm.target.batch_statistics for norm in self._norms)
+        if self.allow_causal or self.options.frozen or not batch_statistics:
+            return
+        try:
+            found = causal_in(trainer, pl_module, batch, number)
+        except Exception as error:
+            rank_zero_warn(
+                f"{type(self).__name__}: whether the model is causal could not be found out, because "
+                f"{type(pl_module).__name__} does not run on a training batch outside its loop ({first_line(error)}). "
+                f"If it is, `target={self.options.target!r}` lets it see the future while training: use "
+                "target='affine'. If it is not, allow_causal=True turns this check off."
+            )
+            return
+        if found:
+            raise CausalModelError(found, list(blend_norms(pl_module)), self.options.target)
 
     def _release(self) -> None:
         self._collect(True)
         for handle in self._handles:
             handle.remove()
-        if self._watch is not None and self._watch.active:
-            self._watch.__exit__(None, None, None)
         self._finished.stop()
-        self._handles, self._norms, self._watch = [], [], None
+        self._handles, self._norms, self._looked = [], [], False

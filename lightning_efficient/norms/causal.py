@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -46,14 +47,14 @@ class CausalModelError(ValueError):
     """
 
     def __init__(self, found: Mapping[str, str], norms: list[str], target: str) -> None:
-        free = [name for name in norms if name not in found]
-        keep = f" The other {len(free)} norms are not concerned: `exclude` these." if free else ""
+        some = ", ".join(list(found)[:4]) + (", ..." if len(found) > 4 else "")
+        others = len([name for name in norms if name not in found])
+        exclude = f" The other {others} norms are not concerned: `exclude` these." if others else ""
         super().__init__(
             f"the model is causal: {next(iter(found.values()))}. The batch statistics of `target={target!r}` in "
-            f"{len(found)} of {len(norms)} norms ({', '.join(list(found)[:4])}{', ...' if len(found) > 4 else ''}) would "
-            "let every position see the future of its batch while training: the loss would be too good, and evaluation "
-            f"would see another network. Use `target='affine'`, which has no batch statistics, or accept the leak with "
-            f"`allow_causal=True`.{keep}"
+            f"{len(found)} of {len(norms)} norms ({some}) would let every position see the future of its batch while "
+            "training: the loss would be too good, and evaluation would see another network. Use `target='affine'`, "
+            f"which has no batch statistics, or accept the leak with `allow_causal=True`.{exclude}"
         )
 
 
@@ -80,35 +81,22 @@ def causal_norms(model: nn.Module, run: Callable[[Any], object], inputs: Any) ->
     """
     norms = blend_norms(model)
     found: dict[str, str] = {}
-    with evaluating(model), _awake(model), uncompiled(), _Watch(model) as watch:
-
-        def sketch(replaced: Tensor | None = None, by: Tensor | None = None) -> dict[_Key, _Sketch]:
-            return watch.sketch(
-                run, apply_to_collection(inputs, Tensor, lambda t: by.clone() if t is replaced else t.clone())
-            )
-
-        base = sketch()
-        noise = _moved(base, sketch())
+    with evaluating(model), _awake(model), uncompiled(), _Watch(model, run) as watch:
+        base = watch.outputs(inputs)
+        noise = _moved(base, watch.outputs(inputs))
         base = {key: value for key, value in base.items() if key not in noise}
         for name, tensor in named_tensors(inputs):
             if (other := _exchanged(tensor)) is None:
                 continue
-
-            def moved(part: Callable[[Tensor], Tensor], tensor: Tensor = tensor, other: Tensor = other) -> _Moved:
-                where = part(torch.zeros_like(tensor, dtype=torch.bool))
-                try:
-                    return _moved(base, sketch(tensor, torch.where(where, other, tensor)))
-                except Exception:  # the model checks its inputs (sorted lengths, ...): this one cannot be varied
-                    return {}
-
-            touched = [key for key in moved(lambda mask: mask.fill_(True)) if key.module in norms]
+            effect = _Effect(watch, base, inputs, tensor, other)
+            touched = [key.module for key in effect.all() if key.module in norms]
             for axis in range(tensor.dim()) if touched else ():
-                if seen := _causal_along(axis, tensor.shape[axis], base, moved):
+                if seen := _causal_along(axis, effect):
                     what = (
-                        f"the output of {seen.module!r} does not hear later positions of {name or 'the input'!r} "
-                        f"(axis {axis}), and later ones hear the earlier"
+                        f"the output of {seen!r} does not hear later positions of {name or 'the input'!r} (axis "
+                        f"{axis}), and later ones hear the earlier"
                     )
-                    found |= {key.module: what for key in touched if key.module not in found}
+                    found = dict.fromkeys(touched, what) | found
     return found
 
 
@@ -117,7 +105,7 @@ class _Key(NamedTuple):
 
     module: str
     call: int
-    index: int
+    output: int
 
 
 _Sketch = tuple[Tensor, ...]
@@ -128,10 +116,15 @@ _Moved = dict[_Key, tuple[Tensor, ...] | None]
 
 
 class _Watch:
-    """Hooks on all modules but the insides of norms."""
+    """Runs a model with hooks on all its modules but the insides of norms.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._seen: dict[_Key, _Sketch] = {}
+    Args:
+        model: The model.
+        run: Runs it.
+    """
+
+    def __init__(self, model: nn.Module, run: Callable[[Any], object]) -> None:
+        self._run, self._seen = run, dict[_Key, _Sketch]()
         self._calls: Counter[str] = Counter()
         inside = {m for norm in blend_norms(model).values() for m in norm.modules() if m is not norm}
         self._handles = [
@@ -147,10 +140,10 @@ class _Watch:
         for handle in self._handles:
             handle.remove()
 
-    def sketch(self, run: Callable[[Any], object], inputs: Any) -> dict[_Key, _Sketch]:
-        """Sketches of all outputs, in the order in which they were made."""
+    def outputs(self, inputs: Any) -> dict[_Key, _Sketch]:
+        """Sketches of all outputs, in the order in which they were made; the inputs stay as they are."""
         self._seen, self._calls = {}, Counter()
-        run(inputs)
+        self._run(apply_to_collection(inputs, Tensor, torch.clone))
         return self._seen
 
     def _hook(self, name: str) -> Any:
@@ -194,27 +187,51 @@ def _moved(base: Mapping[_Key, _Sketch], other: Mapping[_Key, _Sketch]) -> _Move
     return moved
 
 
-def _causal_along(
-    axis: int, length: int, base: Mapping[_Key, _Sketch], moved: Callable[[Callable[[Tensor], Tensor]], _Moved]
-) -> _Key | None:
-    """The last output that is causal along an axis of an input, unless the sequence is mixed both ways behind it."""
+@dataclass(frozen=True)
+class _Effect:
+    """What moves when parts of one input are exchanged.
+
+    Args:
+        watch: Runs the model.
+        base: Its outputs with nothing exchanged.
+        inputs: All inputs.
+        tensor: One of them.
+        other: What its entries are exchanged for.
+    """
+
+    watch: _Watch
+    base: dict[_Key, _Sketch]
+    inputs: Any
+    tensor: Tensor
+    other: Tensor
+
+    def all(self) -> _Moved:
+        """Everything is exchanged."""
+        return self.part(0, 0, len(self.tensor))
+
+    def part(self, axis: int, start: int, end: int) -> _Moved:
+        """The positions from ``start`` to ``end`` along an axis are exchanged."""
+        changed = self.tensor.clone()
+        changed.narrow(axis, start, end - start).copy_(self.other.narrow(axis, start, end - start))
+        inputs = apply_to_collection(self.inputs, Tensor, lambda t: changed if t is self.tensor else t)
+        try:
+            return _moved(self.base, self.watch.outputs(inputs))
+        except Exception:  # the model checks its inputs (sorted lengths, ...): this one cannot be varied
+            return {}
+
+
+def _causal_along(axis: int, effect: _Effect) -> str:
+    """The module whose output is causal along an axis of an input, unless the sequence is mixed both ways behind it."""
+    length = effect.tensor.shape[axis]
     if length < 2:
-        return None
-
-    def part(start: int, end: int) -> _Moved:
-        def fill(mask: Tensor) -> Tensor:
-            mask.narrow(axis, start, end - start).fill_(True)
-            return mask
-
-        return moved(fill)
-
-    middle = length // 2
-    first, last = part(0, middle), part(middle, length)
-    hears = {key: _hearing((first, last), (last, first), key) for key in base}
-    if length > 2 and _last_word("token", hears, base):
-        head, tail = (part(0, 1), part(1, length)), (part(length - 1, length), part(0, length - 1))
-        hears |= {key: _hearing(head, tail, key, w.axis) for key, w in hears.items() if w.kind == "token"}
-    return _last_word("causal", hears, base)
+        return ""
+    first, last = effect.part(axis, 0, length // 2), effect.part(axis, length // 2, length)
+    hears = {key: _hearing((first, last), (last, first), key) for key in effect.base}
+    if length > 2 and _last_word("token", hears, effect.base):
+        head = effect.part(axis, 0, 1), effect.part(axis, 1, length)
+        tail = effect.part(axis, length - 1, length), effect.part(axis, 0, length - 1)
+        hears |= {key: _hearing(head, tail, key, was.axis) for key, was in hears.items() if was.kind == "token"}
+    return _last_word("causal", hears, effect.base)
 
 
 class _Hearing(NamedTuple):
@@ -261,18 +278,18 @@ def _is_beginning(part: Tensor, before: Tensor) -> bool:
     return starts == list(range(starts[0], len(part), period)) and 4 * int(part.sum()) >= len(part)
 
 
-def _last_word(kind: str, hears: Mapping[_Key, _Hearing], base: Mapping[_Key, _Sketch]) -> _Key | None:
-    """The last output of a kind, unless a mixed one with an axis of that length comes behind it.
+def _last_word(kind: str, hears: Mapping[_Key, _Hearing], base: Mapping[_Key, _Sketch]) -> str:
+    """The last module with an output of a kind, unless a mixed one with an axis of that length comes behind it.
 
     A pooled output hears everything, too, and says nothing about the sequence: it has two axes at most.
     """
-    last, length = None, 0
+    last, length = "", 0
     for key, what in hears.items():
         shape = [len(vector) for vector in base[key]]
         if what.kind == kind:
-            last, length = key, shape[what.axis]
+            last, length = key.module, shape[what.axis]
         elif what.kind == "mixed" and len(shape) > 2 and length in shape:
-            last = None
+            last = ""
     return last
 
 
@@ -280,9 +297,10 @@ def _exchanged(tensor: Tensor) -> Tensor | None:
     """The same tensor with every value exchanged for another of its values; None if that cannot be."""
     if tensor.dtype == torch.bool or tensor.is_complex() or tensor.is_nested or tensor.numel() < 2 or tensor.is_sparse:
         return None
-    values, places = tensor.detach().unique(return_inverse=True)
+    values, places = torch.unique(tensor.detach(), return_inverse=True)
     if len(values) > 1:
-        return values[(places + len(values) // 2) % len(values)]
+        other: Tensor = values[(places + len(values) // 2) % len(values)]
+        return other
     return tensor.detach() + 1 if tensor.is_floating_point() else None
 
 
@@ -302,4 +320,3 @@ def _awake(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for parameter, value in saved:
                 parameter.copy_(value)
-

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import nn
+from torch.utils.data import DataLoader
 from zoo import CLASSES, Classifier, loader
 
 from lightning_efficient import export, load_from_checkpoint
@@ -66,6 +68,56 @@ def test_a_causal_model_with_batch_statistics_is_refused_before_it_learns(tmp_pa
     after = dict(module.named_parameters())
     assert all(torch.equal(before[k], after[k]) for k in before if k in after)
     trainer(tmp_path, PRepBN(transition=4, allow_causal=True)).fit(Classifier("decoder"), loader(batches=8), loader(1))
+
+
+class Written(pl.LightningModule):
+    """A causal net written out in the module itself; batches are dicts with labels and padding."""
+
+    def __init__(self, causal: bool = True) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Embedding(12, 8), nn.LayerNorm(8), nn.Linear(8, 12)
+        self.q, self.k, self.v, self.causal = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), causal
+        self.calls = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.calls += 1
+        ids, mask = batch["ids"][:, :-1], batch["mask"][:, None, :-1]
+        h = self.norm(self.embed(ids))
+        scores = self.q(h) @ self.k(h).mT + torch.where(mask > 0, 0.0, -1e9)
+        if self.causal:
+            scores = scores + torch.full_like(scores, -1e4).triu(1)
+        h = h + scores.softmax(-1) @ self.v(h)
+        return torch.nn.functional.cross_entropy(self.head(h).flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def sentences() -> Any:
+    ids = torch.randint(12, (8, 4, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[:, 0, 4:] = 0
+    batches = [{"ids": i, "mask": m, "labels": i.masked_fill(m == 0, -100)} for i, m in zip(ids, mask, strict=True)]
+    return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+
+
+def test_a_causal_step_is_refused_by_what_it_does(tmp_path: Any) -> None:
+    module = Written()
+    with pytest.raises(ValueError, match=r"causal: the output of 'head' does not hear later positions of 'ids'"):
+        trainer(tmp_path, PRepBN(transition=4, hold=0, recalibrate=0)).fit(module, sentences())
+    assert module.calls == 0, "only a stand-in has run"
+    trainer(tmp_path, PRepBN(transition=4)).fit(Written(causal=False), sentences())
+
+
+def test_a_step_that_cannot_be_looked_at_is_said_to_be_unknown(tmp_path: Any) -> None:
+    class Shy(Written):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            if "log" in self.__dict__:
+                raise RuntimeError("only in the loop")
+            return super().training_step(batch, batch_idx)
+
+    with pytest.warns(UserWarning, match="whether the model is causal could not be found out.*only in the loop"):
+        trainer(tmp_path, PRepBN(transition=4, recalibrate=0)).fit(Shy(), sentences())
 
 
 def test_a_model_without_norms_is_refused(tmp_path: Any) -> None:
