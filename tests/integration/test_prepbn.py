@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import fields
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
+from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import nn
@@ -18,6 +22,7 @@ from lightning_efficient.callbacks.prepbn import PRepBN
 from lightning_efficient.callbacks.sigma_reparam import SigmaReparam
 from lightning_efficient.common.match import NoMatchError
 from lightning_efficient.norms.blend import blend_norms
+from lightning_efficient.norms.swap import NormSwapConfig
 
 
 def trainer(tmp_path: Any, *callbacks: Callback, **kwargs: Any) -> Trainer:
@@ -255,3 +260,51 @@ def test_export_makes_the_norms_vanish(tmp_path: Any, caplog: pytest.LogCaptureF
     torch.testing.assert_close(plain(x), module.eval()(x), rtol=0, atol=1e-5)
     unfolded = export(module, x, fold=False)
     torch.testing.assert_close(unfolded(x), plain(x), rtol=0, atol=1e-5)
+
+
+# -- hyper-parameters --------------------------------------------------------------------------------------------------
+
+
+def test_every_hyper_parameter_of_the_method_is_an_argument(tmp_path: Any) -> None:
+    arguments = inspect.signature(PRepBN).parameters
+    for field in fields(NormSwapConfig):
+        assert arguments[field.name].default == field.default, field.name
+        assert field.name in str(PRepBN.__doc__)
+    other: dict[str, Any] = {
+        "target": "un", "init": "slab", "eps": 1e-3, "momentum": 0.3, "frozen": True, "decay": 0.8, "alpha": 0.1,
+        "window": 3, "warmup": 5, "filtration": False, "learn_eta": False,
+    }  # fmt: skip
+    assert vars(PRepBN(**other).options) == other
+    assert PRepBN(**other).config().items() >= other.items()
+    parser = ArgumentParser()
+    parser.add_class_arguments(PRepBN, "norm_swap")
+    given = parser.instantiate_classes(parser.parse_string(yaml.safe_dump({"norm_swap": other})))
+    assert vars(given.norm_swap.options) == other
+
+
+def test_unified_normalization_in_a_run_shorter_than_its_warm_up_says_so(tmp_path: Any) -> None:
+    with pytest.warns(UserWarning, match=r"`warmup`=4000 training forwards, and this run has 8 steps.*such as 4"):
+        trainer(tmp_path, PRepBN(target="un", transition=3)).fit(Classifier("timm_vit"), loader(batches=8), loader(1))
+    module = Classifier("timm_vit")
+    trainer(tmp_path, PRepBN(target="un", transition=3, warmup=4)).fit(module, loader(batches=8), loader(1))
+    norm: Any = next(iter(blend_norms(module).values())).target
+    assert int(norm.iterations) == 8 > norm.warmup
+
+
+def test_eta_can_stay_where_it_is(tmp_path: Any) -> None:
+    module = Classifier("timm_vit")
+    trainer(tmp_path, PRepBN(transition=3, init="slab", learn_eta=False)).fit(module, loader(batches=8), loader(1))
+    assert {float(norm.target.eta) for norm in blend_norms(module).values()} == {1.0}
+
+
+def test_eta_is_frozen_for_fine_tuning(tmp_path: Any) -> None:
+    t = trainer(tmp_path, PRepBN(transition=3))
+    t.fit(Classifier("timm_vit"), loader(batches=8), loader(1))
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    module = load_from_checkpoint(Classifier, tmp_path / "a.ckpt")
+    before = [norm.target.eta.clone() for norm in blend_norms(module).values()]
+    gammas = [norm.target.bn.weight.clone() for norm in blend_norms(module).values()]
+    trainer(tmp_path, PRepBN(transition=3, learn_eta=False)).fit(module, loader(batches=8), loader(1))
+    norms = list(blend_norms(module).values())
+    assert all(torch.equal(norm.target.eta, eta) for norm, eta in zip(norms, before, strict=True))
+    assert not any(torch.equal(norm.target.bn.weight, gamma) for norm, gamma in zip(norms, gammas, strict=True))
