@@ -15,7 +15,7 @@ from lightning_efficient.attention.sites import Attention, AttentionSite, as_pro
 from lightning_efficient.attention.temper import Law, Mode
 from lightning_efficient.attention.verify import Verdict, module_at, verify
 from lightning_efficient.common.change import Change
-from lightning_efficient.common.match import NoMatchError, canonical_name, covers, near_names
+from lightning_efficient.common.match import REFERENCE, NoMatchError, canonical_name, covers, near_names, references
 from lightning_efficient.folding.probes import Probe
 from lightning_efficient.weightspace import Block
 
@@ -148,6 +148,11 @@ def find_targets(
     probe = as_probe(model, example)
     attention = find_attention(model, probe)
     names, skipped = _select(attention, include, exclude)
+    idle = references(model)
+    skipped |= {name: REFERENCE for name in names if name in idle}
+    names = [name for name in names if name not in idle]
+    if not names:
+        raise NoMatchError(f"{METHOD}: all attentions are {REFERENCE}: {sorted(skipped)[:5]}.")
     _refuse_sites([attention.sites[name] for name in names])
     by_head = names if config.per_head else []
     if by_head:

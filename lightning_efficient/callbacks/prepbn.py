@@ -14,14 +14,18 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_efficient.common.change import Change
+from lightning_efficient.common.running import first_line
 from lightning_efficient.lifecycle.standing import is_smoke_run
 from lightning_efficient.lifecycle.state import Request
 from lightning_efficient.lifecycle.structural import StructuralCallback
 from lightning_efficient.lifecycle.weights import Plan
 from lightning_efficient.norms.blend import BlendNorm, blend_norms
-from lightning_efficient.norms.causal import CausalAttentionError, CausalWatch
+from lightning_efficient.norms.causal import CausalModelError
+from lightning_efficient.norms.checks import check_statistics, check_training
 from lightning_efficient.norms.padding import capture_padding
+from lightning_efficient.norms.repbn import RepBN
 from lightning_efficient.norms.swap import METHOD, NormSwapConfig, apply_norm_swap, find_norms
+from lightning_efficient.trainer.causal import causal_in
 from lightning_efficient.trainer.finished import FinishedForm
 from lightning_efficient.trainer.statistics import average_over_processes, recalibrate_in
 from lightning_efficient.trainer.transition import TRANSITION, GuardedTransition
@@ -49,6 +53,17 @@ class PRepBN(StructuralCallback):
         hold: How long ``lam`` stays 1 first, in which running statistics warm up without influence: fraction or steps.
         momentum: Weight of a batch in RepBN's running statistics.
         frozen: Normalize with running statistics in training too (batches too small to have statistics).
+        eps: Added to variances (``"repbn"``, ``"un"``).
+        decay: Share of the old value in the moving averages that calibrate ``"affine"``.
+        alpha: Start of Dynamic Tanh's scalar (much less than 0.5 for wide language models).
+        window: Training forwards that Unified Normalization smooths over.
+        warmup: Training forwards before it does; a run that ends sooner gets a warning.
+        filtration: Whether it leaves outlier batches out (published: yes for vision, no for language).
+        learn_eta: Train RepBN's eta. ``False`` keeps it at its start (``init``) or at what a file has: the authors'
+            advice for fine-tuning downstream.
+        eval_mode: What to do with swapped norms that train in evaluation mode, as everything does that comes from
+            ``from_pretrained``: they would collect no statistics. ``"error"``, or ``"train"``: put them, and nothing
+            else, into training mode (dropout stays as you have it).
         allow_causal: Swap to batch statistics in a causal model all the same: in training they leak the future.
         recalibrate: At the end, average the running statistics over this many training batches ("precise BatchNorm"),
             before the last validation and the files written there; 0: keep the moving averages.
@@ -78,6 +93,14 @@ class PRepBN(StructuralCallback):
         hold: int | float = 0.05,
         momentum: float = 0.1,
         frozen: bool = False,
+        eps: float = 1e-5,
+        decay: float = 0.99,
+        alpha: float = 0.5,
+        window: int = 4,
+        warmup: int = 4000,
+        filtration: bool = True,
+        learn_eta: bool = True,
+        eval_mode: Literal["error", "train"] = "error",
         allow_causal: bool = False,
         recalibrate: int = 100,
         finished_metrics: bool = True,
@@ -88,19 +111,24 @@ class PRepBN(StructuralCallback):
         super().__init__(enabled, include, exclude)
         if type(recalibrate) is not int or recalibrate < 0:
             raise ValueError(f"`recalibrate` must be a number of batches from 0; got {recalibrate!r}.")
-        self.options = NormSwapConfig(target=target, init=init, momentum=momentum, frozen=frozen)
+        if eval_mode not in ("error", "train"):
+            raise ValueError(f"`eval_mode` must be 'error' or 'train'; got {eval_mode!r}.")
+        self.options = NormSwapConfig(
+            target, init, eps, momentum, frozen, decay, alpha, window, warmup, filtration, learn_eta
+        )
         self.transition = GuardedTransition(transition, shape, hold, guard, guard_factor, guard_length)
-        self.allow_causal, self.recalibrate, self.finished_metrics = allow_causal, recalibrate, finished_metrics
+        self.eval_mode, self.allow_causal = eval_mode, allow_causal
+        self.recalibrate, self.finished_metrics = recalibrate, finished_metrics
         self._finished = FinishedForm(f"efficient/{METHOD}/finished/")
         self._recalibrated_at = -1
         self._total: int | None = None
         self._norms: list[BlendNorm] = []
         self._handles: list[RemovableHandle] = []
-        self._watch: CausalWatch | None = None
+        self._looked = self._fed = False
 
     def config(self) -> dict[str, Any]:
         """The arguments of this callback as plain data."""
-        own = {name: getattr(self, name) for name in ("allow_causal", "recalibrate", "finished_metrics")}
+        own = {name: getattr(self, name) for name in ("eval_mode", "allow_causal", "recalibrate", "finished_metrics")}
         return super().config() | vars(self.options) | self.transition.config() | own
 
     def progress(self) -> dict[str, Any]:
@@ -117,6 +145,14 @@ class PRepBN(StructuralCallback):
         super().restart()
         self.transition.restart(1.0)
         self._recalibrated_at, self._total = -1, None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Swap; eta may have been trained so far."""
+        super().setup(trainer, pl_module, stage)
+        if self.enabled and not self.options.learn_eta:
+            for norm in blend_norms(pl_module).values():
+                if isinstance(norm.target, RepBN):
+                    norm.target.eta.requires_grad_(False)
 
     def request(self) -> Request:
         """What to do to a model: plain data and a function, so that copies of the model can carry it."""
@@ -155,25 +191,29 @@ class PRepBN(StructuralCallback):
             f"{name}: {len(self._norms)} norms become {self.options.target} over steps {way.first} to "
             f"{way.first + way.length} of {'an open run' if self._total is None else self._total}."
         )
+        if what := self.options.too_short(self._total):
+            rank_zero_warn(f"{name}: {what}")
         if self.recalibrate and fresh and way.start == 1.0 and (self.options.frozen or way.first == 0):
             # They evaluate, or train, with running statistics from the first step on.
             recalibrate_in(trainer, pl_module, self.recalibrate, name)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Set the blend for this step; watch the first forward for causal attention."""
+        """Set the blend for this step; before the first, look at what the model does with such a batch."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if not self.enabled:
             return
         self._settle()
         self._write(self.step(trainer))
-        uses_batch = any(norm.target.batch_statistics for norm in self._norms)
-        if self._watch is None and uses_batch and not self.allow_causal and not self.options.frozen:
-            self._watch = CausalWatch()
-            self._watch.__enter__()
+        check_training(pl_module, wake=self.eval_mode == "train")
+        if not self._looked:
+            self._looked = True
+            self._look(trainer, pl_module, batch, batch_idx)
+        if not self._fed and self.transition.at(self.step(trainer)) < 1:
+            self._fed = True
+            check_statistics(pl_module, recalibrated=self.recalibrate > 0)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Forwards from here are recomputations; after the very first, nothing was learned from the future yet."""
-        self._end_watch()
+        """Forwards from here are recomputations."""
         self._collect(False)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -189,7 +229,6 @@ class PRepBN(StructuralCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the blend."""
-        self._end_watch()
         if not self.enabled:
             return
         self.transition.after_batch(trainer, outputs, self.step(trainer))
@@ -291,17 +330,28 @@ class PRepBN(StructuralCallback):
         for norm in self._norms:
             norm.target.collect = collect
 
-    def _end_watch(self) -> None:
-        if self._watch is not None and self._watch.active:
-            self._watch.__exit__(None, None, None)
-            if self._watch.seen:
-                raise CausalAttentionError(self._watch.seen, self.options.target)
+    def _look(self, trainer: Trainer, pl_module: LightningModule, batch: Any, number: int) -> None:
+        """Refuse a causal model, which norms with batch statistics would show the future."""
+        batch_statistics = any(norm.target.batch_statistics for norm in self._norms)
+        if self.allow_causal or self.options.frozen or not batch_statistics:
+            return
+        try:
+            found = causal_in(trainer, pl_module, batch, number)
+        except Exception as error:
+            rank_zero_warn(
+                f"{type(self).__name__}: whether the model is causal could not be found out, because "
+                f"{type(pl_module).__name__} does not run on a training batch outside its loop ({first_line(error)}). "
+                f"If it is, `target={self.options.target!r}` lets it see the future while training: use "
+                "target='affine'. If it is not, allow_causal=True turns this check off."
+            )
+            return
+        if found:
+            raise CausalModelError(found, list(blend_norms(pl_module)), self.options.target)
 
     def _release(self) -> None:
         self._collect(True)
         for handle in self._handles:
             handle.remove()
-        if self._watch is not None and self._watch.active:
-            self._watch.__exit__(None, None, None)
         self._finished.stop()
-        self._handles, self._norms, self._watch = [], [], None
+        self._handles, self._norms = [], []
+        self._looked = self._fed = False

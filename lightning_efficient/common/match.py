@@ -15,6 +15,8 @@ from torch import nn
 # names. The user wrote "blocks.0", so that is what globs, reports and recipes say.
 WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
+REFERENCE = "frozen and kept in evaluation mode: a reference, left alone"
+
 
 class NoMatchError(ValueError):
     """No module is left to change; the message says which argument to fix, and to what."""
@@ -60,6 +62,34 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     """
     # A wrapper comes before what it wraps, so the latter is what stays.
     return {canonical_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
+
+
+def references(model: nn.Module) -> set[str]:
+    """Modules that nothing trains and that the user keeps in evaluation mode, which no method changes.
+
+    Frozen teachers, feature extractors of perceptual losses. What tells them is the contrast: frozen (it has
+    parameters, and none requires a gradient) and in evaluation mode, inside something that is in training mode. A model
+    of which nothing is trained has none, nor has one that arrives in evaluation mode as a whole (``from_pretrained``),
+    however much of it is frozen (LoRA).
+
+    Args:
+        model: Any module; it counts as in training mode itself.
+
+    Returns:
+        Canonical names, of everything inside such a module as well.
+    """
+    found: set[str] = set()
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        for name, child in module.named_children():
+            if child.training:
+                visit(child, f"{prefix}{name}.")
+            elif (own := list(child.parameters())) and not any(p.requires_grad for p in own):
+                found.update(canonical_name(f"{prefix}{name}.{n}".rstrip(".")) for n, _ in child.named_modules())
+
+    if any(p.requires_grad for p in model.parameters()):
+        visit(model, "")
+    return found
 
 
 def covers(glob: str, name: str) -> bool:
@@ -138,6 +168,13 @@ def select_modules(
         raise NoMatchError(_nothing_included(include_globs, modules, list(candidates), kind, method))
     excluded, _ = _cover(exclude_globs, candidates)
     matched = {name: modules[name] for name in candidates if name in included and name not in excluded}
+    idle = references(model) & set(matched)
+    if matched and len(idle) == len(matched):
+        raise NoMatchError(
+            f"{method}: all {len(matched)} {kind} modules are {REFERENCE} ({_quote(list(matched)[:5])}). Train them, "
+            "or put them into training mode."
+        )
+    matched = {name: module for name, module in matched.items() if name not in idle}
     if not matched:
         globs = sorted({excluded[name] for name in included})
         raise NoMatchError(
@@ -153,12 +190,15 @@ def select_modules(
     return Selection(
         matched=matched,
         skipped={
-            name: f"excluded by {excluded[name]!r}" if name in excluded else "not covered by include"
+            name: f"excluded by {excluded[name]!r}" if name in excluded else REFERENCE if name in idle else _UNCOVERED
             for name in candidates
             if name not in matched
         },
         aliases={name: candidates[name][1:] for name in matched if len(candidates[name]) > 1},
     )
+
+
+_UNCOVERED = "not covered by include"
 
 
 def _check_globs(argument: str, globs: Sequence[str], method: str) -> list[str]:

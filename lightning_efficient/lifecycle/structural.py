@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_efficient.common.change import Change
+from lightning_efficient.common.match import references
 from lightning_efficient.lifecycle.base import EfficientCallback
 from lightning_efficient.lifecycle.hooks import fold_modules, install, unfoldable
 from lightning_efficient.lifecycle.state import Request, attachment
@@ -94,8 +95,14 @@ def rebind_optimizers(trainer: Trainer, pl_module: LightningModule, method: str,
             f"{method} does not fold ({names[:3]} ...), and the parent of spawned processes only takes over plain "
             "weights. Use Trainer(strategy='ddp')."
         )
-    rebind_all(trainer, pl_module)
     changes = [c for r in attachment(pl_module).requests if (r.method, r.key) == (method, key) for c in r.changes]
+    if idle := sorted(references(pl_module) & {name for c in changes for name in c.swaps}):
+        raise ValueError(
+            f"{method}: {len(idle)} modules that it has changed ({', '.join(idle[:3])}{', ...' if idle[3:] else ''}) "
+            "were frozen and put into evaluation mode afterwards, as a reference network is: its outputs would change. "
+            f"Freeze them where they are made, or exclude={sorted({name.partition('.')[0] for name in idle})}."
+        )
+    rebind_all(trainer, pl_module)
     for change in changes:
         rank_zero_info(change.report())
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_efficient.common.change import Change
+from lightning_efficient.common.match import REFERENCE
 from lightning_efficient.lifecycle.base import EfficientCallback, peers
 from lightning_efficient.lifecycle.hooks import hook_files
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
@@ -241,7 +242,7 @@ class WeightSpaceCallback(EfficientCallback):
         if self.change is None:
             return
         rank_zero_info(self.change.report())
-        asked_for = ("excluded", "not covered")
+        asked_for = ("excluded", "not covered", REFERENCE)
         surprises = {n: why for n, why in self.change.skipped.items() if not why.startswith(asked_for)}
         if surprises:
             listed = "; ".join(f"{n} ({why})" for n, why in list(surprises.items())[:6])

@@ -108,6 +108,10 @@ class Target(nn.Module):
         """
         return False
 
+    def has_statistics(self) -> bool:
+        """Whether the running statistics are any but those that every target starts with (waits for the device)."""
+        return True
+
     def collecting(self) -> bool:
         """Whether a forward that happens now may update statistics."""
         return self.collect and not in_backward()

@@ -83,6 +83,11 @@ class BlendNorm(nn.Module):
             self.target.calibrate(flat, seen, self.spec.scale(self.source), self.spec.shift(self.source), mask)
         return torch.lerp(y.to(source.dtype), source, self.lam)
 
+    @property
+    def learns_in_training(self) -> bool:
+        """Whether forwards in training mode teach the target something that forwards in evaluation mode do not."""
+        return self.target.calibrates or (self.target.batch_statistics and not self.target.frozen)
+
     def finish(self) -> None:
         """End the transition: only the target from here on (one recompilation of a compiled model)."""
         self.lam.zero_()

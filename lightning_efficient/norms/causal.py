@@ -1,78 +1,322 @@
-"""Is this model causal? Batch statistics would then show every position the future of its batch."""
+"""Is this model causal? Batch statistics would then show every position the future of its batch.
+
+Nothing is read off how attention is written. Parts of the inputs are changed and the outputs of all modules watched,
+so masks of any kind, causal convolutions, recurrent and state-space models are found alike. Cut a sequence in two, and
+ask of each position of an output whether it hears the first part, the second, or both:
+
+====================  =============================  ==============================
+the output is         some position hears only the   some position hears only the
+                      first part                     second part
+====================  =============================  ==============================
+causal                yes                            no
+token by token        yes                            yes
+bidirectional         no                             no
+====================  =============================  ==============================
+
+That needs no correspondence between the positions of inputs and outputs, so it survives patches, strides, prefixes and
+shifts. Cut in the middle it sees what reaches far; what only reaches its neighbours (short convolutions, windows) looks
+token by token there, and is cut again next to either end.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from lightning_efficient.common.eager import uncompiled
+from lightning_efficient.common.match import canonical_name
+from lightning_efficient.common.nests import named_tensors, tensors_in
+from lightning_efficient.common.running import evaluating
+from lightning_efficient.norms.blend import blend_norms
 
 
-class CausalAttentionError(ValueError):
+class CausalModelError(ValueError):
     """A causal model was given norms with batch statistics.
 
     Args:
-        seen: How the causal attention was written.
+        found: Norm -> what showed it to be causal.
+        norms: Names of all norms that are swapped.
         target: The norm asked for.
     """
 
-    def __init__(self, seen: str, target: str) -> None:
+    def __init__(self, found: Mapping[str, str], norms: list[str], target: str) -> None:
+        some = ", ".join(list(found)[:4]) + (", ..." if len(found) > 4 else "")
+        others = len([name for name in norms if name not in found])
+        exclude = f" The other {others} norms are not concerned: `exclude` these." if others else ""
         super().__init__(
-            f"the model is causal ({seen}), and the batch statistics of `target={target!r}` would let every position "
-            "see the future of its batch while training: the loss would be too good, and evaluation would see another "
-            "network. Use `target='affine'`, which has no batch statistics, or accept the leak with "
-            "`allow_causal=True`."
+            f"the model is causal: {next(iter(found.values()))}. The batch statistics of `target={target!r}` in "
+            f"{len(found)} of {len(norms)} norms ({some}) would let every position see the future of its batch while "
+            "training: the loss would be too good, and evaluation would see another network. Use `target='affine'`, "
+            f"which has no batch statistics, or accept the leak with `allow_causal=True`.{exclude}"
         )
 
 
-class CausalWatch(TorchFunctionMode):
-    """Context manager around one forward that notes causal attention; the forward computes what it would.
+def causal_norms(model: nn.Module, run: Callable[[Any], object], inputs: Any) -> dict[str, str]:
+    """The swapped norms that work on a sequence whose later positions the model hides from the earlier ones.
 
-    Attributes:
-        seen: How it was written; empty if none was seen.
-        active: Whether the context is open.
+    A model that treats every token by itself hides nothing: its tokens are a batch like any other. A causal part whose
+    output is mixed in both directions later (a causal stem, the forward half of a bidirectional recurrent net) does not
+    count either. Everything runs in evaluation mode, where swapped norms have no batch statistics; parameters that are
+    constant (zero-initialised branches, tiny layer scales) get noise meanwhile, because a zero hides what it is for.
+    Modes, buffers, parameters and random state are as before afterwards.
+
+    Args:
+        model: With ``BlendNorm`` in it.
+        run: Runs the model on such inputs, with the same random numbers each time.
+        inputs: Tensors in any nest. Values are only ever exchanged for others of the same tensor, so that indices stay
+            in their vocabulary; bool tensors stay. A few samples are enough.
+
+    Returns:
+        Norm name -> what was seen, for people. Empty: not causal, or no sequence.
+
+    Raises:
+        Exception: ``run`` fails on the inputs as they are.
+    """
+    norms = blend_norms(model)
+    found: dict[str, str] = {}
+    with evaluating(model), _awake(model), uncompiled(), _Watch(model, run) as watch:
+        base = watch.outputs(inputs)
+        noise = _moved(base, watch.outputs(inputs))
+        base = {key: value for key, value in base.items() if key not in noise}
+        for name, tensor in named_tensors(inputs):
+            if (other := _exchanged(tensor)) is None:
+                continue
+            effect = _Effect(watch, base, inputs, tensor, other)
+            touched = [key.module for key in effect.all() if key.module in norms]
+            for axis in range(tensor.dim()) if touched else ():
+                if seen := _causal_along(axis, effect):
+                    what = (
+                        f"the output of {seen!r} does not hear later positions of {name or 'the input'!r} (axis "
+                        f"{axis}), and later ones hear the earlier"
+                    )
+                    found = dict.fromkeys(touched, what) | found
+    return found
+
+
+class _Key(NamedTuple):
+    """One tensor of one call of a module."""
+
+    module: str
+    call: int
+    output: int
+
+
+_Sketch = tuple[Tensor, ...]
+"""What is kept of a tensor: for each axis a vector, in which an entry changes when something at that index does."""
+
+_Moved = dict[_Key, tuple[Tensor, ...] | None]
+"""Outputs that changed -> for each axis, where (bool, on the CPU); None: by so little that it may be rounding."""
+
+
+class _Watch:
+    """Runs a model with hooks on all its modules but the insides of norms.
+
+    Args:
+        model: The model.
+        run: Runs it.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen = ""
-        self.active = False
+    def __init__(self, model: nn.Module, run: Callable[[Any], object]) -> None:
+        self._run, self._seen = run, dict[_Key, _Sketch]()
+        self._calls: Counter[str] = Counter()
+        inside = {m for norm in blend_norms(model).values() for m in norm.modules() if m is not norm}
+        self._handles = [
+            module.register_forward_hook(self._hook(canonical_name(name)))
+            for name, module in model.named_modules()
+            if module is not model and module not in inside and not isinstance(module, torch.jit.ScriptModule)
+        ]
 
-    def __enter__(self) -> CausalWatch:
-        self.active = True
-        super().__enter__()  # type: ignore[no-untyped-call]
+    def __enter__(self) -> _Watch:
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self.active = False
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Make the call as it is; look at the mask of attention calls."""
-        kwargs = kwargs or {}
-        if not self.seen and func in (F.scaled_dot_product_attention, F.multi_head_attention_forward):
-            mask = kwargs.get(
-                "attn_mask", args[3] if func is F.scaled_dot_product_attention and len(args) > 3 else None
-            )
-            if kwargs.get("is_causal") or (isinstance(mask, Tensor) and _is_causal(mask)):
-                self.seen = f"{func.__name__} with a causal mask"
-        return func(*args, **kwargs)
+    def outputs(self, inputs: Any) -> dict[_Key, _Sketch]:
+        """Sketches of all outputs, in the order in which they were made; the inputs stay as they are."""
+        self._seen, self._calls = {}, Counter()
+        self._run(apply_to_collection(inputs, Tensor, torch.clone))
+        return self._seen
+
+    def _hook(self, name: str) -> Any:
+        @torch.no_grad()
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            self._calls[name] += 1
+            for index, tensor in enumerate(tensors_in(out)):
+                if tensor.dim() and tensor.numel() and not tensor.is_nested:
+                    self._seen[_Key(name, self._calls[name], index)] = _sketch(tensor)
+
+        return hook
 
 
-@torch.no_grad()
-def _is_causal(mask: Tensor) -> bool:
-    """Whether a square mask hides every later position and shows the present one."""
-    if mask.dim() < 2 or mask.shape[-1] != mask.shape[-2] or mask.shape[-1] < 2:
+def _sketch(tensor: Tensor) -> _Sketch:
+    """Random projections onto each axis. An entry stays, up to the rounding of sums, if nothing at its index moved."""
+    x = torch.nan_to_num(tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)))
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(size, generator=generator).to(x) for size in x.shape]
+    axes = []
+    for axis in range(x.dim()):
+        y = x.movedim(axis, 0)
+        for weight in reversed([w for a, w in enumerate(weights) if a != axis]):
+            y = y @ weight
+        axes.append(y)
+    return tuple(axes)
+
+
+def _moved(base: Mapping[_Key, _Sketch], other: Mapping[_Key, _Sketch]) -> _Moved:
+    """Where outputs differ, by more than the rounding of an FFT or of a sum in another order."""
+    moved: _Moved = {}
+    for key, before in base.items():
+        after = other.get(key, ())
+        if [len(vector) for vector in after] != [len(vector) for vector in before]:
+            continue
+        changes = [(new - old).abs() for old, new in zip(before, after, strict=True)]
+        rounding = [16 * torch.finfo(old.dtype).eps * old.abs().max() for old in before]
+        axes = tuple((c > r).cpu() for c, r in zip(changes, rounding, strict=True))
+        if any(axis.any() for axis in axes):
+            clear = all(c.max() > 30 * r for c, r in zip(changes, rounding, strict=True))
+            moved[key] = axes if clear else None
+    return moved
+
+
+@dataclass(frozen=True)
+class _Effect:
+    """What moves when parts of one input are exchanged.
+
+    Args:
+        watch: Runs the model.
+        base: Its outputs with nothing exchanged.
+        inputs: All inputs.
+        tensor: One of them.
+        other: What its entries are exchanged for.
+    """
+
+    watch: _Watch
+    base: dict[_Key, _Sketch]
+    inputs: Any
+    tensor: Tensor
+    other: Tensor
+
+    def all(self) -> _Moved:
+        """Everything is exchanged."""
+        return self.part(0, 0, len(self.tensor))
+
+    def part(self, axis: int, start: int, end: int) -> _Moved:
+        """The positions from ``start`` to ``end`` along an axis are exchanged."""
+        changed = self.tensor.clone()
+        changed.narrow(axis, start, end - start).copy_(self.other.narrow(axis, start, end - start))
+        inputs = apply_to_collection(self.inputs, Tensor, lambda t: changed if t is self.tensor else t)
+        try:
+            return _moved(self.base, self.watch.outputs(inputs))
+        except Exception:  # the model checks its inputs (sorted lengths, ...): this one cannot be varied
+            return {}
+
+
+def _causal_along(axis: int, effect: _Effect) -> str:
+    """The module whose output is causal along an axis of an input, unless the sequence is mixed both ways behind it."""
+    length = effect.tensor.shape[axis]
+    if length < 2:
+        return ""
+    first, last = effect.part(axis, 0, length // 2), effect.part(axis, length // 2, length)
+    hears = {key: _hearing((first, last), (last, first), key) for key in effect.base}
+    if length > 2 and _last_word("token", hears, effect.base):
+        head = effect.part(axis, 0, 1), effect.part(axis, 1, length)
+        tail = effect.part(axis, length - 1, length), effect.part(axis, 0, length - 1)
+        hears |= {key: _hearing(head, tail, key, was.axis) for key, was in hears.items() if was.kind == "token"}
+    return _last_word("causal", hears, effect.base)
+
+
+class _Hearing(NamedTuple):
+    """What an output hears, and along which of its axes; ``kind`` is empty where that means nothing."""
+
+    kind: str
+    axis: int = 0
+
+
+def _hearing(head: tuple[_Moved, _Moved], tail: tuple[_Moved, _Moved], key: _Key, axis: int | None = None) -> _Hearing:
+    """Judge an output by what moved with either end of the sequence, and with all but that end.
+
+    Args:
+        head: Moved by the beginning, and by the rest.
+        tail: Moved by the end, and by the rest.
+        key: The output.
+        axis: Its axis that is the sequence; None: to be found.
+    """
+    four = [part.get(key, ()) for part in (*head, *tail)]
+    if None in four or not four[0] or not four[2]:
+        return _Hearing("")
+    kinds = {}
+    for a in range(len(four[0])) if axis is None else (axis,):
+        begin, no_begin, end, no_end = (part[a] if part else torch.tensor(False) for part in four)
+        only_begin, only_end = begin & ~no_begin, end & ~no_end
+        if not (only_begin | only_end).any():
+            kinds["mixed"] = a
+        elif only_begin.any() and (axis is not None or _is_beginning(only_begin, before=end)):
+            kinds["token" if only_end.any() else "causal"] = a
+        else:
+            kinds[""] = a
+    return next(_Hearing(kind, kinds[kind]) for kind in ("token", "causal", "", "mixed") if kind in kinds)
+
+
+def _is_beginning(part: Tensor, before: Tensor) -> bool:
+    """Whether an axis is a sequence that begins with ``part``, or several of the same length in a row.
+
+    Along an axis of features a few entries hear one part only by chance (behind a ReLU), in no order.
+    """
+    starts = (part & ~part.roll(1)).nonzero().flatten().tolist()
+    if not starts or len(part) % len(starts) or before[: starts[0]].any():
         return False
-    last = mask.reshape(-1, *mask.shape[-2:])[-1]
-    # The two usual conventions of bool masks differ in what True means; both are causal or both are not.
-    hidden = ~last if last.dtype == torch.bool else last < -1e4
-    later = torch.ones_like(hidden).triu(1)
-    return bool(hidden[later].all() and not hidden.diagonal().any()) or bool(
-        last.dtype == torch.bool and (~hidden)[later].all() and hidden.diagonal().all()
-    )
+    period = len(part) // len(starts)
+    return starts == list(range(starts[0], len(part), period)) and 4 * int(part.sum()) >= len(part)
+
+
+def _last_word(kind: str, hears: Mapping[_Key, _Hearing], base: Mapping[_Key, _Sketch]) -> str:
+    """The last module with an output of a kind, unless a mixed one with an axis of that length comes behind it.
+
+    A pooled output hears everything, too, and says nothing about the sequence: it has two axes at most.
+    """
+    last, length = "", 0
+    for key, what in hears.items():
+        shape = [len(vector) for vector in base[key]]
+        if what.kind == kind:
+            last, length = key.module, shape[what.axis]
+        elif what.kind == "mixed" and len(shape) > 2 and length in shape:
+            last = ""
+    return last
+
+
+def _exchanged(tensor: Tensor) -> Tensor | None:
+    """The same tensor with every value exchanged for another of its values; None if that cannot be."""
+    if tensor.dtype == torch.bool or tensor.is_complex() or tensor.is_nested or tensor.numel() < 2 or tensor.is_sparse:
+        return None
+    values, places = torch.unique(tensor.detach(), return_inverse=True)
+    if len(values) > 1:
+        other: Tensor = values[(places + len(values) // 2) % len(values)]
+        return other
+    return tensor.detach() + 1 if tensor.is_floating_point() else None
+
+
+@contextmanager
+def _awake(model: nn.Module) -> Iterator[None]:
+    """Noise on the parameters that are constant, inside this context."""
+    generator = torch.Generator().manual_seed(0)
+    saved: list[tuple[nn.Parameter, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.is_floating_point() and parameter.numel() and parameter.min() == parameter.max():
+                    saved.append((parameter, parameter.clone()))
+                    parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=0.1)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in saved:
+                parameter.copy_(value)

@@ -79,6 +79,11 @@ class RepBN(Target):
         self._suspended = {}
         return fresh
 
+    def has_statistics(self) -> bool:
+        """Whether mean and variance are any but (0, 1)."""
+        mean, var, _ = self._running()
+        return bool((mean != 0).any() or (var != 1).any())
+
     def _running(self) -> tuple[Tensor, Tensor, Tensor]:
         mean, var, count = self.bn.running_mean, self.bn.running_var, self.bn.num_batches_tracked
         return cast(Tensor, mean), cast(Tensor, var), cast(Tensor, count)

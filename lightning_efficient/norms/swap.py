@@ -46,6 +46,7 @@ class NormSwapConfig:
         window: Iterations that Unified Normalization smooths over.
         warmup: Iterations before it does.
         filtration: Whether it skips outlier batches (published: on for vision, off for language).
+        learn_eta: Whether RepBN's eta is trained.
 
     Raises:
         ValueError: A value is of the wrong type or out of range.
@@ -61,6 +62,7 @@ class NormSwapConfig:
     window: int = 4
     warmup: int = 4000
     filtration: bool = True
+    learn_eta: bool = True
 
     def __post_init__(self) -> None:
         _require("target", self.target, self.target in TARGETS, f"one of {TARGETS}")
@@ -70,11 +72,21 @@ class NormSwapConfig:
             _require(name, value, _is_number(value) and low < value < high, f"a number between {low} and {high}")
         valid = _is_number(self.alpha) and 0 < self.alpha <= 1e6
         _require("alpha", self.alpha, valid, "a number above 0, up to 1000000")
-        for name in ("frozen", "filtration"):
+        for name in ("frozen", "filtration", "learn_eta"):
             _require(name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False")
         _require("window", self.window, type(self.window) is int and self.window >= 2, "an integer from 2")
         valid = type(self.warmup) is int and self.warmup >= self.window
         _require("warmup", self.warmup, valid, f"an integer not below `window` ({self.window})")
+
+    def too_short(self, steps: int | None) -> str:
+        """What a run of so many steps (None: unknown) is too short for, as a sentence; empty: nothing."""
+        if self.target != "un" or steps is None or steps > self.warmup:
+            return ""
+        return (
+            f"Unified Normalization begins to smooth after `warmup`={self.warmup} training forwards, and this run has "
+            f"{steps} steps: it will normalize with the statistics of each batch alone. Set `warmup` to a part of the "
+            f"run, such as {max(steps // 10, self.window)}."
+        )
 
     @classmethod
     def of(cls, config: Mapping[str, Any] | NormSwapConfig | None) -> NormSwapConfig:
@@ -162,6 +174,7 @@ def make_target(config: NormSwapConfig, spec: Source) -> Target:
     target: Target
     if config.target == "repbn":
         target = RepBN(channels, 1.0 if config.init == "slab" else 0.0, config.eps, config.momentum)
+        target.eta.requires_grad_(config.learn_eta)
     elif config.target == "affine":
         target = FixedAffine(channels, bias, config.decay)
     elif config.target == "un":
@@ -213,7 +226,7 @@ def apply_norm_swap(
         change.targets[name] = f"{type(blend.source).__name__} becomes {swap.target}"
         follows = blend.weight if isinstance(blend.weight, nn.Parameter) else None
         follows = follows if follows is not None else next(blend.source.parameters(), None)
-        change.added += [(parameter, follows) for parameter in blend.target.parameters()]
+        change.added += [(parameter, follows) for parameter in blend.target.parameters() if parameter.requires_grad]
     _leave_fast_paths(model)
     return change
 

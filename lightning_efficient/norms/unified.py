@@ -145,6 +145,10 @@ class UnifiedNorm(Scaled):
         self._suspended = None
         return fresh
 
+    def has_statistics(self) -> bool:
+        """Whether the running mean square is any but 1."""
+        return bool((self.running_var != 1).any())
+
     def _average(self, x: Tensor, mask: Tensor | None) -> Tensor:
         x2 = _mean_square(x, mask, self.running_var)
         self._averaged += 1

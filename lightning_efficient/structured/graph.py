@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_efficient.attention.sites import as_probe, perturbed, run_float64
-from lightning_efficient.common.match import NoMatchError, canonical_name, covers, modules_by_name, near_names
+from lightning_efficient.common.match import (
+    REFERENCE,
+    NoMatchError,
+    canonical_name,
+    covers,
+    modules_by_name,
+    near_names,
+    references,
+)
 from lightning_efficient.common.nests import mapped, tensors_in
 from lightning_efficient.common.running import float64_copy
 from lightning_efficient.common.weights import check_weight
@@ -273,7 +281,7 @@ def _chosen(
     exclude: Sequence[str] | None,
     modules: Mapping[str, nn.Module],
 ) -> list[UnitGroup]:
-    """The groups that the globs name."""
+    """The groups that the globs name, without those of reference networks."""
     for argument, globs in (("include", include), ("exclude", exclude)):
         if isinstance(globs, str):
             raise TypeError(f"{METHOD}: {argument}={globs!r} is a string; write a list: {argument}=[{globs!r}].")
@@ -283,10 +291,12 @@ def _chosen(
                 raise NoMatchError(
                     f"{METHOD}: `{argument}` glob {glob!r} matches no module name. Close: {near or list(modules)[1:4]}."
                 )
-    kept = []
+    kept, idle = [], references(modules[""])
     for group in groups:
         makers = {part.name.rpartition(".")[0] for part in group.produced}
-        if include is not None and not any(covers(glob, name) for glob in include for name in makers):
+        if makers & idle:
+            refused[group.name] = REFERENCE
+        elif include is not None and not any(covers(glob, name) for glob in include for name in makers):
             refused[group.name] = "not covered by `include`"
         elif out := [glob for glob in exclude or () for name in makers if covers(glob, name)]:
             refused[group.name] = f"excluded by {out[0]!r}"

@@ -32,7 +32,7 @@ CASES: dict[str, tuple[str, Any]] = {
     "repbn-bert": ("bert", partial(swap, frozen=True)),
     "affine-decoder": ("decoder", partial(swap, target="affine")),
     "affine-llama": ("llama", partial(swap, target="affine", shape="cosine")),
-    "un-vit": ("timm_vit", partial(swap, target="un")),
+    "un-vit": ("timm_vit", partial(swap, target="un", warmup=4)),
     "dyt-vit": ("timm_vit", partial(swap, target="dyt")),
     "rms-bert": ("bert", partial(swap, target="rms")),
     "with-sigma-vit": ("timm_vit", together),

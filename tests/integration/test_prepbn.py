@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import fields
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
+from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import nn
+from torch.utils.data import DataLoader
 from zoo import CLASSES, Classifier, loader
 
 from lightning_efficient import export, load_from_checkpoint
@@ -16,6 +22,7 @@ from lightning_efficient.callbacks.prepbn import PRepBN
 from lightning_efficient.callbacks.sigma_reparam import SigmaReparam
 from lightning_efficient.common.match import NoMatchError
 from lightning_efficient.norms.blend import blend_norms
+from lightning_efficient.norms.swap import NormSwapConfig
 
 
 def trainer(tmp_path: Any, *callbacks: Callback, **kwargs: Any) -> Trainer:
@@ -66,6 +73,56 @@ def test_a_causal_model_with_batch_statistics_is_refused_before_it_learns(tmp_pa
     after = dict(module.named_parameters())
     assert all(torch.equal(before[k], after[k]) for k in before if k in after)
     trainer(tmp_path, PRepBN(transition=4, allow_causal=True)).fit(Classifier("decoder"), loader(batches=8), loader(1))
+
+
+class Written(pl.LightningModule):
+    """A causal net written out in the module itself; batches are dicts with labels and padding."""
+
+    def __init__(self, causal: bool = True) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Embedding(12, 8), nn.LayerNorm(8), nn.Linear(8, 12)
+        self.q, self.k, self.v, self.causal = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), causal
+        self.calls = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.calls += 1
+        ids, mask = batch["ids"][:, :-1], batch["mask"][:, None, :-1]
+        h = self.norm(self.embed(ids))
+        scores = self.q(h) @ self.k(h).mT + torch.where(mask > 0, 0.0, -1e9)
+        if self.causal:
+            scores = scores + torch.full_like(scores, -1e4).triu(1)
+        h = h + scores.softmax(-1) @ self.v(h)
+        return torch.nn.functional.cross_entropy(self.head(h).flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def sentences() -> Any:
+    ids = torch.randint(12, (8, 4, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[:, 0, 4:] = 0
+    batches = [{"ids": i, "mask": m, "labels": i.masked_fill(m == 0, -100)} for i, m in zip(ids, mask, strict=True)]
+    return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+
+
+def test_a_causal_step_is_refused_by_what_it_does(tmp_path: Any) -> None:
+    module = Written()
+    with pytest.raises(ValueError, match=r"causal: the output of 'head' does not hear later positions of 'ids'"):
+        trainer(tmp_path, PRepBN(transition=4, hold=0, recalibrate=0)).fit(module, sentences())
+    assert module.calls == 0, "only a stand-in has run"
+    trainer(tmp_path, PRepBN(transition=4)).fit(Written(causal=False), sentences())
+
+
+def test_a_step_that_cannot_be_looked_at_is_said_to_be_unknown(tmp_path: Any) -> None:
+    class Shy(Written):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            if "log" in self.__dict__:
+                raise RuntimeError("only in the loop")
+            return super().training_step(batch, batch_idx)
+
+    with pytest.warns(UserWarning, match="whether the model is causal could not be found out.*only in the loop"):
+        trainer(tmp_path, PRepBN(transition=4, recalibrate=0)).fit(Shy(), sentences())
 
 
 def test_a_model_without_norms_is_refused(tmp_path: Any) -> None:
@@ -203,3 +260,51 @@ def test_export_makes_the_norms_vanish(tmp_path: Any, caplog: pytest.LogCaptureF
     torch.testing.assert_close(plain(x), module.eval()(x), rtol=0, atol=1e-5)
     unfolded = export(module, x, fold=False)
     torch.testing.assert_close(unfolded(x), plain(x), rtol=0, atol=1e-5)
+
+
+# -- hyper-parameters --------------------------------------------------------------------------------------------------
+
+
+def test_every_hyper_parameter_of_the_method_is_an_argument(tmp_path: Any) -> None:
+    arguments = inspect.signature(PRepBN).parameters
+    for field in fields(NormSwapConfig):
+        assert arguments[field.name].default == field.default, field.name
+        assert field.name in str(PRepBN.__doc__)
+    other: dict[str, Any] = {
+        "target": "un", "init": "slab", "eps": 1e-3, "momentum": 0.3, "frozen": True, "decay": 0.8, "alpha": 0.1,
+        "window": 3, "warmup": 5, "filtration": False, "learn_eta": False,
+    }  # fmt: skip
+    assert vars(PRepBN(**other).options) == other
+    assert PRepBN(**other).config().items() >= other.items()
+    parser = ArgumentParser()
+    parser.add_class_arguments(PRepBN, "norm_swap")
+    given = parser.instantiate_classes(parser.parse_string(yaml.safe_dump({"norm_swap": other})))
+    assert vars(given.norm_swap.options) == other
+
+
+def test_unified_normalization_in_a_run_shorter_than_its_warm_up_says_so(tmp_path: Any) -> None:
+    with pytest.warns(UserWarning, match=r"`warmup`=4000 training forwards, and this run has 8 steps.*such as 4"):
+        trainer(tmp_path, PRepBN(target="un", transition=3)).fit(Classifier("timm_vit"), loader(batches=8), loader(1))
+    module = Classifier("timm_vit")
+    trainer(tmp_path, PRepBN(target="un", transition=3, warmup=4)).fit(module, loader(batches=8), loader(1))
+    norm: Any = next(iter(blend_norms(module).values())).target
+    assert int(norm.iterations) == 8 > norm.warmup
+
+
+def test_eta_can_stay_where_it_is(tmp_path: Any) -> None:
+    module = Classifier("timm_vit")
+    trainer(tmp_path, PRepBN(transition=3, init="slab", learn_eta=False)).fit(module, loader(batches=8), loader(1))
+    assert {float(norm.target.eta) for norm in blend_norms(module).values()} == {1.0}
+
+
+def test_eta_is_frozen_for_fine_tuning(tmp_path: Any) -> None:
+    t = trainer(tmp_path, PRepBN(transition=3))
+    t.fit(Classifier("timm_vit"), loader(batches=8), loader(1))
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    module = load_from_checkpoint(Classifier, tmp_path / "a.ckpt")
+    before = [norm.target.eta.clone() for norm in blend_norms(module).values()]
+    gammas = [norm.target.bn.weight.clone() for norm in blend_norms(module).values()]
+    trainer(tmp_path, PRepBN(transition=3, learn_eta=False)).fit(module, loader(batches=8), loader(1))
+    norms = list(blend_norms(module).values())
+    assert all(torch.equal(norm.target.eta, eta) for norm, eta in zip(norms, before, strict=True))
+    assert not any(torch.equal(norm.target.bn.weight, gamma) for norm, gamma in zip(norms, gammas, strict=True))

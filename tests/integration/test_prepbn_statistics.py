@@ -410,7 +410,9 @@ def test_a_resumed_run_of_another_length_keeps_its_transition(tmp_path: Any, cap
 def test_evaluation_does_not_depend_on_batch_mates(tmp_path: Any) -> None:
     for target in ("repbn", "affine", "un", "dyt", "rms"):
         module = Classifier()
-        trainer(tmp_path, PRepBN(target=target, transition=3, hold=1)).fit(module, loader(batches=8), loader(1))
+        trainer(tmp_path, PRepBN(target=target, transition=3, hold=1, warmup=4)).fit(
+            module, loader(batches=8), loader(1)
+        )
         x = next(iter(loader(size=4)))[0]
         for model in (module.double().eval(), export(module, x.double())):
             alone = torch.cat([model(row[None].double()) for row in x])

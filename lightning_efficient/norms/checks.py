@@ -1,0 +1,61 @@
+"""What must hold for swapped norms to learn what they evaluate with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from lightning_efficient.norms.blend import blend_norms
+
+
+def check_training(model: nn.Module, wake: bool = False) -> None:
+    """In training: norms that take statistics from training forwards have to be in training mode.
+
+    Args:
+        model: The model, in the modes in which its step runs.
+        wake: Put these norms, and nothing else, into training mode instead of refusing.
+
+    Raises:
+        ValueError: Some are in evaluation mode.
+    """
+    asleep = {n: norm for n, norm in blend_norms(model).items() if norm.learns_in_training and not norm.training}
+    if asleep and not wake:
+        raise ValueError(
+            f"{len(asleep)} of the norms that PRepBN swaps train in evaluation mode ({_some(list(asleep))}), so they "
+            "collect no statistics. Models from `from_pretrained` arrive that way, and Lightning keeps it: call "
+            "`.train()` on the network before `fit`, or `exclude` what is to stay as it is. PRepBN(eval_mode='train') "
+            "puts the swapped norms, and nothing else, into training mode."
+        )
+    for norm in asleep.values():
+        norm.train()
+
+
+def check_statistics(model: nn.Module, recalibrated: bool = True) -> None:
+    """Before running statistics matter: there are some.
+
+    Args:
+        model: The model.
+        recalibrated: Whether its statistics are averaged over batches before training, where they have to be.
+
+    Raises:
+        ValueError: Some norms have the mean 0 and the variance 1 that they were made with.
+    """
+    norms = {name: norm.target for name, norm in blend_norms(model).items()}
+    starved = [name for name, target in norms.items() if not target.has_statistics()]
+    if not starved:
+        return
+    why = (
+        "no training batch had two values a channel for them (pooled features of one sample), or they did not run. "
+        f"Larger batches help, target='affine' needs no statistics, exclude={starved[:3]} leaves them as they were"
+    )
+    if not recalibrated and norms[starved[0]].frozen:
+        why = "with `frozen` they come from recalibration alone: set `recalibrate` to a number of batches"
+    raise ValueError(
+        f"PRepBN: {len(starved)} norms ({_some(starved)}) still have the running mean 0 and variance 1 that they began "
+        f"with, and the transition starts: {why}."
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -1,0 +1,79 @@
+"""Which models are causal, by what they do: a table of models that are and models that are not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from causal_models import CAUSAL, OTHERS, Maker
+from torch import nn
+
+from lightning_efficient.norms.blend import blend_norms
+from lightning_efficient.norms.causal import causal_norms
+from lightning_efficient.norms.swap import apply_norm_swap
+
+
+def swapped(make: Maker) -> tuple[nn.Module, Any, Any]:
+    torch.manual_seed(0)
+    model, inputs = make()
+    apply_norm_swap(model)
+    return model, inputs, lambda given: model(**given) if isinstance(given, dict) else model(*given)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_causal_models_are_found(name: str) -> None:
+    model, inputs, run = swapped(CAUSAL[name])
+    found = causal_norms(model, run, inputs)
+    expected = [n for n in blend_norms(model) if "encoder" not in n or name != "T5"]
+    assert expected
+    assert sorted(found) == sorted(expected)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_models_are_not(name: str) -> None:
+    model, inputs, run = swapped(OTHERS[name])
+    assert causal_norms(model, run, inputs) == {}
+
+
+def test_the_model_is_as_before() -> None:
+    model, inputs, run = swapped(CAUSAL["zero-initialised branch"])
+    model.blocks[0].mlp.eval()
+    before = {k: v.clone() for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
+    modes, state, given = [m.training for m in model.modules()], torch.get_rng_state(), inputs[0].clone()
+    causal_norms(model, run, inputs)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(inputs[0], given)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_the_batch_statistics_are_what_leaks() -> None:
+    """The reason for it all: in training mode, the swapped model's earlier outputs do move."""
+    model, (ids,), _ = swapped(CAUSAL["causal convolution"])
+    other = ids.clone()
+    other[:, -1] = ids[:, -1] % 12 + 1
+    for norm in blend_norms(model).values():
+        norm.finish()
+    with torch.no_grad():
+        leak = (model(other) - model(ids))[:, :-1].abs().max()
+        model.eval()
+        clean = (model(other) - model(ids))[:, :-1].abs().max()
+    assert clean == 0 < leak
+
+
+def test_indices_stay_in_the_vocabulary_and_inputs_that_cannot_vary_are_left() -> None:
+    class Picky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.rnn = nn.Embedding(3, 8), nn.LSTM(8, 8, batch_first=True)
+            self.norm = nn.LayerNorm(8)
+
+        def forward(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(self.norm(self.embed(ids)), lengths, batch_first=True)
+            return nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)[0]
+
+    ids, lengths = torch.tensor([[0, 2, 0, 2, 2, 0], [2, 0, 2, 0, 0, 0]]), torch.tensor([6, 3])
+    model, inputs, run = swapped(lambda: (Picky(), {"ids": ids, "lengths": lengths}))
+    assert list(causal_norms(model, run, inputs)) == ["norm"]
