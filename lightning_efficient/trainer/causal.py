@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_efficient.norms.causal import causal_norms
-from lightning_efficient.trainer.example import run_step
-from lightning_efficient.trainer.stand_in import shadow
+from lightning_efficient.trainer.replay import Replay
 
 
 def causal_in(trainer: Trainer, pl_module: LightningModule, batch: Any, number: int = 0) -> dict[str, str]:
@@ -27,13 +24,14 @@ def causal_in(trainer: Trainer, pl_module: LightningModule, batch: Any, number: 
     Raises:
         Exception: The step does not run on the batch.
     """
-    twin = shadow(pl_module)
+    replay = Replay(trainer, pl_module, "fit")
 
     def run(inputs: Any) -> object:
-        with isolate_rng(), trainer.precision_plugin.forward_context(), torch.enable_grad():
-            return run_step(pl_module, twin, "fit", inputs, number)
+        return replay.step(inputs, number)
 
-    try:
-        return causal_norms(pl_module, run, apply_to_collection(batch, Tensor, lambda t: t[:2] if t.ndim else t))
-    except Exception:  # lengths or weights of a whole batch inside
-        return causal_norms(pl_module, run, batch)
+    with replay.quiet(parameters=False):
+        replay.twin.training = True  # its networks are not; a step may ask
+        try:
+            return causal_norms(pl_module, run, apply_to_collection(batch, Tensor, lambda t: t[:2] if t.ndim else t))
+        except Exception:  # lengths or weights of a whole batch inside
+            return causal_norms(pl_module, run, batch)
