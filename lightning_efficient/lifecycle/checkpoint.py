@@ -19,7 +19,7 @@ from lightning_efficient.attention.trace import ROOT
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.match import NoMatchError, canonical_name
 from lightning_efficient.common.registry import METHODS
-from lightning_efficient.common.schema import Int, ListOf, MapOf, OrNone, Plain, Record, TensorOf, Text, check
+from lightning_efficient.common.schema import Int, ListOf, MapOf, OrNone, Record, Row, TensorOf, Text, check
 from lightning_efficient.lifecycle import recipe
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
 from lightning_efficient.norms.swap import NormSwapConfig
@@ -28,7 +28,9 @@ from lightning_efficient.norms.swap import NormSwapConfig
 _CONFIGS: dict[str, type[Any]] = {"norm_swap": NormSwapConfig, "linear_attention": LinearAttentionConfig}
 
 # What is read of temp_scale's `layout` here.
-_SITE = Record({"heads": OrNone(Int(low=1)), "knobs": Plain(), "adapter": OrNone(Text())})
+_BLOCK = Row((Int(low=0), Int(low=1), Int(low=0)))
+_KNOB = Row((Text(), ListOf(_BLOCK), OrNone(ListOf(Int(low=0)))))
+_SITE = Record({"heads": OrNone(Int(low=1)), "knobs": ListOf(_KNOB), "adapter": OrNone(Text())})
 _LAYOUT = MapOf(Text(), _SITE)
 
 # `current_model_state` is where Lightning's WeightAveraging keeps the weights being trained.
@@ -138,13 +140,13 @@ def _laws(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Law], dict[str, dict
     try:
         for state in states.values():
             laws |= take_laws(state)
-        _check_laws(laws, recipe.read(checkpoint))
+        _check_laws(laws, recipe.read(checkpoint), states.get("state_dict", {}))
     except ValueError as error:
         raise RecipeError(str(error)) from error
     return laws, states
 
 
-def _check_laws(laws: Mapping[str, Law], entries: Sequence[Entry]) -> None:
+def _check_laws(laws: Mapping[str, Law], entries: Sequence[Entry], state: Mapping[str, Any]) -> None:
     """Refuse temperatures that are not those of the attentions in the recipe.
 
     Raises:
@@ -152,6 +154,7 @@ def _check_laws(laws: Mapping[str, Law], entries: Sequence[Entry]) -> None:
     """
     for entry in (e for e in entries if e.method == "temp_scale" and e.config.get("layout") is not None):
         check(entry.config["layout"], _LAYOUT, "temp_scale in the checkpoint's recipe, `layout`")
+        _check_knobs(entry.config["layout"], state)
         layout = {"" if name == ROOT else name: site for name, site in entry.config["layout"].items()}
         sites = {name: site for name, site in layout.items() if site["adapter"] is not None}
         tau: Any = entry.config.get("tau")  # 1 needs no adapter
@@ -177,6 +180,24 @@ def _check_laws(laws: Mapping[str, Law], entries: Sequence[Entry]) -> None:
                 raise ValueError(
                     f"the temperature of {name!r} in the file's weights ({law}) should be the one that the recipe's "
                     "temp_scale says in `tau`, `mode`, `length` or `tensors`, and is another."
+                )
+
+
+def _check_knobs(layout: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Refuse rows of weights that the file does not have.
+
+    Raises:
+        ValueError: Names them.
+    """
+    shapes = {canonical_name(name): tensor.shape for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    for site, name, blocks in ((site, knob[0], knob[1]) for site, what in layout.items() for knob in what["knobs"]):
+        for start, length, dim in blocks:
+            shape = shapes.get(name, torch.Size())
+            if dim >= len(shape) or start + length > shape[dim]:
+                raise ValueError(
+                    f"temp_scale in the checkpoint's recipe, `layout` of {site!r}: it scales {start} to "
+                    f"{start + length} of {name!r} along axis {dim}, and the file has "
+                    f"{tuple(shape) or 'no such weight'}."
                 )
 
 
