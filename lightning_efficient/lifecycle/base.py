@@ -47,6 +47,11 @@ class EfficientCallback(Callback):
         self, enabled: bool = True, include: list[str] | None = None, exclude: list[str] | None = None
     ) -> None:
         super().__init__()
+        if not isinstance(enabled, bool):
+            raise TypeError(
+                f"`enabled`, the first argument of {type(self).__name__}, takes True or False; got {enabled!r}. Give "
+                "the other arguments by name."
+            )
         for name, globs in (("include", include), ("exclude", exclude)):
             if isinstance(globs, str):
                 raise TypeError(f"`{name}` takes a list of globs; got the string {globs!r}. Write [{globs!r}].")

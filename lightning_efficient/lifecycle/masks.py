@@ -199,6 +199,7 @@ class PruningCallback(WeightSpaceCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what was pruned, what that buys, and which weights are gone altogether."""
+        super().on_train_end(trainer, pl_module)
         if self._boundary is None:
             return
         self._measure()

@@ -27,7 +27,7 @@ METHODS: dict[str, tuple[Callable[[], Any], str, bool]] = {
     "norm_swap_repbn": (partial(PRepBN, target="affine", transition=0.5, hold=0.2), "timm_vit", False),
     "temp_scale": (partial(TempScale, tau=0.5), "timm_vit", True),
     "temp_scale_transition": (partial(TempScale, tau=0.5, transition=0.5), "encoder", True),
-    "magnitude": (partial(MagnitudePruning, 0.5), "cnn", True),
+    "magnitude": (partial(MagnitudePruning, amount=0.5), "cnn", True),
     "iterative": (partial(MagnitudePruning, amount=0.5, schedule="iterative", rounds=2), "cnn", True),
     "sap": (partial(SAPPruning, iterations=2), "cnn", True),
     "hesso": (partial(HESSOPruning, start=0.2, duration=0.6, periods=2), "cnn", True),

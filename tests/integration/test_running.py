@@ -124,8 +124,8 @@ METHODS: dict[str, Callable[[], Any]] = {
     "pagcp": lambda: PAGCPPruning(budgets={"val_loss": 0.2}, start=4),
     "linear attention": lambda: SimplifiedLinearAttention(grid=SIDE, kernel_size=3),
     "monitor": lambda: CollapseMonitor(every_n_steps=2),
-    "wanda": lambda: MagnitudePruning(0.3, criterion="wanda", scope="layer"),
-    "taylor": lambda: MagnitudePruning(0.3, criterion="taylor", scope="layer"),
+    "wanda": lambda: MagnitudePruning(amount=0.3, criterion="wanda", scope="layer"),
+    "taylor": lambda: MagnitudePruning(amount=0.3, criterion="taylor", scope="layer"),
 }
 
 

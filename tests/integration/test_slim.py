@@ -237,7 +237,7 @@ def test_a_run_with_hesso_exports_a_smaller_model(tmp_path: Path) -> None:
 
 
 def test_cutting_while_others_train_is_refused(tmp_path: Path) -> None:
-    trainer = _trainer(tmp_path, 1, MagnitudePruning(0.5), CutAt(0))
+    trainer = _trainer(tmp_path, 1, MagnitudePruning(amount=0.5), CutAt(0))
     model = Module()
     with pytest.raises(ValueError, match="cannot be cut while MagnitudePruning trains it"):
         trainer.fit(model)
