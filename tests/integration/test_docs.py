@@ -52,6 +52,7 @@ class Data(LightningDataModule):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # a resumed run's log folder is a new one
 @pytest.mark.parametrize("card", CARDS, ids=lambda path: path.stem)
 def test_snippets_run(card: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
