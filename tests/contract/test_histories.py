@@ -7,15 +7,18 @@ from functools import partial
 from typing import Any
 
 import pytest
+from grid_models import GridClassifier
 from test_contract import data, variants
 
 from lightning_efficient import (
+    CollapseMonitor,
     HESSOPruning,
     MagnitudePruning,
     PAGCPPruning,
     PRepBN,
     SAPPruning,
     SigmaReparam,
+    SimplifiedLinearAttention,
     TempScale,
 )
 from lightning_efficient.testing import HISTORIES, assert_method_contract
@@ -24,7 +27,9 @@ from lightning_efficient.testing import HISTORIES, assert_method_contract
 METHODS: dict[str, tuple[Callable[[], Any], str, bool]] = {
     "sigma_reparam": (SigmaReparam, "encoder", True),
     "norm_swap": (partial(PRepBN, target="dyt", transition=0.5, hold=0.2), "timm_vit", False),
-    "norm_swap_repbn": (partial(PRepBN, target="affine", transition=0.5, hold=0.2), "timm_vit", False),
+    "norm_swap_repbn": (partial(PRepBN, transition=0.5, hold=0.2), "timm_vit", False),
+    "linear_attention": (partial(SimplifiedLinearAttention, kernel_size=3), "grid", False),
+    "watched": (lambda: (CollapseMonitor(every_n_steps=2), MagnitudePruning(amount=0.5)), "encoder", True),
     "temp_scale": (partial(TempScale, tau=0.5), "timm_vit", True),
     "temp_scale_transition": (partial(TempScale, tau=0.5, transition=0.5), "encoder", True),
     "magnitude": (partial(MagnitudePruning, amount=0.5), "cnn", True),
@@ -40,9 +45,10 @@ METHODS: dict[str, tuple[Callable[[], Any], str, bool]] = {
 @pytest.mark.parametrize("method", METHODS)
 def test_history(method: str, history: str) -> None:
     make, net, folds = METHODS[method]
+    modules = {"plain": partial(GridClassifier, net)} if net == "grid" else variants(net)
     # Forked processes hand plain weights to their parent, and these norms are none until they are exported;
     # `test_prepbn_ddp.py` has two processes that are not forked.
-    refused = {"more_devices": "norm_swap does not fold"} if not folds else {}
+    refused = {} if folds else {"more_devices": f"{'linear_attention' if net == 'grid' else 'norm_swap'} does not fold"}
     options: dict[str, Any] = {"folds": folds, "scenarios": [history], "refused": refused}
-    outcome = assert_method_contract(make, variants(net), data, **options)[history]
+    outcome = assert_method_contract(make, modules, data, **options)[history]
     assert outcome == "passed" or (history in refused and outcome.startswith("refused"))
