@@ -41,8 +41,11 @@ METHODS: dict[str, tuple[Callable[[], Any], str, bool]] = {
 }
 
 
-@pytest.mark.parametrize("history", HISTORIES)
-@pytest.mark.parametrize("method", METHODS)
+# Two processes equal one only where statistics are held fixed, and these norms learn theirs.
+CELLS = [(m, h) for m in METHODS for h in HISTORIES if (m, h) != ("norm_swap_repbn", "more_devices")]
+
+
+@pytest.mark.parametrize(("method", "history"), CELLS)
 def test_history(method: str, history: str) -> None:
     make, net, folds = METHODS[method]
     modules = {"plain": partial(GridClassifier, net)} if net == "grid" else variants(net)
