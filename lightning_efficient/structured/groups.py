@@ -161,10 +161,12 @@ class Groups:
     Args:
         found: Name → group.
         refused: Name of a width, layer or module → why its units cannot be cut, for people.
+        notes: What the search could not see.
     """
 
     found: dict[str, UnitGroup] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def report(self) -> str:
         """One line a group and a refusal, for people."""
@@ -174,7 +176,8 @@ class Groups:
             lines.append(f"  {group.name}: {group.units} units in {len(group.slices)} tensors{unit}")
             if not group.exact:
                 lines.append(f"    zeroing is not removing: {group.note}")
-        return "\n".join([*lines, *(f"  not {name}: {reason}" for name, reason in self.refused.items())])
+        lines += [f"  not {name}: {reason}" for name, reason in self.refused.items()]
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
 def check_keep(groups: Groups, keep: Mapping[str, Iterable[int]]) -> dict[str, list[int]]:
@@ -247,7 +250,7 @@ def groups_as_plain(groups: Groups) -> dict[str, Any]:
             "units": group.units, "slices": slices, "divisor": group.divisor, "exact": group.exact, "note": group.note,
             "counts": counts,
         }  # fmt: skip
-    return {"found": found, "refused": dict(groups.refused)}
+    return {"found": found, "refused": dict(groups.refused), "notes": list(groups.notes)}
 
 
 def groups_from_plain(plain: Mapping[str, Any]) -> Groups:
@@ -257,4 +260,4 @@ def groups_from_plain(plain: Mapping[str, Any]) -> Groups:
         slices = tuple(Slice(s["name"], s["dim"], s["index"], s["role"]) for s in group["slices"])
         rest = {key: value for key, value in group.items() if key != "slices"}
         found[name] = UnitGroup(name, slices=slices, **rest)
-    return Groups(found, dict(plain["refused"]))
+    return Groups(found, dict(plain["refused"]), tuple(plain.get("notes", ())))
