@@ -30,6 +30,7 @@ from lightning_efficient.common.nests import mapped, tensors_in
 from lightning_efficient.common.running import float64_copy
 from lightning_efficient.common.weights import check_weight
 from lightning_efficient.folding.probes import Probe
+from lightning_efficient.structured.cost import Cost
 from lightning_efficient.structured.groups import Groups, UnitGroup
 from lightning_efficient.structured.slim import tensors_by_name
 from lightning_efficient.structured.trial import Trial
@@ -105,7 +106,8 @@ def find_groups(
         raise NoMatchError(f"{METHOD}: nothing of {type(model).__name__} can be cut. {reasons or 'It has no layers.'}")
     order = {name: i for i, name in enumerate(modules)}
     found.sort(key=lambda g: order.get(g.name.partition("#")[0], 0))
-    return Groups({g.name: g for g in found}, refused, tuple(notes))
+    share, held = _shares(model, found, [w for w in outer if w.group.name in refused])
+    return Groups({g.name: g for g in found}, refused, tuple(notes), share, held)
 
 
 Run = Callable[[], Any]
@@ -267,6 +269,20 @@ def _known(width: Width, before: Iterable[Width]) -> bool:
         if mine.keys() == theirs.keys() and all(torch.equal(index, theirs[key]) for key, index in mine.items()):
             return True
     return False
+
+
+def _shares(model: nn.Module, found: list[UnitGroup], refused: list[Width]) -> tuple[float, dict[str, float]]:
+    """Which share of the parameters can go, and what holds tensors of which nothing can."""
+    cost = Cost.parameters(model, {group.name: group for group in found})
+    total = cost() or 1.0
+    left = cost({group.name: group.units - group.divisor for group in found})
+    touched = {part.name for group in found for part in group.slices}
+    held: dict[str, float] = {}
+    for width in refused:
+        names = {part.name for part in width.group.slices} - touched
+        if size := sum(cost.amounts.get(name, 0.0) for name in names):
+            held[width.group.name] = size / total
+    return 1 - left / total, held
 
 
 def _lone_heads(

@@ -93,6 +93,7 @@ class UnitGroup:
         exact: Zeroing the parameters of the ``"produce"`` slices equals removing the units.
         note: Why it does not, in words.
         counts: Module → integer attribute → by how much one unit less lowers it (the number of heads of an attention).
+        heads: Its units are heads of an attention, or sets of heads that share keys and values.
     """
 
     name: str
@@ -102,6 +103,7 @@ class UnitGroup:
     exact: bool = True
     note: str = ""
     counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    heads: bool = False
 
     def __post_init__(self) -> None:
         for part in self.slices:
@@ -162,18 +164,28 @@ class Groups:
         found: Name → group.
         refused: Name of a width, layer or module → why its units cannot be cut, for people.
         notes: What the search could not see.
+        share: Share of the model's parameters that goes if every group keeps as little as it may.
+        held: Name of a width that was refused → share of the parameters in tensors that no group touches and it does.
     """
 
     found: dict[str, UnitGroup] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    share: float = 0.0
+    held: dict[str, float] = field(default_factory=dict)
 
     def report(self) -> str:
         """One line a group and a refusal, for people."""
         lines = [f"{len(self.found)} widths can be cut, {len(self.refused)} cannot"]
+        if self.share:
+            lines[0] += f"; up to {self.share:.0%} of the parameters can go"
+        most = sorted(self.held.items(), key=lambda item: -item[1])[:3]
+        if most := [(name, share) for name, share in most if share >= 0.01]:
+            lines.append(f"  most is held by {', '.join(f'{name} ({share:.0%})' for name, share in most)}")
         for group in self.found.values():
             unit = "" if group.divisor == 1 else f", a multiple of {group.divisor} stays"
-            lines.append(f"  {group.name}: {group.units} units in {len(group.slices)} tensors{unit}")
+            units = "heads" if group.heads else "units"
+            lines.append(f"  {group.name}: {group.units} {units} in {len(group.slices)} tensors{unit}")
             if not group.exact:
                 lines.append(f"    zeroing is not removing: {group.note}")
         lines += [f"  not {name}: {reason}" for name, reason in self.refused.items()]
@@ -248,9 +260,10 @@ def groups_as_plain(groups: Groups) -> dict[str, Any]:
         counts = {module: dict(attributes) for module, attributes in group.counts.items()}
         found[name] = {
             "units": group.units, "slices": slices, "divisor": group.divisor, "exact": group.exact, "note": group.note,
-            "counts": counts,
+            "counts": counts, "heads": group.heads,
         }  # fmt: skip
-    return {"found": found, "refused": dict(groups.refused), "notes": list(groups.notes)}
+    rest = {"notes": list(groups.notes), "share": groups.share, "held": dict(groups.held)}
+    return {"found": found, "refused": dict(groups.refused), **rest}
 
 
 def groups_from_plain(plain: Mapping[str, Any]) -> Groups:
@@ -260,4 +273,5 @@ def groups_from_plain(plain: Mapping[str, Any]) -> Groups:
         slices = tuple(Slice(s["name"], s["dim"], s["index"], s["role"]) for s in group["slices"])
         rest = {key: value for key, value in group.items() if key != "slices"}
         found[name] = UnitGroup(name, slices=slices, **rest)
-    return Groups(found, dict(plain["refused"]), tuple(plain.get("notes", ())))
+    share, held = plain.get("share", 0.0), dict(plain.get("held", {}))
+    return Groups(found, dict(plain["refused"]), tuple(plain.get("notes", ())), share, held)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -179,7 +180,8 @@ class _Reader:
             slices.append(Slice(name, dim, torch.tensor([unit[name, dim] for unit in units]), role))
         multihead = any(self._multihead(name) for name, _ in keys)
         heads = not multihead and any(root in self.attended for root in roots)
-        group = UnitGroup(self._name(slices, heads), len(units), tuple(slices), self._divisor(slices, len(units)))
+        divisor = self._divisor(slices, len(units))
+        group = UnitGroup(self._name(slices, heads), len(units), tuple(slices), divisor, heads=heads)
         mixed = next((self.mixed[r] for r in roots if r in self.mixed), "")
         refused = next((why for r in roots if (why := self.book.labels.why_fixed(r))), "")
         if not refused and len(units) < 2:
@@ -238,7 +240,7 @@ class _Reader:
         sure = _joined(found["heads"], found["inner"])
         seen: list[dict[str, dict[str, int]]] = []
         ways = [_joined(sure, {}), _joined(sure, found["ambiguous"]), {}] if heads else [{}, sure]
-        ways += [_joined(sure, *({n: {a: s}} for n, a, s in [one])) for one in _singles(found["any"])]
+        ways += [_joined(sure, some) for some in _subsets(found["any"])]
         ways += [_joined(sure, found["any"]), _joined(sure, found["ambiguous"], found["any"])]
         for way in ways:
             if way not in seen:
@@ -246,10 +248,12 @@ class _Reader:
                 yield way
 
 
-def _singles(found: Mapping[str, Mapping[str, int]]) -> list[tuple[str, str, int]]:
-    """Each attribute alone, if they are few."""
+def _subsets(found: Mapping[str, Mapping[str, int]]) -> Iterator[dict[str, dict[str, int]]]:
+    """Some of the attributes, if they are few: the fewest first."""
     every = [(name, attribute, step) for name, values in found.items() for attribute, step in values.items()]
-    return every if 1 < len(every) <= 4 else []
+    for count in range(1, len(every) if len(every) <= 4 else 0):
+        for chosen in itertools.combinations(every, count):
+            yield _joined(*({name: {attribute: step}} for name, attribute, step in chosen))
 
 
 def _joined(*parts: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
