@@ -33,7 +33,6 @@ from zoo_models import OWN, Build, Example, images, tokens
 
 from lightning_efficient.common.match import NoMatchError
 from lightning_efficient.common.nests import mapped, tensors_behind
-from lightning_efficient.structured.cost import Cost
 from lightning_efficient.structured.graph import find_groups
 from lightning_efficient.structured.groups import Groups, UnitGroup
 from lightning_efficient.structured.slim import apply_slim, plan_slim, replay_slim

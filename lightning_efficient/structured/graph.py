@@ -31,7 +31,7 @@ from lightning_efficient.common.running import float64_copy
 from lightning_efficient.common.weights import check_weight
 from lightning_efficient.folding.probes import Probe
 from lightning_efficient.structured.cost import Cost
-from lightning_efficient.structured.groups import Groups, UnitGroup
+from lightning_efficient.structured.groups import Groups, UnitGroup, check_rounding, rounded
 from lightning_efficient.structured.slim import tensors_by_name
 from lightning_efficient.structured.trial import Trial
 from lightning_efficient.structured.widths import Role, Width, find_widths
@@ -50,6 +50,7 @@ def find_groups(
     exclude: Sequence[str] | None = None,
     *,
     inexact: bool = False,
+    round_to: int = 1,
 ) -> Groups:
     """Find the units that can be cut out of a model: channels, hidden neurons, heads.
 
@@ -64,14 +65,17 @@ def find_groups(
         exclude: Globs over names of modules: groups that are made by none of them.
         inexact: Offer groups, too, whose units are not gone when they are zero: LayerNorm or GroupNorm over the width
             (the residual width of a transformer), activations with f(0) ≠ 0. They are marked, with the reason.
+        round_to: What stays of a group is a multiple of so many channels in every tensor, such as 8, 16 or 32 for
+            kernels that like it; a group may also stay whole.
 
     Returns:
         What was found, and what was refused and why.
 
     Raises:
-        ValueError: The model cannot be copied or run; or a parameter has no values yet.
+        ValueError: The model cannot be copied or run; a parameter has no values yet; or ``round_to`` is below 1.
         NoMatchError: Nothing can be cut, or the globs match none of it; says what there is.
     """
+    check_rounding(round_to)
     _check_globs(include, exclude, modules := modules_by_name(model))
     bad, idle = _bad_tensors(model), references(model)
     probe = as_probe(model, example)
@@ -106,6 +110,7 @@ def find_groups(
         raise NoMatchError(f"{METHOD}: nothing of {type(model).__name__} can be cut. {reasons or 'It has no layers.'}")
     order = {name: i for i, name in enumerate(modules)}
     found.sort(key=lambda g: order.get(g.name.partition("#")[0], 0))
+    found = [rounded(group, round_to) for group in found]
     share, held = _shares(model, found, [w for w in outer if w.group.name in refused])
     return Groups({g.name: g for g in found}, refused, tuple(notes), share, held)
 
@@ -275,7 +280,7 @@ def _shares(model: nn.Module, found: list[UnitGroup], refused: list[Width]) -> t
     """Which share of the parameters can go, and what holds tensors of which nothing can."""
     cost = Cost.parameters(model, {group.name: group for group in found})
     total = cost() or 1.0
-    left = cost({group.name: group.units - group.divisor for group in found})
+    left = cost({group.name: max(group.units - group.divisor, 0) for group in found})
     touched = {part.name for group in found for part in group.slices}
     held: dict[str, float] = {}
     for width in refused:

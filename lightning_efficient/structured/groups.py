@@ -9,14 +9,15 @@ nothing else: no graph, no module, no tracing.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_efficient.common.schema import Flag, Int, ListOf, MapOf, OneOf, Record, TensorOf, Text
+from lightning_efficient.common.schema import Flag, Int, ListOf, MapOf, Number, OneOf, Record, TensorOf, Text
 
 
 @dataclass(frozen=True, eq=False)  # comparing records would compare tensors element by element
@@ -192,6 +193,30 @@ class Groups:
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
+def check_rounding(round_to: int) -> int:
+    """A number of channels to keep a multiple of, as given.
+
+    Raises:
+        ValueError: It is not a whole number from 1.
+    """
+    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+        raise ValueError(f"`round_to` is a number of channels such as 8, a whole number from 1; got {round_to!r}.")
+    return round_to
+
+
+def rounded(group: UnitGroup, round_to: int) -> UnitGroup:
+    """A group that keeps as many units as give every weight on it a multiple of so many channels.
+
+    Channels count, not units: heads of 16 channels are aligned to 8 already.
+
+    Args:
+        group: The group.
+        round_to: Channels.
+    """
+    sizes = {part.index.shape[1] for part in group.slices}
+    return replace(group, divisor=math.lcm(group.divisor, *(round_to // math.gcd(round_to, size) for size in sizes)))
+
+
 def check_keep(groups: Groups, keep: Mapping[str, Iterable[int]]) -> dict[str, list[int]]:
     """The units that stay, checked and sorted.
 
@@ -223,7 +248,7 @@ def check_keep(groups: Groups, keep: Mapping[str, Iterable[int]]) -> dict[str, l
                 f"`keep[{name!r}]` is empty: all {group.units} units would go, and nothing would pass any more. Keep "
                 f"at least {group.divisor}."
             )
-        if len(kept) % group.divisor:
+        if len(kept) % group.divisor and len(kept) < group.units:
             raise ValueError(
                 f"`keep[{name!r}]` holds {len(kept)} units; the width needs a multiple of {group.divisor}, such as "
                 f"{max(len(kept) // group.divisor, 1) * group.divisor}."
@@ -246,10 +271,15 @@ _SLICE = Record(
 _GROUP = Record(
     {
         "units": Int(low=1), "slices": ListOf(_SLICE), "divisor": Int(low=1), "exact": Flag(), "note": Text(),
-        "counts": MapOf(Text(), MapOf(Text(), Int(low=0))),
+        "counts": MapOf(Text(), MapOf(Text(), Int(low=0))), "heads": Flag(),
     }
 )  # fmt: skip
-GROUPS = Record({"found": MapOf(Text(), _GROUP), "refused": MapOf(Text(), Text())})
+GROUPS = Record(
+    {
+        "found": MapOf(Text(), _GROUP), "refused": MapOf(Text(), Text()), "notes": ListOf(Text()),
+        "share": Number(low=0), "held": MapOf(Text(), Number(low=0)),
+    }
+)  # fmt: skip
 
 
 def groups_as_plain(groups: Groups) -> dict[str, Any]:
@@ -273,5 +303,4 @@ def groups_from_plain(plain: Mapping[str, Any]) -> Groups:
         slices = tuple(Slice(s["name"], s["dim"], s["index"], s["role"]) for s in group["slices"])
         rest = {key: value for key, value in group.items() if key != "slices"}
         found[name] = UnitGroup(name, slices=slices, **rest)
-    share, held = plain.get("share", 0.0), dict(plain.get("held", {}))
-    return Groups(found, dict(plain["refused"]), tuple(plain.get("notes", ())), share, held)
+    return Groups(found, dict(plain["refused"]), tuple(plain["notes"]), plain["share"], dict(plain["held"]))
