@@ -1,4 +1,4 @@
-"""Does structured pruning work on my model? Zeroed against removed units over many architectures, and Torch-Pruning beside.
+"""Does structured pruning work on my model? Zeroed against removed units over many networks; Torch-Pruning beside.
 
 Weights are random and away from their initial values, biases and batch statistics too; nothing is downloaded. For every
 network: which share of its parameters can go, exactly and with ``inexact=True``; heads; the largest relative difference
@@ -33,11 +33,13 @@ from zoo_models import OWN, Build, Example, images, tokens
 
 from lightning_efficient.common.match import NoMatchError
 from lightning_efficient.common.nests import mapped, tensors_behind
+from lightning_efficient.structured.cost import Cost
 from lightning_efficient.structured.graph import find_groups
 from lightning_efficient.structured.groups import Groups, UnitGroup
 from lightning_efficient.structured.slim import apply_slim, plan_slim, replay_slim
 
 PATH = RESULTS / "structured_zoo.json"
+_THEIRS = ("theirs", "same", "gap")
 LIMIT = {"ours": 300, "theirs": 120}
 COLUMNS = {
     "model": "model", "exact": "can go, exactly", "inexact": "with `inexact`", "heads": "attentions with heads",
@@ -225,28 +227,22 @@ def ours(name: str) -> dict[str, Any]:
     row: dict[str, Any] = {"model": name, "params": sum(p.numel() for p in model.parameters())}
     started = time.perf_counter()
     try:
-        groups = find_groups(model, example)
+        loose = find_groups(model, example, inexact=True)
     except NoMatchError as error:
-        return row | {
-            "exact": 0.0,
-            "seconds": time.perf_counter() - started,
-            "why": str(error),
-            **_loose(model, example),
-        }
-    row |= {"seconds": time.perf_counter() - started, "exact": groups.share, "groups": len(groups.found)}
-    row["heads"] = sum(group.heads for group in groups.found.values())
-    row["refused"] = groups.refused
-    most = sorted(groups.held.items(), key=lambda item: -item[1])[:2]
-    row["held"] = "; ".join(f"{n} {share:.0%} ({groups.refused[n]})" for n, share in most if n in groups.refused)
-    row |= _loose(model, example)
+        return row | {"exact": 0.0, "inexact": 0.0, "seconds": time.perf_counter() - started, "why": str(error)}
+    groups = Groups({n: g for n, g in loose.found.items() if g.exact}, loose.refused, loose.notes)
+    why = loose.refused | {n: g.note for n, g in loose.found.items() if not g.exact}
+    row |= {"seconds": time.perf_counter() - started, "exact": _share(model, groups), "inexact": loose.share}
+    row |= {"groups": len(groups.found), "heads": sum(group.heads for group in groups.found.values()), "refused": why}
+    most = sorted(loose.held.items(), key=lambda item: -item[1])[:2]
+    row["held"] = "; ".join(f"{n} {share:.0%} ({why[n]})" for n, share in most if n in why)
+    if not groups.found:
+        return row
     double = copy.deepcopy(model).double()
     errors = {}
     for kind, subset in SUBSETS.items():
         keep = {n: subset(g.units) for n, g in groups.found.items()}
-        keep = {
-            n: (stay * g.divisor)[:0] or _multiple(stay, g)
-            for (n, stay), g in zip(keep.items(), groups.found.values(), strict=True)
-        }
+        keep = {n: _multiple(stay, g) for (n, stay), g in zip(keep.items(), groups.found.values(), strict=True)}
         zeroed, slim = copy.deepcopy(double), copy.deepcopy(double)
         for n, stay in keep.items():
             groups.found[n].zero(dict(zeroed.named_parameters()), set(range(groups.found[n].units)) - set(stay))
@@ -281,11 +277,9 @@ def _multiple(stay: list[int], group: UnitGroup) -> list[int]:
     return sorted([*stay, *(u for u in range(group.units) if u not in stay)][:wanted])
 
 
-def _loose(model: nn.Module, example: Any) -> dict[str, Any]:
-    try:
-        return {"inexact": find_groups(model, example, inexact=True).share}
-    except NoMatchError:
-        return {"inexact": 0.0}
+def _share(model: nn.Module, groups: Groups) -> float:
+    cost = Cost.parameters(model, groups.found)
+    return 1 - cost({name: max(g.units - g.divisor, 0) for name, g in groups.found.items()}) / cost()
 
 
 def theirs(name: str) -> dict[str, Any]:
@@ -412,7 +406,7 @@ def main() -> None:
             else {k: v for k, v in rows.get(name, {}).items() if k in ("theirs", "same", "gap")}
         )
         if "seconds" not in row:
-            row = {"model": name} | row | _child("ours", name)
+            row = {"model": name} | {k: row[k] for k in _THEIRS if k in row} | _child("ours", name)
         if "theirs" not in row and args.skip != "theirs":
             row |= {k: v for k, v in _child("theirs", name).items() if k != "failed"}
         rows[name] = row
