@@ -62,6 +62,7 @@ class HESSOPruning(UnitPruningCallback):
         saliency: Criterion → weight, of ``magnitude``, ``avg_magnitude``, ``cosine``, ``taylor1`` and ``taylor2``;
             ``None``: 0.2 each.
         inexact: Also prune groups whose zeros are not gone (LayerNorm over the residual width, ...).
+        round_to: Every tensor of a group that loses units keeps a multiple of so many channels, such as 8.
 
     Raises:
         ValueError: An argument is out of range, the schedule does not fit into the run, nothing can be pruned, or the
@@ -87,8 +88,9 @@ class HESSOPruning(UnitPruningCallback):
         cric: bool = False,
         saliency: dict[str, float] | None = None,
         inexact: bool = False,
+        round_to: int = 1,
     ) -> None:
-        super().__init__(enabled, include, exclude, inexact)
+        super().__init__(enabled, include, exclude, inexact, round_to)
         self.options = HessoConfig(target, unit, start, duration, periods, group_divisible, saliency)
         self.cric = cric
         self.hesso = HessoState()

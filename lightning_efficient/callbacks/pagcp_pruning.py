@@ -63,6 +63,7 @@ class PAGCPPruning(UnitPruningCallback):
             may cost more; below 1 they come last.
         topk: Share of the layers that stay pruned: those that cost the least budget for what they save.
         inexact: Also prune groups whose zeros are not gone (LayerNorm over the residual width, ...).
+        round_to: Every tensor of a group that loses units keeps a multiple of so many channels, such as 8.
 
     Raises:
         ValueError: An argument is out of range, a budget is on a metric that is not logged, there is no validation
@@ -94,8 +95,9 @@ class PAGCPPruning(UnitPruningCallback):
         first: float = 1.5,
         topk: float = 0.8,
         inexact: bool = False,
+        round_to: int = 1,
     ) -> None:
-        super().__init__(enabled, include, exclude, inexact)
+        super().__init__(enabled, include, exclude, inexact, round_to)
         self.budgets = read_budgets({"val_loss": 0.05} if budgets is None else budgets, modes)
         self.options = PagcpConfig(first, step, most, topk)
         self.start, self.rounds, self.every, self.batches = start, rounds, every, batches

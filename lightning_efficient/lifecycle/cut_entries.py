@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -15,6 +15,7 @@ from lightning_efficient.common.schema import (
     ListOf,
     MapOf,
     OneOf,
+    Part,
     Record,
     Schema,
     Such,
@@ -43,8 +44,23 @@ _MASK = Such(TensorOf(torch.bool, ndim=1), lambda mask: bool(mask.any()), "True 
 _TENSORS = MapOf(Text(), MapOf(OneOf(tuple("01234567")), _MASK))
 _WIDTHS: dict[str, Schema] = {name: Int(low=1) for name in sorted(ATTRIBUTES)}
 _WIDTHS["normalized_shape"] = Such(ListOf(Int(low=1)), lambda shape: len(shape) > 0, "not empty")
+# Modules count heads and channels under names of their own; `_check_cuts` looks at what they make of the number.
+_NAME = Such(Text(), lambda name: name.isidentifier() and not name.startswith("_"), "the name of a public attribute")
+
+
+class _Attributes(Part):
+    """Those that say how wide torch's layers are, and numbers by public names."""
+
+    def _parts(self, value: Any) -> Iterator[tuple[Schema, str, Any]]:
+        yield from super()._parts(value)
+        for name in value:
+            if name not in self.optional:
+                yield _NAME, "[a key]", name
+                yield Int(low=1), f"[{str(name)[:40]!r}]", value[name]
+
+
 _CONFIG = Record(
-    {"attributes": MapOf(Text(), Record({}, optional=_WIDTHS)), "units": MapOf(Text(), ListOf(Int(low=0)))}
+    {"attributes": MapOf(Text(), _Attributes({}, optional=_WIDTHS)), "units": MapOf(Text(), ListOf(Int(low=0)))}
 )
 # Attributes of an attention that count nothing but what its heads hold.
 _OF_HEADS = tuple(name for name in INNER_ATTRIBUTES if name not in ("hidden_dim", "embed_dim", "dim"))
@@ -140,12 +156,12 @@ def _check_cuts(model: nn.Module, cuts: Cuts) -> None:
         for attribute, value in values.items():
             _same(name, attribute, value, cuts.attributes.get(name, {}).get(attribute))
     for name, given in cuts.attributes.items():
-        module = modules[name]
+        module = modules.get(name)
         shares = _shares(name, cuts)
         for attribute, value in given.items():
             if attribute in layers.get(name, {}):
                 continue
-            now = getattr(module, attribute)
+            now = getattr(module, attribute, None)
             if type(now) is not int or type(value) is not int or Fraction(value, max(now, 1)) not in shares:
                 _refuse(name, attribute, f"{now}, or as much less as its weights are", value)
     for name in cuts.units:  # an attention's heads are named like it

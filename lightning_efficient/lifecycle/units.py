@@ -22,10 +22,10 @@ from lightning_efficient.lifecycle.state import attachment
 from lightning_efficient.lifecycle.weights import Plan, WeightSpaceCallback, no_model
 from lightning_efficient.structured.cost import Cost
 from lightning_efficient.structured.graph import find_groups
-from lightning_efficient.structured.groups import GROUPS, Groups, groups_as_plain, groups_from_plain
+from lightning_efficient.structured.groups import GROUPS, Groups, check_rounding, groups_as_plain, groups_from_plain
 from lightning_efficient.structured.slim import zero_units
 from lightning_efficient.trainer.averages import averaged_copies
-from lightning_efficient.trainer.example import example_of, first_batch
+from lightning_efficient.trainer.example import all_steps_of, example_of, first_batch
 from lightning_efficient.weightspace import Boundary, Site
 from lightning_efficient.weightspace.mask import UnitMask, drop_entries, forget
 
@@ -45,6 +45,7 @@ class UnitPruningCallback(WeightSpaceCallback):
         include: Globs over module names: groups made by one of them. ``None``: all.
         exclude: Globs over module names: groups made by none of them.
         inexact: Also prune groups whose zeros are not gone (LayerNorm over the residual width, ...).
+        round_to: Every tensor of a group that loses units keeps a multiple of so many channels.
     """
 
     def __init__(
@@ -53,9 +54,10 @@ class UnitPruningCallback(WeightSpaceCallback):
         include: list[str] | None = None,
         exclude: list[str] | None = None,
         inexact: bool = False,
+        round_to: int = 1,
     ) -> None:
         super().__init__(enabled, include, exclude)
-        self.inexact = inexact
+        self.inexact, self.round_to = inexact, check_rounding(round_to)
         self.groups = Groups()
         self._cost_data: dict[str, Any] | None = None
         self._params: dict[str, nn.Parameter] = {}
@@ -64,7 +66,7 @@ class UnitPruningCallback(WeightSpaceCallback):
 
     def config(self) -> dict[str, Any]:
         """The arguments of this callback as plain data."""
-        return super().config() | {"inexact": self.inexact}
+        return super().config() | {"inexact": self.inexact, "round_to": self.round_to}
 
     @property
     def keep(self) -> dict[str, list[int]]:
@@ -92,10 +94,13 @@ class UnitPruningCallback(WeightSpaceCallback):
         return zero_units(self.groups, attachment(pl_module).zeroed)
 
     def _find(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Groups, dict[str, Any] | None]:
-        example = example_of(trainer, pl_module, "fit", first_batch(trainer))
-        groups = find_groups(example.model, example.args, self.include, self.exclude, inexact=self.inexact)
+        batch = first_batch(trainer)
+        steps = all_steps_of(trainer, pl_module, batch)
+        chosen = (self.include, self.exclude)
+        groups = find_groups(steps.model, steps.args, *chosen, inexact=self.inexact, round_to=self.round_to)
         if not self.wants_macs():
             return groups, None
+        example = example_of(trainer, pl_module, "fit", batch)
         cost = Cost.macs(example.model, groups.found, lambda: example.model(*example.args))
         return groups, {"amounts": cost.amounts, "fixed": cost.fixed}
 

@@ -1,14 +1,15 @@
 """``find_groups``: which units of a model can be cut, each tried before it is offered.
 
-Widths are found by tracing (``widths.py``) and by what heads depend on (``heads.py``). Neither is believed: half of the
-units of every width are zeroed in one float64 copy of the model and cut out of it, and the two must compute the same.
-Everything is done on that copy; the model is never touched.
+Widths are found by following labels of channels through a forward (``trace.py``, ``widths.py``), in evaluation and in
+training mode. None is believed: several subsets of the units of every width are zeroed in one float64 copy of the model
+and cut out of it, and the two must compute the same (``trial.py``). Everything is done on that copy; the model is never
+touched.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -29,13 +30,15 @@ from lightning_efficient.common.nests import mapped, tensors_in
 from lightning_efficient.common.running import float64_copy
 from lightning_efficient.common.weights import check_weight
 from lightning_efficient.folding.probes import Probe
-from lightning_efficient.structured.groups import Groups, Slice, UnitGroup
-from lightning_efficient.structured.heads import find_heads
+from lightning_efficient.structured.cost import Cost
+from lightning_efficient.structured.groups import Groups, UnitGroup, check_rounding, rounded
 from lightning_efficient.structured.slim import tensors_by_name
 from lightning_efficient.structured.trial import Trial
-from lightning_efficient.structured.widths import Role, UntraceableError, Width, Widths
+from lightning_efficient.structured.widths import Role, Width, find_widths
 
 METHOD = "structured pruning"
+# Images are tried at this size, where a model takes it: 32 halvings and more still leave something.
+_PIXELS = 64
 
 
 @torch.inference_mode(False)
@@ -47,11 +50,12 @@ def find_groups(
     exclude: Sequence[str] | None = None,
     *,
     inexact: bool = False,
+    round_to: int = 1,
 ) -> Groups:
     """Find the units that can be cut out of a model: channels, hidden neurons, heads.
 
-    Layers that make an output of the model are protected. Widths with parametrized, tied, frozen, recurrent or
-    quantized tensors on them are refused, and so is whatever does not stand the trial.
+    Layers that make an output of the model are protected. Widths with parametrized, tied, frozen or quantized tensors
+    on them are refused, and so is whatever does not stand the trial.
 
     Args:
         model: Any module, in any mode; not touched, nor is the random state.
@@ -61,72 +65,229 @@ def find_groups(
         exclude: Globs over names of modules: groups that are made by none of them.
         inexact: Offer groups, too, whose units are not gone when they are zero: LayerNorm or GroupNorm over the width
             (the residual width of a transformer), activations with f(0) ≠ 0. They are marked, with the reason.
+        round_to: What stays of a group is a multiple of so many channels in every tensor, such as 8, 16 or 32 for
+            kernels that like it; a group may also stay whole.
 
     Returns:
         What was found, and what was refused and why.
 
     Raises:
-        ValueError: The model cannot be copied, run in float64 or traced; or a matched weight has no values yet.
+        ValueError: The model cannot be copied or run; a parameter has no values yet; or ``round_to`` is below 1.
         NoMatchError: Nothing can be cut, or the globs match none of it; says what there is.
     """
-    probe = _small(as_probe(model, example))
-    try:
-        twin = perturbed(float64_copy(model))
-    except Exception as why:
-        raise ValueError(f"{METHOD}: {type(model).__name__} cannot be copied to be tried on: {why}") from why
-    modules = modules_by_name(model)
+    check_rounding(round_to)
+    _check_globs(include, exclude, modules := modules_by_name(model))
+    bad, idle = _bad_tensors(model), references(model)
+    probe = as_probe(model, example)
+    twin, run, tolerance = _copied(model, probe)
+    small, two = (_smallest(twin, probe, run, samples) for samples in (1, 2))
+    training = _training(twin, run(two))
+    notes: list[str] = []
     with torch.random.fork_rng(devices=_devices(model)):
-        widths = _widths(model, twin, probe)
-        refused = _refusals(model, widths, _ran(twin, probe))
-        chosen = partial(_chosen, refused=refused, include=include, exclude=exclude, modules=modules)
-        found = _tried(Trial(twin, probe), model, widths, refused, chosen)
+        tracer = _Tracer(twin, (run(small), _inputs(small)), (training, _inputs(two)))
+        outer = tracer.widths()
+        if tracer.failed:
+            notes.append(
+                f"it does not run in training mode on the example ({tracer.failed}): what runs only then was not seen"
+            )
+        trial = Trial(twin, run(small), tolerance, None if tracer.failed else training)
+        refused: dict[str, str] = {}
+        found = trial.judge(_admitted(outer, bad, idle, refused, include, exclude), refused)
+        if any(width.group.name in refused and width.doubtful for width in outer):
+            # Another way to read what was refused: of axes that were split, the inner part goes.
+            more = [w for w in tracer.widths(inner=True) if not _overlaps(w.group, found) and not _known(w, outer)]
+            again = trial.judge(_admitted(more, bad, idle, {}, include, exclude), {})
+            for group in again:
+                refused.pop(group.name, None)
+            found += again
     if not inexact:
         for group in [group for group in found if not group.exact]:
             refused[group.name] = f"zeroing its units is not removing them: {group.note} (`inexact=True` allows it)"
         found = [group for group in found if group.exact]
-    refused |= _lone_heads(modules, widths, found)
+    refused |= _lone_heads(modules, outer, found)
     if not found:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:5])
         raise NoMatchError(f"{METHOD}: nothing of {type(model).__name__} can be cut. {reasons or 'It has no layers.'}")
     order = {name: i for i, name in enumerate(modules)}
-    return Groups({g.name: g for g in sorted(found, key=lambda g: order.get(g.name, 0))}, refused)
+    found.sort(key=lambda g: order.get(g.name.partition("#")[0], 0))
+    found = [rounded(group, round_to) for group in found]
+    share, held = _shares(model, found, [w for w in outer if w.group.name in refused])
+    return Groups({g.name: g for g in found}, refused, tuple(notes), share, held)
 
 
-def _tried(
-    trial: Trial,
-    model: nn.Module,
-    widths: Iterable[Width],
-    refused: dict[str, str],
-    chosen: Callable[[list[UnitGroup]], list[UnitGroup]],
-) -> list[UnitGroup]:
-    """The groups that stand the trial; the others' reasons go to ``refused``."""
-    groups = [
-        group
-        for width in widths
-        if not (width.refused or width.root in refused)
-        for group in [_group(width, trial.model, refused)]
-        if group is not None
-    ]
-    refused |= {width.root: width.refused for width in widths if width.refused}
-    found = _heads(trial, model, refused, lambda group: chosen([group]))
-    held = {(part.name, part.dim) for group in found for part in group.produced}
-    # Channels of heads go as heads.
-    groups = [group for group in groups if not any((s.name, s.dim) in held for s in group.produced)]
-    for width in widths:
-        if any((tensor, dim) in held for tensor, dim, _ in width.axes):
-            refused.pop(width.root, None)
-    return [*found, *trial.judge(chosen(groups), refused)]
+Run = Callable[[], Any]
 
 
-def _widths(model: nn.Module, twin: nn.Module, probe: Probe) -> list[Width]:
-    """Every width of the copy."""
+def _copied(model: nn.Module, probe: Probe) -> tuple[nn.Module, Callable[[Probe], Run], float]:
+    """A copy to try things on, what runs it on inputs, and how exactly it computes: in float64 where all of it can."""
     try:
-        return list(Widths(twin, lambda: run_float64(twin, probe)))
-    except UntraceableError as why:
-        raise ValueError(
-            f"{METHOD}: {type(model).__name__} cannot be traced: {why}. Pass the submodule that computes, and its "
-            "own input, or another `example`."
-        ) from why
+        # A weight that a hook recomputes is no leaf, which `deepcopy` refuses.
+        loose = [(m, n, v) for m in model.modules() for n, v in vars(m).items() if isinstance(v, Tensor) and v.grad_fn]
+        own = copy.deepcopy(model, {id(v): v.detach().clone() for _, _, v in loose}) if loose else model
+        twin = perturbed(float64_copy(own))
+    except Exception as why:
+        raise ValueError(f"{METHOD}: {type(model).__name__} cannot be copied to be tried on: {why}") from why
+    try:
+        with torch.no_grad():
+            run_float64(twin, _small(probe, 2))
+    except ValueError as why:
+        low = perturbed(copy.deepcopy(own).eval())
+
+        def plain(probe: Probe) -> Run:
+            return lambda: low(*mapped(probe.args, _fresh), **mapped(probe.kwargs, _fresh))
+
+        try:
+            with torch.no_grad():
+                plain(probe)()
+        except Exception:
+            raise ValueError(f"{METHOD}: {why}") from why
+        return low, plain, 1e-4
+    return twin, lambda probe: lambda: run_float64(twin, probe), 1e-9
+
+
+def _fresh(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _inputs(probe: Probe) -> Any:
+    return probe.args, probe.kwargs
+
+
+def _training(twin: nn.Module, run: Run) -> Run:
+    """A run in training mode; buffers come back."""
+
+    def training() -> Any:
+        buffers = [(b, b.clone()) for b in twin.buffers()]
+        try:
+            twin.train()
+            with torch.random.fork_rng(devices=_devices(twin)):
+                return run()
+        finally:
+            twin.eval()
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+    return training
+
+
+class _Tracer:
+    """Finds the widths of a copy, in one run in evaluation mode and one in training mode where that is possible."""
+
+    def __init__(self, twin: nn.Module, run: tuple[Run, Any], training: tuple[Run, Any]) -> None:
+        self.twin, self.run, self.training = twin, run, training
+        self.failed = ""
+        self.unread: dict[str, set[str]] | None = None
+
+    def widths(self, inner: bool = False) -> list[Width]:
+        """Every width; a second look for what layers that did not run may read."""
+        if self.unread is None:
+            ran: set[str] = set()
+            handles = [
+                m.register_forward_pre_hook(lambda _, __, name=name: ran.add(name))
+                for name, m in modules_by_name(self.twin).items()
+            ]
+            try:
+                widths, read = find_widths(self.twin, self._both(), inner=inner)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            self.unread = _unread(self.twin, ran, read)
+            if not self.unread:
+                return widths
+        return find_widths(self.twin, self._both(), self.unread, inner)[0]
+
+    def _both(self) -> list[tuple[Run, Any]]:
+        if self.failed:
+            return [self.run]
+        training, inputs = self.training
+
+        def lenient() -> Any:
+            try:
+                return training()
+            except Exception as why:  # a training forward may want targets
+                self.failed = str(why.__cause__ or why).strip().partition("\n")[0] or type(why).__name__
+                return None
+
+        return [self.run, (lenient, inputs)]
+
+
+def _unread(twin: nn.Module, ran: set[str], read: set[str]) -> dict[str, set[str]]:
+    """Module that ran → modules that it may have run, and did not."""
+    unread: dict[str, set[str]] = {}
+    for name, module in modules_by_name(twin).items():
+        own = [f"{name}.{n}" if name else n for n, p in module.named_parameters(recurse=False) if p.ndim > 1]
+        if own and name not in ran and not any(canonical_name(n) in read for n in own):
+            caller = name
+            while caller and caller not in ran:
+                caller = caller.rpartition(".")[0]
+            unread.setdefault(caller, set()).add(name)
+    return unread
+
+
+def _admitted(
+    widths: Iterable[Width],
+    bad: Mapping[str, str],
+    idle: set[str],
+    refused: dict[str, str],
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+) -> list[Width]:
+    """The widths that are to be tried; the others' reasons go to ``refused``. ``idle``: in reference networks."""
+    ready = []
+    for width in widths:
+        group = width.group
+        barred = [f"{part.name!r} is {bad[part.name]}" for part in group.slices if _bars(part.name, part.role, bad)]
+        unwanted = REFERENCE if _made_in(group) & idle else _unwanted(group, include, exclude)
+        if reason := width.refused or next(iter(barred), "") or unwanted:
+            refused[group.name] = reason
+        else:
+            ready.append(width)
+    return ready
+
+
+def _made_in(group: UnitGroup) -> set[str]:
+    """The modules that make its units."""
+    return {part.name.rpartition(".")[0] for part in group.produced}
+
+
+def _unwanted(group: UnitGroup, include: Sequence[str] | None, exclude: Sequence[str] | None) -> str:
+    makers = _made_in(group)
+    if include is not None and not any(covers(glob, name) for glob in include for name in makers):
+        return "not covered by `include`"
+    out = [glob for glob in exclude or () for name in makers if covers(glob, name)]
+    return f"excluded by {out[0]!r}" if out else ""
+
+
+def _overlaps(group: UnitGroup, found: Iterable[UnitGroup]) -> bool:
+    """Whether it takes entries that belong to a group already."""
+    mine = {(s.name, s.dim, e) for s in group.produced for e in s.index.flatten().tolist()}
+    return any(
+        (s.name, s.dim, e) in mine for other in found for s in other.produced for e in s.index.flatten().tolist()
+    )
+
+
+def _known(width: Width, before: Iterable[Width]) -> bool:
+    """Whether it is the same as a width that was read the other way."""
+    mine = {(s.name, s.dim, s.role): s.index for s in width.group.slices}
+    for other in before:
+        theirs = {(s.name, s.dim, s.role): s.index for s in other.group.slices}
+        if mine.keys() == theirs.keys() and all(torch.equal(index, theirs[key]) for key, index in mine.items()):
+            return True
+    return False
+
+
+def _shares(model: nn.Module, found: list[UnitGroup], refused: list[Width]) -> tuple[float, dict[str, float]]:
+    """Which share of the parameters can go, and what holds tensors of which nothing can."""
+    cost = Cost.parameters(model, {group.name: group for group in found})
+    total = cost() or 1.0
+    left = cost({group.name: max(group.units - group.divisor, 0) for group in found})
+    touched = {part.name for group in found for part in group.slices}
+    held: dict[str, float] = {}
+    for width in refused:
+        names = {part.name for part in width.group.slices} - touched
+        if size := sum(cost.amounts.get(name, 0.0) for name in names):
+            held[width.group.name] = size / total
+    return 1 - left / total, held
 
 
 def _lone_heads(
@@ -138,7 +299,7 @@ def _lone_heads(
     for name, module in modules.items():
         if isinstance(module, nn.MultiheadAttention) and name not in inside:
             tensors = {f"{name}.{weight}" for weight in ("in_proj_weight", "q_proj_weight", "out_proj.weight")}
-            home = next((w.root for w in widths if any(t in tensors for t, _, _ in w.axes)), None)
+            home = next((w.group.name for w in widths if any(s.name in tensors for s in w.group.slices)), None)
             notes[name] = (
                 "nn.MultiheadAttention splits the width of its own input into heads, so a head can only go with as "
                 "many channels of that width" + (f", and {home!r} keeps them all (see there)" if home else "")
@@ -146,62 +307,43 @@ def _lone_heads(
     return notes
 
 
-def _small(probe: Probe) -> Probe:
-    """Two samples of the example, where its tensors share a first axis."""
+def _small(probe: Probe, samples: int) -> Probe:
+    """The first samples of the example, where its tensors share a first axis."""
     sizes = {t.shape[:1] for t in tensors_in((probe.args, probe.kwargs))}
-    if len(sizes) != 1 or (size := next(iter(sizes))) == () or size[0] <= 2:
+    if len(sizes) != 1 or (size := next(iter(sizes))) == () or size[0] <= samples:
         return probe
 
-    def two(value: Any) -> Any:
-        return value[:2] if isinstance(value, Tensor) else value
+    def few(value: Any) -> Any:
+        return value[:samples] if isinstance(value, Tensor) else value
 
-    return Probe(probe.label, mapped(probe.args, two), mapped(probe.kwargs, two))
+    return Probe(probe.label, mapped(probe.args, few), mapped(probe.kwargs, few))
+
+
+def _smallest(twin: nn.Module, probe: Probe, run: Callable[[Probe], Run], samples: int) -> Probe:
+    """Two samples; of large images fewer, and smaller if the model takes them: a trial is a dozen forwards."""
+    probe = _small(probe, 2)
+    images = [t for t in tensors_in((probe.args, probe.kwargs)) if t.ndim == 4 and t.is_floating_point()]
+    if not images or max(t.shape[2:].numel() for t in images) <= _PIXELS**2:
+        return probe
+    probe = _small(probe, samples)
+    shape = images[0].shape[2:]
+
+    def resized(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.shape[2:] != shape or not value.is_floating_point():
+            return value
+        return nn.functional.interpolate(value, size=(_PIXELS, _PIXELS), mode="nearest")
+
+    tried = Probe(probe.label, mapped(probe.args, resized), mapped(probe.kwargs, resized))
+    try:
+        with torch.no_grad():
+            run(tried)()
+    except Exception:  # its size is fixed
+        return probe
+    return tried
 
 
 def _devices(model: nn.Module) -> list[int]:
     return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-
-
-def _ran(model: nn.Module, probe: Probe) -> set[str]:
-    """Names of the modules that run on the example."""
-    ran: set[str] = set()
-    handles = [
-        module.register_forward_pre_hook(lambda _, __, name=name: ran.add(canonical_name(name)))
-        for name, module in model.named_modules()
-    ]
-    try:
-        with torch.no_grad():
-            run_float64(model, probe)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return ran
-
-
-def _refusals(model: nn.Module, widths: Iterable[Width], ran: set[str]) -> dict[str, str]:
-    """Root of a width → why it is not even tried."""
-    reasons = _bad_tensors(model)
-    modules = modules_by_name(model)
-    # `nn.MultiheadAttention` reads its `out_proj` without calling it.
-    within = tuple(f"{name}." for name in ran if isinstance(modules.get(name), nn.MultiheadAttention))
-    silent = {
-        (name, size): module
-        for name, module in modules.items()
-        if name not in ran and not name.startswith(within)
-        for parameter in module.parameters(recurse=False)
-        for size in parameter.shape[:2]
-    }
-    refused: dict[str, str] = {}
-    for width in widths:
-        for tensor, _, role in width.axes:
-            if _bars(tensor, role, reasons):
-                refused[width.root] = f"{tensor!r} is {reasons[tensor]}"
-        unread = [name for name, size in silent if size == width.size and name not in width.readers]
-        if unread and width.root not in refused:
-            refused[width.root] = (
-                f"{unread[0]!r} did not run on the example and may read it; pass an `example` that reaches it"
-            )
-    return refused
 
 
 def _bars(tensor: str, role: Role, bad: Mapping[str, str]) -> bool:
@@ -225,63 +367,24 @@ def _bad_tensors(model: nn.Module) -> dict[str, str]:
         elif any(n.endswith(("_g", "_orig")) for n in own):
             bad |= dict.fromkeys([*own, f"{name}.weight"], "recomputed at every forward by a hook")
     for name, parameter in model.named_parameters():
-        if (reason := check_weight(name, parameter, METHOD)) is not None:
+        if (reason := _weight(name, parameter)) is not None:
             bad.setdefault(canonical_name(name), reason)
     return bad
 
 
-def _group(width: Width, model: nn.Module, refused: dict[str, str]) -> UnitGroup | None:
-    """The units of a width as indices; None, with a reason, if they are not alike or only one."""
-    units = width.units()
-    if len(units) < 2:
-        refused[width.root] = "all its channels are coupled with each other, so none can go alone"
-        return None
-    home = {channel: unit for unit, channels in enumerate(units) for channel in channels}
-    present = tensors_by_name(model)
-    slices = []
-    for (tensor, dim, role), pairs in width.axes.items():
-        entries: list[set[int]] = [set() for _ in units]
-        for entry, channel in pairs:
-            entries[home[channel]].add(entry)
-        if len({len(found) for found in entries}) != 1 or tensor not in present:
-            refused[width.root] = f"its units do not take equal parts of {tensor!r}"
-            return None
-        slices.append(Slice(tensor, dim, torch.tensor([sorted(found) for found in entries]), role))
-    if not any(part.role == "consume" for part in slices):
-        refused[width.root] = "no layer that can be cut reads it"
-        return None
-    return UnitGroup(width.root, len(units), tuple(slices), width.divisor)
+def _weight(name: str, parameter: nn.Parameter) -> str | None:
+    """What is wrong with one parameter; only one without values ends the search."""
+    try:
+        return check_weight(name, parameter, METHOD)
+    except ValueError:
+        if isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.is_meta:
+            raise
+        return f"{parameter.dtype}, {parameter.layout}: only real, dense, floating-point tensors can be cut"
 
 
-def _heads(
-    trial: Trial, model: nn.Module, refused: dict[str, str], chosen: Callable[[UnitGroup], list[UnitGroup]]
-) -> list[UnitGroup]:
-    """Attention heads that stand the trial, and what they are refused for."""
-    bad = _bad_tensors(model)
-    versions: dict[str, tuple[UnitGroup, UnitGroup]] = {}
-    for sure, more in find_heads(trial.model, lambda: run_float64(trial.model, trial.probe)):
-        wrong = [f"{part.name!r} is {bad[part.name]}" for part in sure.slices if _bars(part.name, part.role, bad)]
-        if wrong:
-            refused[sure.name] = wrong[0]
-        elif chosen(sure):
-            versions[sure.name] = (sure, more)
-    reasons: dict[str, str] = {}
-    found = trial.judge([sure for sure, _ in versions.values()], reasons)
-    again = [more for name, (sure, more) in versions.items() if name in reasons and more.counts != sure.counts]
-    for group in again:
-        del reasons[group.name]
-    refused |= reasons
-    return [*found, *trial.judge(again, refused)]
-
-
-def _chosen(
-    groups: list[UnitGroup],
-    refused: dict[str, str],
-    include: Sequence[str] | None,
-    exclude: Sequence[str] | None,
-    modules: Mapping[str, nn.Module],
-) -> list[UnitGroup]:
-    """The groups that the globs name, without those of reference networks."""
+def _check_globs(
+    include: Sequence[str] | None, exclude: Sequence[str] | None, modules: Mapping[str, nn.Module]
+) -> None:
     for argument, globs in (("include", include), ("exclude", exclude)):
         if isinstance(globs, str):
             raise TypeError(f"{METHOD}: {argument}={globs!r} is a string; write a list: {argument}=[{globs!r}].")
@@ -291,15 +394,3 @@ def _chosen(
                 raise NoMatchError(
                     f"{METHOD}: `{argument}` glob {glob!r} matches no module name. Close: {near or list(modules)[1:4]}."
                 )
-    kept, idle = [], references(modules[""])
-    for group in groups:
-        makers = {part.name.rpartition(".")[0] for part in group.produced}
-        if makers & idle:
-            refused[group.name] = REFERENCE
-        elif include is not None and not any(covers(glob, name) for glob in include for name in makers):
-            refused[group.name] = "not covered by `include`"
-        elif out := [glob for glob in exclude or () for name in makers if covers(glob, name)]:
-            refused[group.name] = f"excluded by {out[0]!r}"
-        else:
-            kept.append(group)
-    return kept

@@ -9,14 +9,15 @@ nothing else: no graph, no module, no tracing.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_efficient.common.schema import Flag, Int, ListOf, MapOf, OneOf, Record, TensorOf, Text
+from lightning_efficient.common.schema import Flag, Int, ListOf, MapOf, Number, OneOf, Record, TensorOf, Text
 
 
 @dataclass(frozen=True, eq=False)  # comparing records would compare tensors element by element
@@ -93,6 +94,7 @@ class UnitGroup:
         exact: Zeroing the parameters of the ``"produce"`` slices equals removing the units.
         note: Why it does not, in words.
         counts: Module → integer attribute → by how much one unit less lowers it (the number of heads of an attention).
+        heads: Its units are heads of an attention, or sets of heads that share keys and values.
     """
 
     name: str
@@ -102,6 +104,7 @@ class UnitGroup:
     exact: bool = True
     note: str = ""
     counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    heads: bool = False
 
     def __post_init__(self) -> None:
         for part in self.slices:
@@ -161,20 +164,57 @@ class Groups:
     Args:
         found: Name → group.
         refused: Name of a width, layer or module → why its units cannot be cut, for people.
+        notes: What the search could not see.
+        share: Share of the model's parameters that goes if every group keeps as little as it may.
+        held: Name of a width that was refused → share of the parameters in tensors that no group touches and it does.
     """
 
     found: dict[str, UnitGroup] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    share: float = 0.0
+    held: dict[str, float] = field(default_factory=dict)
 
     def report(self) -> str:
         """One line a group and a refusal, for people."""
         lines = [f"{len(self.found)} widths can be cut, {len(self.refused)} cannot"]
+        if self.share:
+            lines[0] += f"; up to {self.share:.0%} of the parameters can go"
+        most = sorted(self.held.items(), key=lambda item: -item[1])[:3]
+        if most := [(name, share) for name, share in most if share >= 0.01]:
+            lines.append(f"  most is held by {', '.join(f'{name} ({share:.0%})' for name, share in most)}")
         for group in self.found.values():
             unit = "" if group.divisor == 1 else f", a multiple of {group.divisor} stays"
-            lines.append(f"  {group.name}: {group.units} units in {len(group.slices)} tensors{unit}")
+            units = "heads" if group.heads else "units"
+            lines.append(f"  {group.name}: {group.units} {units} in {len(group.slices)} tensors{unit}")
             if not group.exact:
                 lines.append(f"    zeroing is not removing: {group.note}")
-        return "\n".join([*lines, *(f"  not {name}: {reason}" for name, reason in self.refused.items())])
+        lines += [f"  not {name}: {reason}" for name, reason in self.refused.items()]
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+def check_rounding(round_to: int) -> int:
+    """A number of channels to keep a multiple of, as given.
+
+    Raises:
+        ValueError: It is not a whole number from 1.
+    """
+    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+        raise ValueError(f"`round_to` is a number of channels such as 8, a whole number from 1; got {round_to!r}.")
+    return round_to
+
+
+def rounded(group: UnitGroup, round_to: int) -> UnitGroup:
+    """A group that keeps as many units as give every weight on it a multiple of so many channels.
+
+    Channels count, not units: heads of 16 channels are aligned to 8 already.
+
+    Args:
+        group: The group.
+        round_to: Channels.
+    """
+    sizes = {part.index.shape[1] for part in group.slices}
+    return replace(group, divisor=math.lcm(group.divisor, *(round_to // math.gcd(round_to, size) for size in sizes)))
 
 
 def check_keep(groups: Groups, keep: Mapping[str, Iterable[int]]) -> dict[str, list[int]]:
@@ -208,7 +248,7 @@ def check_keep(groups: Groups, keep: Mapping[str, Iterable[int]]) -> dict[str, l
                 f"`keep[{name!r}]` is empty: all {group.units} units would go, and nothing would pass any more. Keep "
                 f"at least {group.divisor}."
             )
-        if len(kept) % group.divisor:
+        if len(kept) % group.divisor and len(kept) < group.units:
             raise ValueError(
                 f"`keep[{name!r}]` holds {len(kept)} units; the width needs a multiple of {group.divisor}, such as "
                 f"{max(len(kept) // group.divisor, 1) * group.divisor}."
@@ -231,10 +271,15 @@ _SLICE = Record(
 _GROUP = Record(
     {
         "units": Int(low=1), "slices": ListOf(_SLICE), "divisor": Int(low=1), "exact": Flag(), "note": Text(),
-        "counts": MapOf(Text(), MapOf(Text(), Int(low=0))),
+        "counts": MapOf(Text(), MapOf(Text(), Int(low=0))), "heads": Flag(),
     }
 )  # fmt: skip
-GROUPS = Record({"found": MapOf(Text(), _GROUP), "refused": MapOf(Text(), Text())})
+GROUPS = Record(
+    {
+        "found": MapOf(Text(), _GROUP), "refused": MapOf(Text(), Text()), "notes": ListOf(Text()),
+        "share": Number(low=0), "held": MapOf(Text(), Number(low=0)),
+    }
+)  # fmt: skip
 
 
 def groups_as_plain(groups: Groups) -> dict[str, Any]:
@@ -245,9 +290,10 @@ def groups_as_plain(groups: Groups) -> dict[str, Any]:
         counts = {module: dict(attributes) for module, attributes in group.counts.items()}
         found[name] = {
             "units": group.units, "slices": slices, "divisor": group.divisor, "exact": group.exact, "note": group.note,
-            "counts": counts,
+            "counts": counts, "heads": group.heads,
         }  # fmt: skip
-    return {"found": found, "refused": dict(groups.refused)}
+    rest = {"notes": list(groups.notes), "share": groups.share, "held": dict(groups.held)}
+    return {"found": found, "refused": dict(groups.refused), **rest}
 
 
 def groups_from_plain(plain: Mapping[str, Any]) -> Groups:
@@ -257,4 +303,4 @@ def groups_from_plain(plain: Mapping[str, Any]) -> Groups:
         slices = tuple(Slice(s["name"], s["dim"], s["index"], s["role"]) for s in group["slices"])
         rest = {key: value for key, value in group.items() if key != "slices"}
         found[name] = UnitGroup(name, slices=slices, **rest)
-    return Groups(found, dict(plain["refused"]))
+    return Groups(found, dict(plain["refused"]), tuple(plain["notes"]), plain["share"], dict(plain["held"]))

@@ -26,7 +26,7 @@ from lightning_efficient.surgery.cuts import cut_tensor
 LAYER_ATTRIBUTES = (
     "in_features", "out_features", "in_channels", "out_channels", "groups", "num_features", "num_channels",
     "normalized_shape", "num_parameters", "embedding_dim", "nx", "nf",
-    "kdim", "vdim",
+    "kdim", "vdim", "hidden_size", "input_size", "num_groups",
 )  # fmt: skip
 HEAD_ATTRIBUTES = (
     "num_heads", "n_heads", "num_attention_heads", "n_head", "nhead", "heads", "num_key_value_heads", "num_kv_heads",
@@ -222,12 +222,20 @@ def _check(cuts: Cuts, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.M
     if len(states) > 1:
         raise ValueError("the model is cut in part already, so the cuts cannot be made on it. Build it anew.")
     for name, attributes in cuts.attributes.items():
-        for attribute in attributes:
-            if attribute not in ATTRIBUTES or not hasattr(modules.get(name), attribute):
+        for attribute, value in attributes.items():
+            if not _settable(modules.get(name), attribute, value):
                 raise ValueError(
                     f"the cuts set `{attribute}` of {name!r}, which is no attribute that a cut may set on this model."
                 )
     return True in states
+
+
+def _settable(module: nn.Module | None, attribute: str, value: Any) -> bool:
+    """Whether a cut may set an attribute: one that says how wide a layer is, or a public number that only falls."""
+    if attribute in ATTRIBUTES:
+        return hasattr(module, attribute)
+    now = vars(module).get(attribute) if module is not None else None
+    return type(now) is int and type(value) is int and 0 < value <= now and not attribute.startswith("_")
 
 
 def layer_attributes(model: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]) -> dict[str, dict[str, Any]]:
@@ -242,7 +250,11 @@ def layer_attributes(model: nn.Module, kept: Mapping[str, Mapping[int, Tensor]])
         own = {n for n, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))}
         cut = {n: kept[f"{name}.{n}" if name else n] for n in own if (f"{name}.{n}" if name else n) in kept}
         sizes = {(n, dim): int(mask.sum()) for n, masks in cut.items() for dim, mask in masks.items()}
-        if sizes and (values := _attributes(module, sizes)):
+        if isinstance(module, nn.GroupNorm) and sizes:
+            values = _group_norm(module, next(iter(cut.values()))[0])
+        else:
+            values = _attributes(module, sizes) if sizes else {}
+        if values:
             attributes[name] = values
     return attributes
 
@@ -267,8 +279,8 @@ def _attributes(module: nn.Module, sizes: Mapping[tuple[str, int], int]) -> dict
         values = {"embedding_dim": second}
     elif isinstance(module, _NormBase):
         values = {"num_features": next(iter(sizes.values()))}
-    elif isinstance(module, nn.GroupNorm):
-        values = {"num_channels": first}
+    elif isinstance(module, nn.RNNBase):
+        values = {"input_size": sizes.get(("weight_ih_l0", 1)), "hidden_size": sizes.get(("weight_hh_l0", 1))}
     elif isinstance(module, nn.LayerNorm):
         values = {"normalized_shape": [*module.normalized_shape[:-1], next(iter(sizes.values()))]}
     elif isinstance(module, nn.MultiheadAttention):
@@ -279,6 +291,14 @@ def _attributes(module: nn.Module, sizes: Mapping[tuple[str, int], int]) -> dict
     elif hasattr(module, "nx") and hasattr(module, "nf"):  # Hugging Face's Conv1D: (inputs, outputs)
         values = {"nx": first, "nf": second}
     return {attribute: value for attribute, value in values.items() if value is not None}
+
+
+def _group_norm(module: nn.GroupNorm, mask: Tensor) -> dict[str, Any]:
+    """Whole groups go, or as many channels of every group."""
+    groups = mask.view(module.num_groups, -1)
+    whole = bool((groups.all(1) | ~groups.any(1)).all())
+    left = int(groups.any(1).sum()) if whole else module.num_groups
+    return {"num_channels": int(mask.sum()), "num_groups": left}
 
 
 def _foreign(group: str, name: str, tensor: Tensor | None) -> str:

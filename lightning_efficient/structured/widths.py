@@ -1,358 +1,279 @@
-"""Which axes of which tensors are one width of a network, found with torch-pruning's dependency graph.
-
-torch-pruning traces a forward through autograd and knows how indices travel through concatenation, splitting and
-flattening. Only that is used of it: the graph is walked here, entry by entry, and nothing of it ever changes a model
-(its own pruners replace parameters, untie tied weights and may fail half-way). Source: Fang et al., "DepGraph: Towards
-Any Structural Pruning", CVPR 2023.
-"""
+"""The widths of a network: which entries of which tensors are one unit, read off labels that went through it."""
 
 from __future__ import annotations
 
-import math
-import sys
-import warnings
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch_pruning
+import numpy as np
+import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
-from torch_pruning import ops
-from torch_pruning._helpers import _HybridIndex
-from torch_pruning.pruner.function import BasePruningFunc
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_efficient.common.match import canonical_name
+from lightning_efficient.common.eager import uncompiled
+from lightning_efficient.common.match import canonical_name, modules_by_name
 from lightning_efficient.common.nests import tensors_behind
+from lightning_efficient.structured.book import Book
+from lightning_efficient.structured.groups import Slice, UnitGroup
+from lightning_efficient.structured.labels import Labels
+from lightning_efficient.structured.slim import HEAD_ATTRIBUTES, INNER_ATTRIBUTES, LAYER_ATTRIBUTES
+from lightning_efficient.structured.trace import Trace, watch
 
 Role = Literal["produce", "consume"]
-Entry = Callable[[int], int]
-
-_VISITS = 6
-
-
-class UntraceableError(ValueError):
-    """The model's forward cannot be followed; the message says why."""
+# An attribute of these may count the heads' channels or those of the residual stream; the trial decides which.
+AMBIGUOUS = ("hidden_dim", "embed_dim", "dim")
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Width:
     """A width that something in the network has, before it is known whether it can be cut.
 
     Args:
-        root: Name of the layer that it was found from.
-        size: Number of channels of that layer that are in it.
-        axes: (tensor, axis, role) → pairs of (entry along the axis, channel of the root).
-        ties: Further things that channels share, so that they can only be cut together.
-        readers: Names of the layers that read it.
-        divisor: How many of its units may stay: a multiple of this.
+        group: Its units.
         refused: Why it cannot be cut; empty: no reason known yet.
+        heads: Its units are heads of an attention.
+        mixed: The norm or reduction over the width that was seen; empty: none.
+        counts: Ways in which attributes may count its units, to be tried in this order.
+        doubtful: An axis of it was split into several, so that there is another way to read it.
     """
 
-    root: str
-    size: int
-    axes: dict[tuple[str, int, Role], list[tuple[int, int]]] = field(default_factory=dict)
-    ties: dict[Hashable, list[int]] = field(default_factory=dict)
-    readers: set[str] = field(default_factory=set)
-    divisor: int = 1
+    group: UnitGroup
     refused: str = ""
+    heads: bool = False
+    mixed: str = ""
+    counts: tuple[Mapping[str, Mapping[str, int]], ...] = ({},)
+    doubtful: bool = False
 
-    def units(self) -> list[list[int]]:
-        """The channels of the root, in sets that can only be cut together, each sorted, by their first."""
-        parent: dict[int, int] = {}
-
-        def find(channel: int) -> int:
-            parent.setdefault(channel, channel)
-            while parent[channel] != channel:
-                parent[channel] = channel = parent[parent[channel]]
-            return channel
-
-        owner: dict[Hashable, int] = {}
-        pairs = [((key, entry), root) for key, found in self.axes.items() for entry, root in found]
-        for key, root in [*pairs, *((key, root) for key, roots in self.ties.items() for root in roots)]:
-            first, other = find(owner.setdefault(key, root)), find(root)
-            parent[max(first, other)] = min(first, other)
-        sets: dict[int, list[int]] = {}
-        for channel in sorted(parent):
-            sets.setdefault(find(channel), []).append(channel)
-        return list(sets.values())
+    def versions(self) -> list[UnitGroup]:
+        """The group with each way of counting."""
+        return [replace(self.group, counts=counts) for counts in self.counts]
 
 
-class Widths:
-    """All widths of one traced model.
+def find_widths(
+    model: nn.Module,
+    runs: Sequence[tuple[Callable[[], Any], Any]],
+    unread: Mapping[str, set[str]] | None = None,
+    inner: bool = False,
+) -> tuple[list[Width], set[str]]:
+    """Every width of a model.
 
     Args:
-        model: A copy, in evaluation mode: its parameters come out requiring gradients. Every parameter that is reached
-            is followed, frozen ones too.
-        call: Runs the model; its outputs are what gradients flow back from.
+        model: A copy; nothing of it changes.
+        runs: What runs it once, in one of its modes, and the inputs that it gives it, in any nest.
+        unread: Module that ran → modules that it may have run, and did not: they may read what it handles.
+        inner: See :class:`~lightning_efficient.structured.labels.Labels`.
 
-    Raises:
-        UntraceableError: No output depends on a parameter through autograd, or torch-pruning cannot follow.
+    Returns:
+        The widths, and the names of the parameters that were read.
     """
+    tensors = own_tensors(model)
+    labels = Labels(inner)
+    book = Book(labels, tensors)
+    trace = Trace(book)
+    _tie_attention(model, book)
+    names = {id(module): name for name, module in modules_by_name(model).items()}
+    book.looked = {name: [] for name in unread or ()}
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        for run, inputs in runs:
+            book.feed(inputs)
+            handles = watch(model, trace, lambda m: names[id(m)]) if unread else []
+            try:
+                with uncompiled(), sdpa_kernel(SDPBackend.MATH), torch.no_grad(), trace:
+                    result = run()
+            finally:
+                for handle in handles:
+                    handle.remove()
+            book.close(tensors_behind(result))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    for name, others in (unread or {}).items():
+        _keep_for_unread(book, model, name, others)
+    return list(_Reader(model, book, tensors).widths()), book.touched
 
-    def __init__(self, model: nn.Module, call: Callable[[], Any]) -> None:
-        for parameter in model.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
-        self.names = {id(module): canonical_name(name) for name, module in model.named_modules()}
-        self.parameters = {id(p): canonical_name(name) for name, p in model.named_parameters()}
-        self.owners = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
-        self._model = model
-        self._graph = torch_pruning.DependencyGraph()
-        self._graph.IGNORED_LAYERS_IN_TRACING = _ByIdentity()
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about torch-pruning's own assumptions; ours are checked by running
-                self._graph.build_dependency(
-                    model,
-                    example_inputs=(),
-                    forward_fn=lambda *_: _differentiable(call()),
-                    unwrapped_parameters=[],
-                    customized_pruners=_customized(),
-                    verbose=False,
-                )
-        except UntraceableError:
-            raise
-        except Exception as why:
-            raise UntraceableError(f"torch-pruning cannot trace it ({type(why).__name__}: {why})") from why
-        self.nodes = {id(module): node for module, node in self._graph.module2node.items()}
 
-    def __iter__(self) -> Iterator[Width]:
-        """Every width once, from the first layer that makes it."""
-        covered: dict[int, set[int]] = {}
-        for module in [m for m in self._model.modules() if id(m) in self.nodes]:
-            if not isinstance(module, (nn.Linear, _ConvNd, nn.Embedding, *_customized())):
-                continue
-            fresh = sorted(set(range(self._channels(module))) - covered.get(id(module), set()))
-            if fresh:
-                yield self._from(module, fresh, covered)
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Canonical name → parameter or buffer, each once."""
+    both = (*model.named_parameters(), *model.named_buffers())
+    return {canonical_name(name): tensor for name, tensor in both}
 
-    def _channels(self, module: nn.Module) -> int:
-        return int(self._graph.get_pruner_of_module(module).get_out_channels(module))
 
-    def _from(self, root: nn.Module, channels: list[int], covered: dict[int, set[int]]) -> Width:
-        """Follow some output channels of a layer through the network."""
-        width = Width(self.names[id(root)], len(channels))
-        pairs: dict[tuple[int, Any], dict[tuple[int, int], None]] = {}
-        trigger = self._graph.get_pruner_of_module(root).prune_out_channels
-        stack = [(self.nodes[id(root)], trigger, [_HybridIndex(c, c) for c in channels])]
-        # Rotations of queries send torch-pruning's indices around in circles that never close.
-        budget = _VISITS * len(channels) * len(self.nodes)
-        while stack:
-            node, function, found = stack.pop()
-            seen = pairs.setdefault((id(node), function), {})
-            new = [pair for pair in found if (pair.idx, pair.root_idx) not in seen]
-            if not new:
-                continue
-            seen.update(dict.fromkeys((pair.idx, pair.root_idx) for pair in new))
-            budget -= len(new)
-            if budget < 0 or any(pair.root_idx is None for pair in new):
-                width.refused = width.refused or "its channels are coupled in a way that cannot be followed"
-                return width
-            makes = self._graph.is_out_channel_pruning_fn(function)
-            self._record(width, node, makes, new, covered)
-            for edge in node.dependencies:
-                if not edge.is_triggered_by(function):
+def _tie_attention(model: nn.Module, book: Book) -> None:
+    """``nn.MultiheadAttention`` takes the width of its heads from its input: with a head go channels of that."""
+    for name, module in modules_by_name(model).items():
+        if not isinstance(module, nn.MultiheadAttention):
+            continue
+        dot = f"{name}." if name else ""
+        weight = f"{dot}in_proj_weight"
+        if (weight, 1) not in book.own:
+            why = f"nn.MultiheadAttention {name!r} has a `kdim` or `vdim` of its own, and one `embed_dim` beside"
+            for (tensor, _), ids in book.own.items():
+                if tensor.startswith(dot) and tensor.count(".") <= dot.count(".") + 1:
+                    book.labels.fix(ids, why)
+            continue
+        line = book.own[weight, 1]
+        book.labels.tie(line.view(module.num_heads, -1), [1])
+        for part in book.own[weight, 0].view(3, -1):
+            book.labels.unify(line, part)
+        for axis in (0, 1):
+            if (f"{dot}out_proj.weight", axis) in book.own:
+                book.labels.unify(line, book.own[f"{dot}out_proj.weight", axis])
+
+
+def _keep_for_unread(book: Book, model: nn.Module, name: str, others: set[str]) -> None:
+    """What a module handles keeps its width if layers that it did not run are as wide."""
+    modules = modules_by_name(model)
+    seen: dict[int, set[int]] = defaultdict(set)
+    for grid in book.looked[name]:
+        for root in np.unique(book.labels.roots(grid)).tolist():
+            seen[root] |= set(grid.shape)
+    for other in sorted(others):
+        sizes = {s for p in modules[other].parameters(recurse=False) for s in p.shape[:2] if s > 1}
+        why = f"{other!r} did not run on the example and may read it; pass an `example` that reaches it"
+        hit = [root for root, shapes in seen.items() if root and shapes & sizes]
+        book.labels.fix(torch.tensor(hit, dtype=torch.long), why)
+
+
+class _Reader:
+    """Labels read as groups of units."""
+
+    def __init__(self, model: nn.Module, book: Book, tensors: Mapping[str, Tensor]) -> None:
+        self.model, self.book, self.tensors = model, book, tensors
+        self.modules = modules_by_name(model)
+        self.parameters = {canonical_name(name) for name, _ in model.named_parameters()}
+        self.made = {book.keys[i] for i in book.produced}
+        roots = book.labels.roots
+        self.attended = {r for grid in [*book.attended, *book.labels.blocks] for r in np.unique(roots(grid)).tolist()}
+        self.split = self.attended | {r for grid in book.splits for r in np.unique(roots(grid)).tolist()}
+        self.read = {r for grid in book.read for r in np.unique(roots(grid)).tolist()}
+        self.mixed = {r: name for grid, name in book.mixed for r in np.unique(roots(grid)).tolist()}
+
+    def widths(self) -> Iterator[Width]:
+        """Classes of labels that take as many entries of the same tensors are units of one width."""
+        classes: dict[int, dict[tuple[str, int], list[int]]] = defaultdict(lambda: defaultdict(list))
+        for key, ids in self.book.own.items():
+            for entry, root in enumerate(self.book.labels.roots(ids).tolist()):
+                classes[root][key].append(entry)
+        alike: dict[Any, list[int]] = defaultdict(list)
+        for root, held in classes.items():
+            if any(key in self.made and key[0] in self.parameters for key in held):
+                alike[frozenset((key, len(entries)) for key, entries in held.items())].append(root)
+        widths = [self._width(members, [classes[root] for root in members]) for members in alike.values()]
+        taken: dict[str, int] = {}
+        for width in sorted(widths, key=lambda width: bool(width.refused)):
+            count = taken[width.group.name] = taken.get(width.group.name, 0) + 1
+            if count > 1:
+                if width.refused:  # such as the rows of an embedding, beside its columns
                     continue
-                travelled = new
-                try:
-                    for mapping in edge.index_mapping:
-                        travelled = travelled if mapping is None else mapping(travelled)
-                except Exception as why:  # torch-pruning's own indices do not fit, as behind a GRU
-                    recurrent = [self.names[id(m)] for m in self._model.modules() if isinstance(m, nn.RNNBase)]
-                    width.refused = width.refused or (
-                        f"torch-pruning cannot follow it ({type(why).__name__}: {why}); recurrent layers of the model, "
-                        f"which it cannot follow: {recurrent or 'none'}"
-                    )
-                    return width
-                if travelled:
-                    stack.append((edge.target, edge.handler, travelled))
-        return width
+                width = replace(width, group=replace(width.group, name=f"{width.group.name}#{count}"))
+            yield width
 
-    def _record(self, width: Width, node: Any, makes: bool, pairs: list[Any], covered: dict[int, set[int]]) -> None:
-        module = node.module
-        if isinstance(module, nn.Parameter):
-            name = self.parameters[id(module)]
-            parts = Parts([(name, node.pruning_dim % module.ndim, "produce", _same)])
-            if isinstance(owner := self.owners[id(module)], (nn.RNNBase, nn.MultiheadAttention)):
-                parts.refused = parts_of(owner, name.rpartition(".")[0], makes).refused
-        elif id(module) in self.names:
-            name = self.names[id(module)]
-            parts = parts_of(module, name, makes)
-            if any(role == "consume" for _, _, role, _ in parts.axes):
-                width.readers.add(name)
-            if makes or isinstance(module, nn.Embedding):
-                covered.setdefault(id(module), set()).update(pair.idx for pair in pairs)
-                if not node.outputs:
-                    width.refused = "an output of the model: its shape would change"
-        else:
-            if node.type == ops.OPTYPE.OUTPUT:
-                width.refused = "an output of the model: its shape would change"
-            return
-        width.refused = width.refused or parts.refused
-        width.divisor = math.lcm(width.divisor, parts.divisor)
-        for tensor, dim, role, entry in parts.axes:
-            along = width.axes.setdefault((tensor, dim, role), [])
-            along += [(entry(pair.idx), pair.root_idx) for pair in pairs]
-        for tie in parts.ties:
-            for pair in pairs:
-                width.ties.setdefault((id(module), makes, tie(pair.idx)), []).append(pair.root_idx)
+    def _width(self, roots: list[int], units: list[dict[tuple[str, int], list[int]]]) -> Width:
+        keys = list(units[0])
+        slices = []
+        for name, dim in keys:
+            role: Role = "produce" if (name, dim) in self.made else "consume"
+            slices.append(Slice(name, dim, torch.tensor([unit[name, dim] for unit in units]), role))
+        multihead = any(self._multihead(name) for name, _ in keys)
+        heads = not multihead and any(root in self.attended for root in roots)
+        divisor = self._divisor(slices, len(units))
+        group = UnitGroup(self._name(slices, heads), len(units), tuple(slices), divisor, heads=heads)
+        mixed = next((self.mixed[r] for r in roots if r in self.mixed), "")
+        refused = next((why for r in roots if (why := self.book.labels.why_fixed(r))), "")
+        if not refused and len(units) < 2:
+            refused = "all its channels are coupled with each other, so none can go alone"
+        elif not refused and not group.consumed and not any(r in self.read for r in roots):
+            refused = "no layer that can be cut reads it"
+        counts = tuple(self._counts(group, heads)) if not refused else ({},)
+        return Width(group, refused, heads, mixed, counts, any(r in self.split for r in roots))
 
+    def _multihead(self, tensor: str) -> nn.MultiheadAttention | None:
+        owner = tensor.rpartition(".")[0]
+        for name in (owner, owner.rpartition(".")[0]):
+            if isinstance(found := self.modules.get(name), nn.MultiheadAttention):
+                return found
+        return None
 
-@dataclass
-class Parts:
-    """What a channel of a layer is made of.
+    def _divisor(self, slices: Iterable[Slice], units: int) -> int:
+        """Whether ``nn.TransformerEncoder`` takes its fused inference was decided when built, for an even number."""
+        counts = [m.num_heads for part in slices if (m := self._multihead(part.name)) is not None]
+        return 2 if any(heads % 2 == 0 and heads // units % 2 for heads in counts) else 1
 
-    Args:
-        axes: (tensor, axis, role, channel → entry along the axis).
-        ties: Channels with the same value can only go together.
-        divisor: How many of the things that ties make may stay: a multiple of this.
-        refused: Why nothing of it can be cut.
-    """
+    def _name(self, slices: Sequence[Slice], heads: bool) -> str:
+        made = [s for s in slices if s.role == "produce" and s.name in self.parameters]
+        owners = [s.name.rpartition(".")[0].partition(".parametrizations")[0] for s in made]
+        if heads and (shared := common_parent(owners)):
+            return shared.rpartition(".")[0] or shared if shared in owners else shared
+        wide = [o for s, o in zip(made, owners, strict=True) if o and self.tensors[s.name].ndim > 1]
+        return next(iter([*wide, *filter(None, owners), made[0].name]))
 
-    axes: list[tuple[str, int, Role, Entry]] = field(default_factory=list)
-    ties: list[Entry] = field(default_factory=list)
-    divisor: int = 1
-    refused: str = ""
-
-
-def _same(channel: int) -> int:
-    return channel
-
-
-def _behind(start: int, channel: int) -> int:
-    return start + channel
-
-
-def _head(size: int, channel: int) -> int:
-    return channel // size
-
-
-def _within(size: int, channel: int) -> int:
-    return channel % size
-
-
-def parts_of(module: nn.Module, name: str, makes: bool) -> Parts:
-    """The axes of a layer's tensors along its output channels, or along its input channels.
-
-    Args:
-        module: The layer.
-        name: Its name.
-        makes: Output channels; False: input channels.
-    """
-    own = dict((*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)))
-    dims = {n: f"{name}.{n}" if name else n for n in own}
-    parts = Parts()
-    if isinstance(module, (_ConvNd, nn.Linear, nn.Embedding)) and "weight" not in own:
-        parts.refused = f"{name!r} computes its weight (parametrized, or by a hook): bake it in first"
-    elif isinstance(module, _ConvNd):
-        _conv(module, dims, makes, parts)
-    elif isinstance(module, nn.Linear):
-        parts.axes = [(dims["weight"], 0, "produce", _same)] if makes else [(dims["weight"], 1, "consume", _same)]
-    elif isinstance(module, nn.Embedding):
-        parts.axes = [(dims["weight"], 1, "produce", _same)]
-    elif isinstance(module, (_NormBase, nn.GroupNorm)):
-        parts.axes = [(dims[n], 0, "produce", _same) for n, t in own.items() if t.ndim == 1]
-        if isinstance(module, nn.GroupNorm):
-            parts.ties = [partial(_within, module.num_channels // module.num_groups)]
-    elif isinstance(module, nn.LayerNorm):
-        parts.axes = [(dims[n], own[n].ndim - 1, "produce", _same) for n in own]
-    elif isinstance(module, nn.PReLU):
-        parts.axes = [(dims["weight"], 0, "consume", _same)] if module.num_parameters > 1 else []
-    elif isinstance(module, nn.RNNBase):
-        parts.refused = f"{type(module).__name__} {name!r} is recurrent: its gates share one axis"
-    elif isinstance(module, nn.MultiheadAttention):
-        _multihead(module, name, parts)
-    elif is_conv1d(module):
-        parts.axes = [(dims["weight"], 1, "produce", _same)] if makes else [(dims["weight"], 0, "consume", _same)]
-    else:
-        parts.refused = f"{type(module).__name__} {name!r} is not a layer that can be cut"
-    if makes and "bias" in own and isinstance(module, (nn.Linear, _ConvNd, *_customized())):
-        parts.axes.append((dims["bias"], 0, "produce", _same))
-    return parts
+    def _counts(self, group: UnitGroup, heads: bool) -> Iterator[dict[str, dict[str, int]]]:
+        """Ways in which integer attributes may count the units, the likeliest first."""
+        top = common_parent(part.name.rpartition(".")[0] for part in group.slices)
+        inside = f"{top}." if top else ""
+        holders = {part.name.rpartition(".")[0] for part in group.slices}
+        near = [
+            (name, module)
+            for name, module in self.modules.items()
+            if (name == top or name.startswith(inside))
+            and not isinstance(module, nn.MultiheadAttention)
+            and (not any(True for _ in module.parameters()) or any(_within(h, name) for h in holders))
+        ]
+        sizes = {part.index.numel() for part in group.slices}
+        found: dict[str, dict[str, dict[str, int]]] = {"heads": {}, "inner": {}, "ambiguous": {}, "any": {}}
+        for name, module in near:
+            for attribute, value in vars(module).items():
+                if type(value) is not int or value < 2 or value % group.units or attribute.startswith("_"):
+                    continue
+                step, equal = value // group.units, value in sizes
+                if attribute in HEAD_ATTRIBUTES and heads:
+                    found["heads"].setdefault(name, {})[attribute] = step
+                elif equal and attribute in INNER_ATTRIBUTES:
+                    kind = "ambiguous" if attribute in AMBIGUOUS else "inner"
+                    found[kind].setdefault(name, {})[attribute] = step
+                elif (equal or heads) and attribute not in LAYER_ATTRIBUTES:
+                    found["any"].setdefault(name, {})[attribute] = step
+        sure = _joined(found["heads"], found["inner"])
+        seen: list[dict[str, dict[str, int]]] = []
+        ways = [_joined(sure, {}), _joined(sure, found["ambiguous"]), {}] if heads else [{}, sure]
+        ways += [_joined(sure, some) for some in _subsets(found["any"])]
+        ways += [_joined(sure, found["any"]), _joined(sure, found["ambiguous"], found["any"])]
+        for way in ways:
+            if way not in seen:
+                seen.append(way)
+                yield way
 
 
-def _conv(module: _ConvNd, dims: dict[str, str], makes: bool, parts: Parts) -> None:
-    groups, weight = module.groups, dims["weight"]
-    if groups == module.out_channels > 1:  # depthwise: a channel is its own input, and torch-pruning says so
-        parts.axes = [(weight, 0, "produce", _same)]
-        if module.in_channels != groups:
-            parts.refused = f"{type(module).__name__}: more than one input channel for each of its {groups} groups"
-        if not makes and "bias" in dims:
-            parts.axes.append((dims["bias"], 0, "produce", _same))
-        return
-    per_group = partial(_within, (module.out_channels if makes else module.in_channels) // groups)
-    first, role = makes != module.transposed, ("produce" if makes else "consume")
-    # A weight is (out, in / groups), transposed (in, out / groups): the second axis counts within a group.
-    parts.axes = [(weight, 0 if first else 1, role, _same if first else per_group)]  # type: ignore[list-item]
-    if groups > 1:
-        parts.ties = [per_group]  # as many channels in every group
+def _subsets(found: Mapping[str, Mapping[str, int]]) -> Iterator[dict[str, dict[str, int]]]:
+    """Some of the attributes, if they are few: the fewest first."""
+    every = [(name, attribute, step) for name, values in found.items() for attribute, step in values.items()]
+    for count in range(1, len(every) if len(every) <= 4 else 0):
+        for chosen in itertools.combinations(every, count):
+            yield _joined(*({name: {attribute: step}} for name, attribute, step in chosen))
 
 
-def _multihead(module: nn.MultiheadAttention, name: str, parts: Parts) -> None:
-    """A head with as many channels of the input and of the output as it has itself: they share ``embed_dim``."""
-    own = dict(module.named_parameters())
-    if "in_proj_weight" not in own:
-        parts.refused = f"nn.MultiheadAttention {name!r} has a `kdim` or `vdim` of its own, and one `embed_dim` beside"
-        return
-    for i in range(3):  # queries, keys and values lie one below the other
-        parts.axes.append((f"{name}.in_proj_weight", 0, "produce", partial(_behind, i * module.embed_dim)))
-        if "in_proj_bias" in own:
-            parts.axes.append((f"{name}.in_proj_bias", 0, "produce", partial(_behind, i * module.embed_dim)))
-    parts.axes += [(f"{name}.{n}", 2, "produce", _same) for n in ("bias_k", "bias_v") if n in own]
-    parts.axes += [(f"{name}.in_proj_weight", 1, "consume", _same), (f"{name}.out_proj.weight", 1, "consume", _same)]
-    parts.axes.append((f"{name}.out_proj.weight", 0, "produce", _same))
-    if "out_proj.bias" in own:
-        parts.axes.append((f"{name}.out_proj.bias", 0, "produce", _same))
-    parts.ties = [partial(_head, module.head_dim)]
-    # Whether the fused inference of `nn.TransformerEncoder` is taken was decided when it was built, for an even number.
-    parts.divisor = 2 - module.num_heads % 2
+def _joined(*parts: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+    both: dict[str, dict[str, int]] = {}
+    for part in parts:
+        for name, values in part.items():
+            both.setdefault(name, {}).update(values)
+    return both
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is Hugging Face's linear layer with a weight of (inputs, outputs)."""
-    return isinstance(module, tuple(_customized()))
+def _within(name: str, parent: str) -> bool:
+    return name == parent or not parent or name.startswith(f"{parent}.")
 
 
-def _customized() -> dict[type[nn.Module], Any]:
-    # A model can only hold that layer if the library has been imported.
-    library = sys.modules.get("transformers.pytorch_utils")
-    return {} if library is None else {library.Conv1D: _Conv1D()}
-
-
-class _Conv1D(BasePruningFunc):  # type: ignore[misc]
-    """What the graph needs to know of Hugging Face's ``Conv1D``; it never cuts."""
-
-    def prune_out_channels(self, layer: nn.Module, idxs: Any) -> nn.Module:
-        """Stands for the outputs in the graph."""
-        raise NotImplementedError
-
-    def prune_in_channels(self, layer: nn.Module, idxs: Any) -> nn.Module:
-        """Stands for the inputs in the graph."""
-        raise NotImplementedError
-
-    def get_out_channels(self, layer: Any) -> int:
-        """Outputs."""
-        return int(layer.weight.shape[1])
-
-    def get_in_channels(self, layer: Any) -> int:
-        """Inputs."""
-        return int(layer.weight.shape[0])
-
-
-class _ByIdentity(list[nn.Module]):
-    """Modules that torch-pruning leaves out. A torchmetrics metric "equals" everything: ``==`` makes a new metric."""
-
-    def __contains__(self, module: object) -> bool:
-        return any(module is one for one in self)
-
-
-def _differentiable(result: Any) -> list[Tensor]:
-    found = [t for t in tensors_behind(result) if t.grad_fn is not None]
-    if not found:
-        raise UntraceableError(
-            "no output depends on a parameter through autograd (a forward under torch.no_grad, or outputs in a class "
-            "of their own)"
-        )
-    return found
+def common_parent(names: Iterable[str]) -> str:
+    """The innermost module that holds all of these."""
+    paths = [name.split(".") for name in set(names)]
+    shared: list[str] = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared)

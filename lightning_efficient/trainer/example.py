@@ -121,6 +121,27 @@ class WholeStep(ModuleView):
         return swapped
 
 
+class AllSteps(WholeStep):
+    """Several of a LightningModule's steps one after the other: a width that any of them reads is seen.
+
+    Args:
+        pl_module: The module, attached to a Trainer.
+        stages: Whose steps; see :class:`WholeStep`.
+    """
+
+    def __init__(self, pl_module: LightningModule, stages: Sequence[Stage | Literal["forward"]]) -> None:
+        super().__init__(pl_module, stages[0])
+        self.stages = tuple(stages)
+
+    def forward(self, *batches: Any) -> list[Any]:  # type: ignore[override]
+        """What each step returns and logs, on a batch of its own."""
+        results = []
+        for stage, batch in zip(self.stages, batches, strict=True):
+            self.stage = stage
+            results.append(super().forward(batch))
+        return results
+
+
 @dataclass
 class Example:
     """A model and arguments that it runs on.
@@ -212,6 +233,30 @@ def whole_step_of(
         return own(given)
 
     return Example(model, (_on_part_or_whole(pl_module, stage, batch, samples, run),))
+
+
+def all_steps_of(trainer: Trainer, pl_module: LightningModule, batch: Any, samples: int = 2) -> Example:
+    """``training_step``, and ``validation_step`` and ``forward`` where they run on a training batch, as one module.
+
+    Args:
+        trainer: A Trainer inside a ``fit``, or about to start it.
+        pl_module: Its module.
+        batch: As the training step gets it.
+        samples: Of the batch; where a step does not take a part of it, the whole batch is used.
+
+    Raises:
+        ValueError: The training step fails.
+    """
+    args = [whole_step_of(trainer, pl_module, "fit", batch, samples).args[0]]
+    stages: list[Stage | Literal["forward"]] = ["fit"]
+    others: tuple[Stage | Literal["forward"], ...] = ("validate", "forward")
+    for stage in others:
+        try:
+            args.append(whole_step_of(trainer, pl_module, stage, batch, samples).args[0])
+        except ValueError:  # it is not there, or takes something else than a training batch
+            continue
+        stages.append(stage)
+    return Example(AllSteps.of(pl_module, stages), tuple(args))
 
 
 def _on_part_or_whole(

@@ -13,6 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_efficient.common.match import NoMatchError
 from lightning_efficient.structured.graph import find_groups
 from lightning_efficient.structured.groups import Groups
+from lightning_efficient.structured.slim import apply_slim
 
 
 class Residual(nn.Module):
@@ -120,10 +121,14 @@ class Recurrent(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
-def test_recurrent_layers_keep_their_widths(kind: type[nn.Module]) -> None:
-    groups = find_groups(Recurrent(kind), torch.randn(2, 5, 4))
-    assert list(groups.found) == ["mlp.0"]
-    assert "recurrent" in groups.refused["inner"]
+def test_recurrent_layers_lose_hidden_units_in_all_gates(kind: type[nn.Module]) -> None:
+    groups = find_groups(model := Recurrent(kind), x := torch.randn(2, 5, 4))
+    assert list(groups.found) == ["inner", "rnn", "mlp.0"]
+    zeroed = copy.deepcopy(model)
+    groups.found["rnn"].zero(dict(zeroed.named_parameters()), [0, 1, 3, 4, 5])
+    apply_slim(model, {"rnn": [2]}, groups)
+    torch.testing.assert_close(model(x), zeroed(x))
+    assert model.rnn.hidden_size == 1
 
 
 class Tied(nn.Module):
@@ -185,9 +190,8 @@ class Detached(nn.Module):
         return self.last(self.first(x).relu()) * scale
 
 
-def test_what_autograd_does_not_see_is_an_error() -> None:
-    with pytest.raises(ValueError, match="cannot be traced: no output depends on a parameter"):
-        find_groups(Detached(), (torch.randn(2, 4), torch.ones(())))
+def test_what_autograd_does_not_see_is_found() -> None:
+    assert list(find_groups(Detached(), (torch.randn(2, 4), torch.ones(()))).found) == ["first"]
 
 
 class Keywords(nn.Module):

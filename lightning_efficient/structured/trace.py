@@ -1,0 +1,78 @@
+"""Following labels of channels through a forward, one torch operation at a time.
+
+Operations that only move elements (views, concatenation, splitting, indexing) are done to the labels, too, so that any
+layout is followed. Sums, products, convolutions and reductions have a rule each; whatever else keeps its shape is taken
+to work element by element, and what does not fixes the labels that go in. Nothing of this is believed: ``trial.py``
+tries what comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_efficient.common.nests import tensors_in
+from lightning_efficient.structured.book import Book, Label
+from lightning_efficient.structured.rules import Rules
+
+_LINEAR = frozenset(["add", "sub", "mul", "neg", "rsub"])
+
+
+class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows labels while the model runs in its context.
+
+    Args:
+        book: Where they are written down.
+    """
+
+    def __init__(self, book: Book) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.book = book
+        self.stack: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, then say what its result is made of."""
+        kwargs = kwargs or {}
+        operands = list(tensors_in((args, kwargs)))
+        before = [self.book.of(t) for t in operands]
+        shapes = [t.shape for t in operands]  # `transpose_` changes that of its operand
+        out = func(*args, **kwargs)
+        self.book.touched |= {self.book.names[t] for t in operands if t in self.book.names}
+        name = func.overloadpacket.__name__.removesuffix("_") if func.namespace == "aten" else func.name()
+        results = [t for t in tensors_in(out) if not any(t is one for one in operands)] or list(tensors_in(out))
+        if not results:  # `.item()`, `equal`: a number that the model's code goes on with
+            return out
+        try:
+            made = Rules(self.book, name, args, kwargs, operands, shapes, before, results).made()
+        except Exception as error:  # a rule that does not fit a rare overload must not end the whole search
+            for label in before:
+                for grid in label.grids:
+                    self.book.labels.fix(grid, f"{name!r} reads it, which cannot be followed ({type(error).__name__})")
+            made = [Label([]) for _ in results]
+        pure = all(label.pure for label in before)
+        linear = pure and name in _LINEAR and any(label.raw for label in before)
+        for tensor, label in zip(results, made, strict=True):
+            label.pure, label.raw = pure, label.raw or linear
+            self.book.known[tensor] = label
+            if self.stack and not pure and self.stack[-1] in self.book.looked:
+                self.book.looked[self.stack[-1]] += label.grids
+        return out
+
+
+def watch(model: nn.Module, trace: Trace, names: Callable[[nn.Module], str]) -> list[Any]:
+    """Keep the names of the modules whose forward is running on ``trace.stack``; the hooks are returned."""
+
+    def enter(module: nn.Module, args: Any) -> None:
+        trace.stack.append(names(module))
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        trace.stack.pop()
+
+    handles: list[Any] = []
+    for module in model.modules():
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    return handles

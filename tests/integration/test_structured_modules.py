@@ -1,0 +1,137 @@
+"""Groups of LightningModules as tutorials write them are those of everything their steps compute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_efficient import HESSOPruning, export, load_from_checkpoint
+from lightning_efficient.structured.graph import find_groups
+
+
+class Base(LightningModule):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        self.log("loss", loss)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), 1e-2)
+
+
+class Layers(Base):
+    """Layers directly on the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_1, self.layer_2, self.layer_3 = nn.Linear(12, 16), nn.Linear(16, 20), nn.Linear(20, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer_3(self.layer_2(self.layer_1(x).relu()).relu())
+
+
+class Parts(Base):
+    """A backbone and a head, called one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 10), nn.ReLU())
+        self.head = nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x).flatten(1))
+
+
+class Coder(nn.Module):
+    """An encoder and a decoder behind methods of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.code = nn.Linear(12, 16), nn.Linear(16, 8)
+        self.up, self.out = nn.Linear(8, 14), nn.Linear(14, 12)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.code(self.down(x).relu())
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.out(self.up(z).relu())
+
+
+class Methods(Base):
+    """Never calls its network, only methods of it; training reads a head that forward does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vae, self.classify = Coder(), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.vae.decode(self.vae.encode(x))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        code = self.vae.encode(batch[0])
+        return F.mse_loss(self.vae.decode(code), batch[0]) + F.cross_entropy(self.classify(code), batch[1])
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.log("val_loss", F.mse_loss(self(batch[0]), batch[0]))
+
+
+def _data() -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(32, 12, generator=generator), torch.randint(0, 3, (32,), generator=generator)
+    return DataLoader(TensorDataset(x, y), batch_size=8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        (Layers, {"layer_1", "layer_2"}),
+        (Parts, {"backbone.0", "backbone.2"}),
+        (Methods, {"vae.down", "vae.code", "vae.up"}),
+    ],
+)
+def test_hesso_prunes_what_the_whole_step_allows(kind: type[Base], names: set[str], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = kind()
+    x = torch.randn(5, 12)
+    if kind is not Methods:
+        assert set(find_groups(model, x).found) == names
+    hesso = HESSOPruning(target=0.5, start=0.1, duration=0.5, periods=2)
+    trainer = Trainer(
+        max_epochs=4, callbacks=[hesso], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, accelerator="cpu", default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(model, _data(), _data())
+    assert set(hesso.groups.found) == names
+    small = export(model, x)
+    assert sum(p.numel() for p in small.parameters()) < 0.8 * sum(p.numel() for p in model.parameters())
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), model(x), rtol=0, atol=1e-5)
+    path = tmp_path / "last.ckpt"
+    trainer.save_checkpoint(path)
+    again = load_from_checkpoint(kind, path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), model(x), rtol=0, atol=1e-6)
+
+
+def test_what_stays_is_a_multiple_of_round_to(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, hesso = Layers(), HESSOPruning(target=0.3, start=0.1, duration=0.5, periods=2, round_to=4)
+    options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    Trainer(max_epochs=4, callbacks=[hesso], enable_model_summary=False, accelerator="cpu", **options).fit(
+        model, _data(), _data()
+    )
+    small = export(model, torch.randn(2, 12))
+    widths = [small.layer_1.out_features, small.layer_2.out_features]  # type: ignore[union-attr]
+    assert all(width % 4 == 0 for width in widths)  # type: ignore[operator]
+    assert widths != [16, 20]
