@@ -192,7 +192,10 @@ def edited(files: Path, target: Path, edit: Callable[[dict[str, Any]], Any]) -> 
         (lambda e: e["tensors"]["net.embed.weight"].pop("sigma"), r"'net.embed.weight' does not fit"),
         (lambda e: e["tensors"]["net.head.weight"].update(raw=torch.ones(2, 2)), r"raw weights of shape \(2, 2\)"),
         (lambda e: e.update(method="sigma"), r"names the method 'sigma'.*which is not known here"),
-        (lambda e: e["tensors"].update({"net.head.weight": [1, 2]}), r"'net.head.weight'\], should be a mapping.*got a list of 2 \(1, 2\)"),
+        (
+            lambda e: e["tensors"].update({"net.head.weight": [1, 2]}),
+            r"'net.head.weight'\], should be a mapping.*got a list of 2 \(1, 2\)",
+        ),
     ],
     ids=[
         "unknown weight",
