@@ -86,7 +86,7 @@ def causal_norms(model: nn.Module, run: Callable[[Any], object], inputs: Any) ->
         noise = _moved(base, watch.outputs(inputs))
         base = {key: value for key, value in base.items() if key not in noise}
         for name, tensor in named_tensors(inputs):
-            if (other := _exchanged(tensor)) is None:
+            if (other := exchanged(tensor)) is None:
                 continue
             effect = _Effect(watch, base, inputs, tensor, other)
             touched = [key.module for key in effect.all() if key.module in norms]
@@ -294,7 +294,7 @@ def _last_word(kind: str, hears: Mapping[_Key, _Hearing], base: Mapping[_Key, _S
     return last
 
 
-def _exchanged(tensor: Tensor) -> Tensor | None:
+def exchanged(tensor: Tensor) -> Tensor | None:
     """The same tensor with every value exchanged for another of its values; None if that cannot be."""
     if tensor.dtype == torch.bool or tensor.is_complex() or tensor.is_nested or tensor.numel() < 2 or tensor.is_sparse:
         return None
