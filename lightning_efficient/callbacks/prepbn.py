@@ -148,12 +148,12 @@ class PRepBN(StructuralCallback):
         self._recalibrated_at, self._total = -1, None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Swap; eta may have been trained so far."""
+        """Swap; norms that were swapped before, in a model from a file, are held still as well."""
         super().setup(trainer, pl_module, stage)
-        if self.enabled and not self.options.learn_eta:
-            for norm in blend_norms(pl_module).values():
-                if isinstance(norm.target, RepBN):
-                    norm.target.eta.requires_grad_(False)
+        for norm in blend_norms(pl_module).values() if self.enabled else ():
+            norm.target.frozen |= self.options.frozen
+            if isinstance(norm.target, RepBN) and not self.options.learn_eta:
+                norm.target.eta.requires_grad_(False)
 
     def request(self) -> Request:
         """What to do to a model: plain data and a function, so that copies of the model can carry it."""
@@ -208,9 +208,6 @@ class PRepBN(StructuralCallback):
         check_training(pl_module, wake=self.eval_mode == "train")
         if not self._looked:
             self._look(trainer, pl_module, batch, batch_idx)
-        if not self._fed and self.transition.at(self.step(trainer)) < 1:
-            self._fed = True
-            check_statistics(pl_module, recalibrated=self.recalibrate > 0)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Forwards from here are recomputations."""
@@ -228,10 +225,13 @@ class PRepBN(StructuralCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the blend."""
+        """Log the blend; before it begins to move, see that there are statistics."""
         if not self.enabled:
             return
         self.transition.after_batch(trainer, outputs, self.step(trainer))
+        if not self._fed and self.transition.at(self.step(trainer)) < 1:
+            self._fed = True
+            check_statistics(pl_module, recalibrated=self.recalibrate > 0)
         if self.logs_now(trainer, pl_module, every_step=True):
             scalars = {"lam": self.transition.at(self.step(trainer))}
             if self.transition.guard != "off":

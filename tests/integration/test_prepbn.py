@@ -337,7 +337,10 @@ def test_eta_is_frozen_for_fine_tuning(tmp_path: Any) -> None:
     module = load_from_checkpoint(Classifier, tmp_path / "a.ckpt")
     before = [norm.target.eta.clone() for norm in blend_norms(module).values()]
     gammas = [norm.target.bn.weight.clone() for norm in blend_norms(module).values()]
-    trainer(tmp_path, PRepBN(transition=3, learn_eta=False)).fit(module, loader(batches=8), loader(1))
+    means = [norm.target.bn.running_mean.clone() for norm in blend_norms(module).values()]
+    callback = PRepBN(transition=3, learn_eta=False, frozen=True, recalibrate=0)
+    trainer(tmp_path, callback).fit(module, loader(batches=8), loader(1))
     norms = list(blend_norms(module).values())
+    assert all(torch.equal(norm.target.bn.running_mean, mean) for norm, mean in zip(norms, means, strict=True))
     assert all(torch.equal(norm.target.eta, eta) for norm, eta in zip(norms, before, strict=True))
     assert not any(torch.equal(norm.target.bn.weight, gamma) for norm, gamma in zip(norms, gammas, strict=True))
