@@ -16,7 +16,7 @@ import logging
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -47,7 +47,6 @@ class Variant:
         swap: Arguments of ``PRepBN``; None: no swap.
         batch_norm: Build the model with BatchNorm from the start.
         tuned: Start from the seed's trained LayerNorm model.
-        warmup: Unified Normalization's, where it is not the default, which is longer than these runs.
         curve: Follow validation accuracy, of the blend and of the finished form.
     """
 
@@ -55,7 +54,6 @@ class Variant:
     swap: dict[str, Any] | None = None
     batch_norm: bool = False
     tuned: bool = False
-    warmup: int | None = None
     curve: bool = False
 
 
@@ -68,7 +66,7 @@ SCRATCH = [
     Variant("RepBN, no transition", {"init": "slab", **JUMP}),
     Variant("PRepBN, slab init, T = 0.8", {"init": "slab", "hold": 0, "transition": 0.8}, curve=True),
     *(Variant(f"{t}, copy init", {"target": t}, curve=t in ("repbn", "affine")) for t in TARGETS),
-    Variant("un, copy init, warm-up 100", {"target": "un"}, warmup=100),
+    Variant("un, copy init, warm-up 100", {"target": "un", "warmup": 100}),
 ]
 SWAP = [
     Variant("LN, trained on", tuned=True),
@@ -150,10 +148,7 @@ def accuracy(model: nn.Module, data: Batch) -> tuple[float, float]:
 def callback(variant: Variant) -> list[Callback]:
     if variant.swap is None:
         return []
-    swap = PRepBN(**{**BARE, **variant.swap})
-    if variant.warmup is not None:
-        swap.options = replace(swap.options, warmup=variant.warmup)
-    return [swap]
+    return [PRepBN(**{**BARE, **variant.swap})]
 
 
 def run(variant: Variant, seed: int, images: Images, plan: Plan, lr: float, base_lr: float = 0.0) -> dict[str, Any]:

@@ -20,13 +20,14 @@ from lightning_efficient.lifecycle.state import Request
 from lightning_efficient.lifecycle.structural import StructuralCallback
 from lightning_efficient.lifecycle.weights import Plan
 from lightning_efficient.norms.blend import BlendNorm, blend_norms
-from lightning_efficient.norms.causal import CausalModelError
+from lightning_efficient.norms.causal import CausalModelError, causal_norms
 from lightning_efficient.norms.checks import check_statistics, check_training
-from lightning_efficient.norms.padding import capture_padding
+from lightning_efficient.norms.padding import find_padding, hand_over
 from lightning_efficient.norms.repbn import RepBN
 from lightning_efficient.norms.swap import METHOD, NormSwapConfig, apply_norm_swap, find_norms
-from lightning_efficient.trainer.causal import causal_in
+from lightning_efficient.trainer.example import first_batch
 from lightning_efficient.trainer.finished import FinishedForm
+from lightning_efficient.trainer.probing import probed
 from lightning_efficient.trainer.statistics import average_over_processes, recalibrate_in
 from lightning_efficient.trainer.transition import TRANSITION, GuardedTransition
 
@@ -147,12 +148,12 @@ class PRepBN(StructuralCallback):
         self._recalibrated_at, self._total = -1, None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Swap; eta may have been trained so far."""
+        """Swap; norms that were swapped before, in a model from a file, are held still as well."""
         super().setup(trainer, pl_module, stage)
-        if self.enabled and not self.options.learn_eta:
-            for norm in blend_norms(pl_module).values():
-                if isinstance(norm.target, RepBN):
-                    norm.target.eta.requires_grad_(False)
+        for norm in blend_norms(pl_module).values() if self.enabled else ():
+            norm.target.frozen |= self.options.frozen
+            if isinstance(norm.target, RepBN) and not self.options.learn_eta:
+                norm.target.eta.requires_grad_(False)
 
     def request(self) -> Request:
         """What to do to a model: plain data and a function, so that copies of the model can carry it."""
@@ -186,7 +187,6 @@ class PRepBN(StructuralCallback):
         if fresh:  # a further fit, or one of a model from a file, goes on from where the norms are
             way.restart(max(float(norm.lam) for norm in self._norms))
         self._write(self.step(trainer))
-        self._handles = capture_padding(pl_module)
         rank_zero_info(
             f"{name}: {len(self._norms)} norms become {self.options.target} over steps {way.first} to "
             f"{way.first + way.length} of {'an open run' if self._total is None else self._total}."
@@ -195,6 +195,7 @@ class PRepBN(StructuralCallback):
             rank_zero_warn(f"{name}: {what}")
         if self.recalibrate and fresh and way.start == 1.0 and (self.options.frozen or way.first == 0):
             # They evaluate, or train, with running statistics from the first step on.
+            self._look(trainer, pl_module, first_batch(trainer), 0)
             recalibrate_in(trainer, pl_module, self.recalibrate, name)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -206,11 +207,7 @@ class PRepBN(StructuralCallback):
         self._write(self.step(trainer))
         check_training(pl_module, wake=self.eval_mode == "train")
         if not self._looked:
-            self._looked = True
             self._look(trainer, pl_module, batch, batch_idx)
-        if not self._fed and self.transition.at(self.step(trainer)) < 1:
-            self._fed = True
-            check_statistics(pl_module, recalibrated=self.recalibrate > 0)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Forwards from here are recomputations."""
@@ -228,10 +225,13 @@ class PRepBN(StructuralCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the blend."""
+        """Log the blend; before it begins to move, see that there are statistics."""
         if not self.enabled:
             return
         self.transition.after_batch(trainer, outputs, self.step(trainer))
+        if not self._fed and self.transition.at(self.step(trainer)) < 1:
+            self._fed = True
+            check_statistics(pl_module, recalibrated=self.recalibrate > 0)
         if self.logs_now(trainer, pl_module, every_step=True):
             scalars = {"lam": self.transition.at(self.step(trainer))}
             if self.transition.guard != "off":
@@ -331,22 +331,32 @@ class PRepBN(StructuralCallback):
             norm.target.collect = collect
 
     def _look(self, trainer: Trainer, pl_module: LightningModule, batch: Any, number: int) -> None:
-        """Refuse a causal model, which norms with batch statistics would show the future."""
+        """Find the padding masks; refuse a causal model, which norms with batch statistics would show the future."""
+        self._looked = True
         batch_statistics = any(norm.target.batch_statistics for norm in self._norms)
-        if self.allow_causal or self.options.frozen or not batch_statistics:
+        if not (batch_statistics or any(norm.target.calibrates for norm in self._norms)):
             return
+        name, target, causal = type(self).__name__, self.options.target, dict[str, str]()
         try:
-            found = causal_in(trainer, pl_module, batch, number)
+            if batch_statistics and not self.allow_causal and not self.options.frozen:
+                causal = probed(trainer, pl_module, batch, number, causal_norms)
+            padding = probed(trainer, pl_module, batch, number, find_padding)
         except Exception as error:
             rank_zero_warn(
-                f"{type(self).__name__}: whether the model is causal could not be found out, because "
+                f"{name}: whether the model is causal and what is padding could not be found out, because "
                 f"{type(pl_module).__name__} does not run on a training batch outside its loop ({first_line(error)}). "
-                f"If it is, `target={self.options.target!r}` lets it see the future while training: use "
-                "target='affine'. If it is not, allow_causal=True turns this check off."
+                "With batch statistics a causal model sees the future while training (target='affine' has none), and "
+                "padded tokens count in the statistics."
             )
             return
-        if found:
-            raise CausalModelError(found, list(blend_norms(pl_module)), self.options.target)
+        if causal:
+            raise CausalModelError(causal, list(blend_norms(pl_module)), target)
+        self._handles = hand_over(pl_module, padding.masks)
+        if padding.unknown:
+            rank_zero_warn(
+                f"{name}: {padding.unknown}: padded tokens count in the statistics of these norms. Give the network "
+                "its mask as an argument, or use batches without padding."
+            )
 
     def _release(self) -> None:
         self._collect(True)

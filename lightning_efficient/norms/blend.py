@@ -40,9 +40,9 @@ class BlendNorm(nn.Module):
             the module leave alone. 1 until written.
         phase: ``"blend"``, or ``"target"``: the source is no longer computed and its parameters get zero gradients,
             because DistributedDataParallel waits for every parameter it was made with.
-        mask: Which rows count in the target's statistics: bool, shaped like the input without its channel axis. Norms
-            on inputs of another shape (pooled tokens) ignore it. Set before a forward and cleared after it, by whoever
-            knows about padding.
+        mask: Which rows count in the target's statistics: bool, one for each row in the order of the input without its
+            channel axis. Norms on another number of rows (pooled tokens) ignore it. Set before a forward and cleared
+            after it, by whoever knows about padding.
     """
 
     eps = math.nan
@@ -73,7 +73,7 @@ class BlendNorm(nn.Module):
         flat = rows.reshape(-1, self.spec.channels)
         mask = self.mask
         if mask is not None:
-            mask = mask.reshape(-1) if mask.shape == rows.shape[:-1] else None
+            mask = mask.reshape(-1) if mask.numel() == flat.shape[0] else None
         y = self.target(flat, mask).view(rows.shape).movedim(-1, self.spec.axis)
         if self.phase == "target":
             return self._with_zero_gradients(y)

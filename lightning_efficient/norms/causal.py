@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from lightning_efficient.common.eager import uncompiled
 from lightning_efficient.common.match import canonical_name
 from lightning_efficient.common.nests import named_tensors, tensors_in
-from lightning_efficient.common.running import evaluating
+from lightning_efficient.common.running import as_found, evaluating
 from lightning_efficient.norms.blend import blend_norms
 
 
@@ -69,7 +69,7 @@ def causal_norms(model: nn.Module, run: Callable[[Any], object], inputs: Any) ->
 
     Args:
         model: With ``BlendNorm`` in it.
-        run: Runs the model on such inputs, with the same random numbers each time.
+        run: Runs the model on such inputs.
         inputs: Tensors in any nest. Values are only ever exchanged for others of the same tensor, so that indices stay
             in their vocabulary; bool tensors stay. A few samples are enough.
 
@@ -86,7 +86,7 @@ def causal_norms(model: nn.Module, run: Callable[[Any], object], inputs: Any) ->
         noise = _moved(base, watch.outputs(inputs))
         base = {key: value for key, value in base.items() if key not in noise}
         for name, tensor in named_tensors(inputs):
-            if (other := _exchanged(tensor)) is None:
+            if (other := exchanged(tensor)) is None:
                 continue
             effect = _Effect(watch, base, inputs, tensor, other)
             touched = [key.module for key in effect.all() if key.module in norms]
@@ -124,7 +124,7 @@ class _Watch:
     """
 
     def __init__(self, model: nn.Module, run: Callable[[Any], object]) -> None:
-        self._run, self._seen = run, dict[_Key, _Sketch]()
+        self._model, self._run, self._seen = model, run, dict[_Key, _Sketch]()
         self._calls: Counter[str] = Counter()
         inside = {m for norm in blend_norms(model).values() for m in norm.modules() if m is not norm}
         self._handles = [
@@ -143,7 +143,8 @@ class _Watch:
     def outputs(self, inputs: Any) -> dict[_Key, _Sketch]:
         """Sketches of all outputs, in the order in which they were made; the inputs stay as they are."""
         self._seen, self._calls = {}, Counter()
-        self._run(apply_to_collection(inputs, Tensor, torch.clone))
+        with as_found(self._model):  # the same random numbers and the same memory each time
+            self._run(apply_to_collection(inputs, Tensor, torch.clone))
         return self._seen
 
     def _hook(self, name: str) -> Any:
@@ -293,7 +294,7 @@ def _last_word(kind: str, hears: Mapping[_Key, _Hearing], base: Mapping[_Key, _S
     return last
 
 
-def _exchanged(tensor: Tensor) -> Tensor | None:
+def exchanged(tensor: Tensor) -> Tensor | None:
     """The same tensor with every value exchanged for another of its values; None if that cannot be."""
     if tensor.dtype == torch.bool or tensor.is_complex() or tensor.is_nested or tensor.numel() < 2 or tensor.is_sparse:
         return None

@@ -80,9 +80,9 @@ class RepBN(Target):
         return fresh
 
     def has_statistics(self) -> bool:
-        """Whether mean and variance are any but (0, 1)."""
+        """Whether mean and variance are any but (0, 1), or the user keeps the BatchNorm in evaluation mode."""
         mean, var, _ = self._running()
-        return bool((mean != 0).any() or (var != 1).any())
+        return not self.bn.training or bool((mean != 0).any() or (var != 1).any())
 
     def _running(self) -> tuple[Tensor, Tensor, Tensor]:
         mean, var, count = self.bn.running_mean, self.bn.running_var, self.bn.num_batches_tracked

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from causal_models import W, hf
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
@@ -121,7 +122,7 @@ def test_a_step_that_cannot_be_looked_at_is_said_to_be_unknown(tmp_path: Any) ->
                 raise RuntimeError("only in the loop")
             return super().training_step(batch, batch_idx)
 
-    with pytest.warns(UserWarning, match="whether the model is causal could not be found out.*only in the loop"):
+    with pytest.warns(UserWarning, match="whether the model is causal and .* could not be found out.*only in the loop"):
         trainer(tmp_path, PRepBN(transition=4, recalibrate=0)).fit(Shy(), sentences())
 
 
@@ -225,6 +226,38 @@ def test_padding_stays_out_of_the_statistics(tmp_path: Any) -> None:
     assert all(torch.equal(a[k], b[k]) for k in a if isinstance(a[k], torch.Tensor))
 
 
+class Translator(pl.LightningModule):
+    """T5; sources are padded, targets of the same length are not."""
+
+    def __init__(self, garbage: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.garbage = garbage
+        make = hf("T5ForConditionalGeneration", "T5Config", dict, None, d_model=W, d_kv=8, num_heads=2, d_ff=32,
+                  num_layers=1, decoder_start_token_id=0, dropout_rate=0.0)  # fmt: skip
+        self.net = make()[0].train()
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.net(
+            input_ids=batch["ids"] * batch["mask"], attention_mask=batch["mask"], labels=batch["labels"]
+        ).loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def test_a_decoder_is_refused_and_padding_stays_out_of_the_encoder(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match=r"in 4 of 9 norms \(net.decoder.*The other 5 norms are not concerned"):
+        trainer(tmp_path, PRepBN(transition=4)).fit(Translator(0), sentences())
+    states = []
+    for garbage in (0, 7):
+        module = Translator(garbage)
+        trainer(tmp_path, PRepBN(transition=4, hold=0, exclude=["net.decoder"])).fit(module, sentences())
+        states.append(module.net.encoder.block.state_dict())
+    a, b = states
+    assert all(torch.equal(a[k], b[k]) for k in a if isinstance(a[k], torch.Tensor))
+
+
 @pytest.mark.forks
 def test_spawned_processes_are_refused_because_it_does_not_fold(tmp_path: Any) -> None:
     t = trainer(tmp_path, PRepBN(transition=3, hold=1), strategy="ddp_fork", devices=2)
@@ -304,7 +337,10 @@ def test_eta_is_frozen_for_fine_tuning(tmp_path: Any) -> None:
     module = load_from_checkpoint(Classifier, tmp_path / "a.ckpt")
     before = [norm.target.eta.clone() for norm in blend_norms(module).values()]
     gammas = [norm.target.bn.weight.clone() for norm in blend_norms(module).values()]
-    trainer(tmp_path, PRepBN(transition=3, learn_eta=False)).fit(module, loader(batches=8), loader(1))
+    means = [norm.target.bn.running_mean.clone() for norm in blend_norms(module).values()]
+    callback = PRepBN(transition=3, learn_eta=False, frozen=True, recalibrate=0)
+    trainer(tmp_path, callback).fit(module, loader(batches=8), loader(1))
     norms = list(blend_norms(module).values())
+    assert all(torch.equal(norm.target.bn.running_mean, mean) for norm, mean in zip(norms, means, strict=True))
     assert all(torch.equal(norm.target.eta, eta) for norm, eta in zip(norms, before, strict=True))
     assert not any(torch.equal(norm.target.bn.weight, gamma) for norm, gamma in zip(norms, gammas, strict=True))

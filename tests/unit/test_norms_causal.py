@@ -77,3 +77,21 @@ def test_indices_stay_in_the_vocabulary_and_inputs_that_cannot_vary_are_left() -
     ids, lengths = torch.tensor([[0, 2, 0, 2, 2, 0], [2, 0, 2, 0, 0, 0]]), torch.tensor([6, 3])
     model, inputs, run = swapped(lambda: (Picky(), {"ids": ids, "lengths": lengths}))
     assert list(causal_norms(model, run, inputs)) == ["norm"]
+
+
+def test_random_numbers_and_memory_do_not_hide_it() -> None:
+    class Noisy(nn.Module):
+        """Adds noise, and counts its calls."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = CAUSAL["LSTM"]()[0]
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return self.net(ids) + torch.rand(1) + self.calls
+
+    model, inputs, run = swapped(lambda: (Noisy(), CAUSAL["LSTM"]()[1]))
+    assert sorted(causal_norms(model, run, inputs)) == sorted(blend_norms(model))
+    assert model.calls == 0

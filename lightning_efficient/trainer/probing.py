@@ -1,25 +1,29 @@
-"""Is the model that a Trainer trains causal?"""
+"""Questions about a model that are answered by running its training step on a batch and variations of it."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_efficient.norms.causal import causal_norms
 from lightning_efficient.trainer.replay import Replay
 
+_Answer = TypeVar("_Answer")
+Probe = Callable[[LightningModule, Callable[[Any], object], Any], _Answer]
 
-def causal_in(trainer: Trainer, pl_module: LightningModule, batch: Any, number: int = 0) -> dict[str, str]:
-    """The swapped norms that a causal part of the model works with; see ``causal_norms``.
+
+def probed(trainer: Trainer, pl_module: LightningModule, batch: Any, number: int, probe: Probe[_Answer]) -> _Answer:
+    """Ask a probe about a module in training, and leave no trace.
 
     Args:
         trainer: A Trainer inside ``fit``.
         pl_module: Its module.
         batch: A training batch as the step gets it; two samples of it are used, or all where the step takes no part.
         number: Of the batch.
+        probe: Gets the module, a function that runs its step on inputs, and the inputs.
 
     Raises:
         Exception: The step does not run on the batch.
@@ -32,6 +36,6 @@ def causal_in(trainer: Trainer, pl_module: LightningModule, batch: Any, number: 
     with replay.quiet(parameters=False):
         replay.twin.training = True  # its networks are not; a step may ask
         try:
-            return causal_norms(pl_module, run, apply_to_collection(batch, Tensor, lambda t: t[:2] if t.ndim else t))
+            return probe(pl_module, run, apply_to_collection(batch, Tensor, lambda t: t[:2] if t.ndim else t))
         except Exception:  # lengths or weights of a whole batch inside
-            return causal_norms(pl_module, run, batch)
+            return probe(pl_module, run, batch)
