@@ -20,8 +20,9 @@ token by token there, and is cut again next to either end.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -86,17 +87,21 @@ def causal_norms(model: nn.Module, run: Callable[[Any], object], inputs: Any) ->
         noise = _moved(base, watch.outputs(inputs))
         base = {key: value for key, value in base.items() if key not in noise}
         for name, tensor in named_tensors(inputs):
-            if (other := exchanged(tensor)) is None:
+            others = [other for share in _SHARES if (other := exchanged(tensor, share)) is not None]
+            if not others:
                 continue
-            effect = _Effect(watch, base, inputs, tensor, other)
-            touched = [key.module for key in effect.all() if key.module in norms]
-            for axis in range(tensor.dim()) if touched else ():
-                if seen := _causal_along(axis, effect):
+            effects = [_Effect(watch, base, inputs, tensor, other) for other in others]
+            moved = [key for key in effects[0].all() if key.module in norms]
+            touched = {key.module: _rows(base[key], norms[key.module].spec.axis) for key in moved}
+            for axis in range(tensor.dim()):
+                # Along any axis but the first a norm with one row a sample has no positions to leak between.
+                mixed = [name for name, rows in touched.items() if axis == 0 or rows > len(tensor)]
+                if mixed and (seen := _causal_always(axis, effects)):
                     what = (
                         f"the output of {seen!r} does not hear later positions of {name or 'the input'!r} (axis "
                         f"{axis}), and later ones hear the earlier"
                     )
-                    found = dict.fromkeys(touched, what) | found
+                    found = dict.fromkeys(mixed, what) | found
     return found
 
 
@@ -221,6 +226,24 @@ class _Effect:
             return {}
 
 
+def _rows(sketch: _Sketch, axis: int) -> int:
+    """Rows over which a norm on channels along ``axis`` takes its batch statistics."""
+    shape = [len(vector) for vector in sketch]
+    return math.prod(shape) // shape[axis]
+
+
+def _causal_always(axis: int, effects: Iterable[_Effect]) -> str:
+    """The module that is causal with whatever the input is exchanged for.
+
+    With one exchange an entry of a narrow layer may hear the first part only by chance: behind a ReLU, say.
+    """
+    seen = ""
+    for effect in effects:
+        if not (seen := _causal_along(axis, effect)):
+            break
+    return seen
+
+
 def _causal_along(axis: int, effect: _Effect) -> str:
     """The module whose output is causal along an axis of an input, unless the sequence is mixed both ways behind it."""
     length = effect.tensor.shape[axis]
@@ -294,13 +317,22 @@ def _last_word(kind: str, hears: Mapping[_Key, _Hearing], base: Mapping[_Key, _S
     return last
 
 
-def exchanged(tensor: Tensor) -> Tensor | None:
-    """The same tensor with every value exchanged for another of its values; None if that cannot be."""
+# How far along its sorted values every value of an input moves.
+_SHARES = (1 / 2, 1 / 3, 3 / 4, 1 / 5)
+
+
+def exchanged(tensor: Tensor, share: float = 0.5) -> Tensor | None:
+    """The same tensor with every value exchanged for another of its values; None if that cannot be.
+
+    Args:
+        tensor: Of any shape.
+        share: Which other: so far along the sorted values, from the last on to the first again.
+    """
     if tensor.dtype == torch.bool or tensor.is_complex() or tensor.is_nested or tensor.numel() < 2 or tensor.is_sparse:
         return None
     values, places = torch.unique(tensor.detach(), return_inverse=True)
     if len(values) > 1:
-        other: Tensor = values[(places + len(values) // 2) % len(values)]
+        other: Tensor = values[(places + max(int(share * len(values)), 1)) % len(values)]
         return other
     return tensor.detach() + 1 if tensor.is_floating_point() else None
 

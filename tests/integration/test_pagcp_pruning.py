@@ -167,8 +167,7 @@ def test_nothing_is_half_pruned_when_validation_fails(tmp_path: Path) -> None:
         calls = 0
 
         def validation_step(self, batch: Any, batch_idx: int) -> None:
-            self.calls += 1
-            type(self).calls += 1
+            type(self).calls += self.global_step == 2  # in the round, not while the widths are looked for
             if type(self).calls > 12:
                 raise RuntimeError("the disk is full")
             super().validation_step(batch, batch_idx)

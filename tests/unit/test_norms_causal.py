@@ -95,3 +95,13 @@ def test_random_numbers_and_memory_do_not_hide_it() -> None:
     model, inputs, run = swapped(lambda: (Noisy(), CAUSAL["LSTM"]()[1]))
     assert sorted(causal_norms(model, run, inputs)) == sorted(blend_norms(model))
     assert model.calls == 0
+
+
+@pytest.mark.parametrize("width", [3, 8])
+def test_features_are_no_sequence(width: int) -> None:
+    """Behind a ReLU a hidden unit may hear one half of the features only; one row a sample has nothing to leak."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(8, width), nn.LayerNorm(width), nn.ReLU(), nn.Linear(width, 2))
+        apply_norm_swap(model)
+        assert causal_norms(model, model, torch.randn(2, 8)) == {}
