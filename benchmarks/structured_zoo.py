@@ -12,6 +12,8 @@ Every network runs in a process of its own; rows are written as they come, and a
     python benchmarks/structured_zoo.py --only "resnet" "vit" --again
 """
 
+# ruff: noqa: E501  (tables of networks, one a line)
+
 from __future__ import annotations
 
 import argparse
@@ -314,11 +316,17 @@ def theirs(name: str) -> dict[str, Any]:
     )
     zeroed = copy.deepcopy(model)
     twins, names = dict(zeroed.named_modules()), {m: n for n, m in model.named_modules()}
+    left: dict[str, list[int]] = {}
     out = pruner.DG.is_out_channel_pruning_fn
     for group in pruner.step(interactive=True):
         for dep, idxs in group:
             if dep.target.module in names and out(dep.handler):
-                _zero(twins[names[dep.target.module]], dep.handler, list(idxs))
+                name = names[dep.target.module]
+                # Indices count what is left after earlier groups.
+                rows = left.setdefault(name, list(range(_rows(twins[name]))))
+                gone = [rows[i] for i in idxs]
+                left[name] = [row for row in rows if row not in set(gone)]
+                _zero(twins[name], gone)
         group.prune()
     row = {"theirs": 1 - sum(p.numel() for p in model.parameters()) / before}
     for module, count in heads.items():
@@ -335,8 +343,17 @@ def _name(parent: nn.Module, child: nn.Module) -> str:
     return next(n for n, c in parent.named_children() if c is child)
 
 
-def _zero(module: nn.Module, handler: Any, idxs: list[int]) -> None:
-    axis = 1 if isinstance(module, (nn.ConvTranspose2d, nn.ConvTranspose1d, nn.Embedding)) else 0
+def _out_axis(module: nn.Module) -> int:
+    return 1 if isinstance(module, (nn.ConvTranspose2d, nn.ConvTranspose1d, nn.Embedding)) else 0
+
+
+def _rows(module: nn.Module) -> int:
+    weight = getattr(module, "weight", None)
+    return weight.shape[_out_axis(module)] if isinstance(weight, Tensor) else 1 << 16
+
+
+def _zero(module: nn.Module, idxs: list[int]) -> None:
+    axis = _out_axis(module)
     with torch.no_grad():
         if (weight := getattr(module, "weight", None)) is not None and weight.shape[axis] > max(idxs):
             weight.index_fill_(axis, torch.tensor(idxs), 0)
