@@ -19,7 +19,7 @@ from typing import Any
 import timm
 import torch
 from common import RESULTS, markdown, save
-from slim_zoo import half
+from structured_zoo import half
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 

@@ -1,5 +1,7 @@
 """Small networks as people write them, for ``structured_zoo.py``: one for every way in which widths are coupled."""
 
+# ruff: noqa: E501  (tables of networks, one a line)
+
 from __future__ import annotations
 
 import math

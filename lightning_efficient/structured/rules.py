@@ -50,7 +50,8 @@ class Rules(Moves):
             return self._move()
         if special is not None:
             return [Label(special()), *(Label([]) for _ in self.results[1:])]
-        if "batch_norm" in self.name:
+        if "batch_norm" in self.name:  # of a weight it may go over what the weight reads
+            self.book.mixed += [(g, "batch_norm") for g in self.before[0].grids if 1 not in support(g)]
             return [Label(self._channels(self.before)), *(Label([]) for _ in self.results[1:])]
         if "deform_conv2d" in self.name:
             for label in map(self.labels_at, (2, 3)):

@@ -117,6 +117,8 @@ class Trial:
                         running.append(coarse)
                         break
         name = width.group.name
+        if error:
+            self._outputs(self.run)  # one that fails by itself is an error, not a reason
         if not running:
             refused[name] = f"the model does not run without some of its units ({error})"
         for group in running:
