@@ -22,8 +22,8 @@ from lightning_efficient.ablation.engines import (
     visible_gpus,
 )
 from lightning_efficient.ablation.files import EXPORT, read_json, write_json
+from lightning_efficient.ablation.pairing import started_alike
 from lightning_efficient.ablation.plan import Planned, check, jobs, locked, plan
-from lightning_efficient.ablation.start import started_alike
 from lightning_efficient.ablation.target import find_target
 from lightning_efficient.ablation.variants import BASELINE, VariantsLike, read_variants
 from lightning_efficient.ablation.view import RunRow, View, errors, row_of, shown_metric, table

@@ -17,8 +17,8 @@ from rich.console import Console
 from lightning_efficient.ablation.engines import LocalEngine, gpus_of_a_run, make_slots
 from lightning_efficient.ablation.files import CHECKPOINT, LOG, PROGRESS, START, STATUS, read_json, write_json
 from lightning_efficient.ablation.job import Job, error_lines, run_job
+from lightning_efficient.ablation.pairing import started_alike
 from lightning_efficient.ablation.plan import check, jobs, locked, plan
-from lightning_efficient.ablation.start import started_alike
 from lightning_efficient.ablation.target import Target, find_target, loggers
 from lightning_efficient.ablation.view import View, duration, errors, row_of, shown_metric, table
 
