@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -200,6 +199,8 @@ def locked(out: Path) -> Iterator[int]:
 
 
 def _try_lock(descriptor: int) -> bool:
+    import fcntl  # not on Windows, where `ablate` is refused
+
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -118,7 +118,10 @@ def ablate(
         FileNotFoundError: No such script or file.
         ValueError: A wrong argument, a variant or a script that cannot work, or a folder that holds something else.
         ImportError: The engine's package is missing.
+        NotImplementedError: On Windows.
     """
+    if sys.platform == "win32":
+        raise NotImplementedError("`ablate` needs POSIX process groups and file locks: use Linux, macOS or WSL.")
     console = console or Console()
     _check_arguments(seeds, n_jobs, threads, engine, address)
     found = read_variants(variants)
