@@ -97,7 +97,7 @@ def ablate(
         arguments: For every run, such as ``["--config=base.yaml", "--trainer.max_epochs=3"]``.
         seeds: For ``--seed_everything``; each variant is trained once with each.
         out: Folder for everything.
-        metrics: Names or globs for the comparison, as for :func:`~lightning_efficient.comparison.compare`.
+        metrics: Names or globs for the comparison, as for :func:`~lightning_efficient.compare`.
         test: Also run the script's ``test`` with the best checkpoint of each run, if it has a test stage.
         run_cost: Log time a step, peak memory and parameters of every run
             (:class:`~lightning_efficient.RunCost`). ``False`` for a script that has that callback itself.

@@ -291,7 +291,7 @@ def slim_report(
         compiled: Measure latency under ``torch.compile``, too.
 
     Raises:
-        ValueError: See :func:`~lightning_efficient.deploy.measure.compare_models`.
+        ValueError: ``rounds`` below 20, an empty or non-positive batch size, inputs without a common first axis.
     """
     measured = compare_models(before, after, example_inputs, batch_sizes, rounds)
     if compiled:

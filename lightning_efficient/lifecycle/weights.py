@@ -35,7 +35,7 @@ class Plan:
 
 
 class WeightSpaceCallback(EfficientCallback):
-    """Base of the callbacks whose method is a :class:`~lightning_efficient.weightspace.Transform`.
+    """Base of the callbacks whose method is a :class:`~lightning_efficient.Transform`.
 
     All of them share the boundary of the first one in the Trainer, so that they chain on a common weight. The model is
     plain whenever a forward can run, which is why evaluation, EMA copies and stock checkpoints need nothing from us.
