@@ -47,8 +47,7 @@ def register_method(
         name: The callback's ``method``, an identifier that no other method has: the key in YAML and on the command line
             and the folder of logged quantities, ``efficient/<name>/...``. Registering the same again changes nothing.
         callback: The class, or ``"package.module:Class"``, which is imported when it is first used.
-        after: The method that it follows in the order; `targets` on the command line lists them. Where
-            several follow the same one, in the order of registration.
+        after: The method that it follows in the order. Where several follow the same one, in that of registration.
         before: The method that it precedes. Without either it comes last.
         replay: For a callback that replaces modules: ``function(model, config, names) -> Change``, or where it is. It
             replaces the modules ``names`` of a new model before weights are loaded, with the ``config`` of the recipe.

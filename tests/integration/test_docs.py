@@ -85,6 +85,14 @@ def test_the_cards_name_every_argument_and_no_other() -> None:
         assert set(re.findall(r"`(\w+)`", " ".join(rows))) <= expected, name
 
 
+def test_the_readme_gives_every_callback_its_yaml_key() -> None:
+    rows = re.findall(
+        r"^\| ((?:`\w+`(?:, )?)+) \| ((?:`\w+`(?:, )?)+) \|", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE
+    )
+    names = [re.findall(r"\w+", " ".join(column)) for column in zip(*rows, strict=True)]
+    assert dict(zip(*names, strict=True)) == {callback_class(m).__name__: m for m in METHODS.with_callback}
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Python, by the site's generators; theirs about the site stop the build
 def test_the_site_builds_without_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
