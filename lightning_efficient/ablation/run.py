@@ -24,7 +24,7 @@ from lightning_efficient.ablation.engines import (
 from lightning_efficient.ablation.files import EXPORT, read_json, write_json
 from lightning_efficient.ablation.pairing import started_alike
 from lightning_efficient.ablation.plan import Planned, check, jobs, locked, plan
-from lightning_efficient.ablation.target import find_target
+from lightning_efficient.ablation.program import find_program
 from lightning_efficient.ablation.variants import BASELINE, VariantsLike, read_variants
 from lightning_efficient.ablation.view import RunRow, View, errors, row_of, shown_metric, table
 from lightning_efficient.comparison import Comparison, compare
@@ -127,21 +127,21 @@ def ablate(
     found = read_variants(variants)
     if run_cost:
         found = {name: {**methods, "run_cost": methods.get("run_cost", _ON)} for name, methods in found.items()}
-    target = find_target(script, arguments)
-    if test and not target.subcommands:
+    program = find_program(script, arguments)
+    if test and not program.subcommands:
         raise ValueError("`test` needs a script with subcommands: this one has LightningCLI(run=False).")
     folder = Path(out).resolve()
     runs = plan(found, list(seeds), folder)
-    check(runs, target)
+    check(runs, program)
     with locked(folder) as lock:
-        left = jobs(runs, target, test, retry_failed, checkpoint_every, export)
-        slots = make_slots(target.config, n_jobs, threads, gpus := visible_gpus())[: max(1, len(left))]
+        left = jobs(runs, program, test, retry_failed, checkpoint_every, export)
+        slots = make_slots(program.config, n_jobs, threads, gpus := visible_gpus())[: max(1, len(left))]
         console.print(
             f"[bold]lightning-efficient ablate[/]  {len(found)} variants × {len(seeds)} seeds, {len(left)} of "
             f"{len(runs)} runs to do, {len(slots)} at a time → {folder}", highlight=False, soft_wrap=True,
         )  # fmt: skip
         if left:
-            each = gpus_of_a_run(target.config, len(gpus))
+            each = gpus_of_a_run(program.config, len(gpus))
             # A user's script may set variables before its imports, and a fork cannot use a GPU that its parent opened.
             imports = _IMPORTS if script is None and not each and sys.platform == "linux" else None
             local = engine == "local"

@@ -18,7 +18,7 @@ from lightning_efficient.lifecycle.recipe import Entry, RecipeError
 from lightning_efficient.lifecycle.state import attachment
 from lightning_efficient.lifecycle.weights import Plan, WeightSpaceCallback
 from lightning_efficient.metrics.functional import sparsity
-from lightning_efficient.pruning.targets import Target, find_targets
+from lightning_efficient.pruning.targets import PrunableWeight, find_targets
 from lightning_efficient.trainer.averages import averaged_copies, averages
 from lightning_efficient.weightspace import Boundary, Site, Transform
 from lightning_efficient.weightspace.mask import MaskTransform, forget, pack_mask, set_mask, unpack_mask
@@ -53,7 +53,7 @@ class PruningCallback(WeightSpaceCallback):
         super().__init__(enabled, include, exclude)
         self.embeddings, self.keep_zeros = embeddings, keep_zeros
         self.granularity, self.criterion = "element", "magnitude"
-        self._targets: dict[str, Target] = {}
+        self._targets: dict[str, PrunableWeight] = {}
         self._snapshot: Snapshot | None = None
         self._sparsity = 0.0
 
@@ -128,7 +128,7 @@ class PruningCallback(WeightSpaceCallback):
     def _measure(self) -> None:
         self._sparsity = float(sparsity(target.param.detach() for target in self._present().values()))
 
-    def _present(self) -> dict[str, Target]:
+    def _present(self) -> dict[str, PrunableWeight]:
         return {name: self._targets[name] for name in self._transforms}
 
     # -- going back ------------------------------------------------------------------------------------------------

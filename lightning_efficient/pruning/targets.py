@@ -18,7 +18,7 @@ _OUTPUTS = ("proj", "out_proj", "o_proj", "c_proj")
 
 
 @dataclass(frozen=True)
-class Target:
+class PrunableWeight:
     """A weight to prune.
 
     Args:
@@ -44,7 +44,7 @@ class Target:
 class Targets:
     """Parameter name → target, and why other weights are left alone."""
 
-    matched: dict[str, Target] = field(default_factory=dict)
+    matched: dict[str, PrunableWeight] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
 
@@ -102,7 +102,7 @@ def find_targets(
             if reason is not None:
                 found.skipped[name] = reason
                 continue
-            target = Target(param, layer, module, is_transposed(module), heads.get(layer))
+            target = PrunableWeight(param, layer, module, is_transposed(module), heads.get(layer))
             _check_divides(cut, name, target, param)
             found.matched[name] = target
     if not found.matched:
@@ -111,7 +111,7 @@ def find_targets(
     return found
 
 
-def _check_divides(cut: Granularity, name: str, target: Target, param: nn.Parameter) -> None:
+def _check_divides(cut: Granularity, name: str, target: PrunableWeight, param: nn.Parameter) -> None:
     shape = target.canonical(param).shape
     cut.check(name, (shape[0], shape[1], shape[2:].numel()))
     if cut.kind == "head" and target.heads and shape[1] % target.heads:
