@@ -11,7 +11,6 @@ residual width, GroupNorm, activations with f(0) ≠ 0) the groups are refused b
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 import warnings
@@ -22,7 +21,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from common import markdown, save
+from common import arguments, markdown, save
 from timm.models import ConvNeXt, DenseNet, SwinTransformer, VisionTransformer
 from torch import Tensor, nn
 
@@ -205,7 +204,7 @@ def lively(model: nn.Module) -> nn.Module:
 
 def main() -> None:
     """Run the cases and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--only", nargs="*", default=[""], help="parts of names")
     only = parser.parse_args().only
     rows = []
