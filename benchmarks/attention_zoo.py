@@ -11,19 +11,15 @@ definition, softmax(logits / tau).
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import multiprocessing
 import re
-import time
 from collections import Counter
-from multiprocessing.connection import Connection
+from functools import partial
 from typing import Any
 
 import torch
 from attention_definition import Definition
-from common import RESULTS, machine, markdown, save
+from common import RESULTS, machine, markdown, save, zoo
 from fold_zoo import build as build_timm
 from fold_zoo import described, families, smallest
 from tiny_transformers import FAMILIES
@@ -116,31 +112,6 @@ def reason(text: str) -> str:
     return re.sub(r"\[[^\[\]]*\]", "[…]", text).replace("|", "/")[:200]
 
 
-def isolated(name: str, limit: float) -> dict[str, Any]:
-    """``scale_one`` in a process of its own, ended after ``limit`` seconds."""
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-
-    def work(connection: Connection) -> None:
-        try:
-            connection.send(scale_one(name))
-        except Exception as why:  # the table says so, and the next model is not concerned
-            text = str(why).strip().splitlines() or [""]
-            connection.send({"verdict": "not run", "why": f"{type(why).__name__}: {text[0]}"[:200]})
-
-    process = multiprocessing.get_context("fork").Process(target=work, args=(sender,))
-    process.start()
-    sender.close()
-    row = {"verdict": "not run", "why": f"not done after {limit:.0f} s"}
-    try:
-        if receiver.poll(limit):
-            row = receiver.recv()
-    except EOFError:
-        row = {"verdict": "not run", "why": "the process died (memory?)"}
-    process.terminate()
-    process.join()
-    return row
-
-
 def write(rows: list[dict[str, Any]]) -> None:
     """The JSON and the table."""
     save("attention_zoo", rows)
@@ -160,23 +131,13 @@ def write(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="*", help="families; Hugging Face ones as hf/bert/sdpa")
-    parser.add_argument("--redo", action="store_true", help="also those that are done")
-    parser.add_argument("--limit", type=float, default=150.0, help="seconds a model may take")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    path = RESULTS / "attention_zoo.json"
-    done = {row["family"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
     names = {f"hf/{family}/{kind}": "" for family in FAMILIES for kind in ("sdpa", "eager")} | families()
-    for family, models in names.items():
-        if (args.only and not any(family.startswith(only) for only in args.only)) or (family in done and not args.redo):
-            continue
-        start, name = time.perf_counter(), smallest(models) if models else family
-        row = {"family": family, "model": described(name), **isolated(name, args.limit)}
-        done[family] = row | {"seconds": round(time.perf_counter() - start, 1)}
-        print(f"{family:28} {name:36} {row['verdict']:16} {row.get('why', '')[:150]}", flush=True)
-        write([done[key] for key in sorted(done)])
+
+    def find(family: str) -> tuple[str, Any]:
+        name = smallest(names[family]) if names[family] else family
+        return described(name), partial(scale_one, name)
+
+    zoo("attention_zoo", {family: partial(find, family) for family in names}, 150.0, write)
 
 
 if __name__ == "__main__":

@@ -10,22 +10,18 @@ measured here, not taken from the fold's own check: plain forwards before and af
 
 from __future__ import annotations
 
-import argparse
-import json
-import multiprocessing
 import re
-import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
 import timm.layers as layers
 import torch
-from common import RESULTS, machine, markdown, save
+from common import RESULTS, machine, markdown, save, zoo
 from torch import Tensor, nn
 
 from lightning_efficient.common.running import Float64
@@ -180,31 +176,6 @@ def summary(report: FoldReport) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def isolated(name: str, limit: float) -> dict[str, Any]:
-    """``fold_one`` in a process of its own, ended after ``limit`` seconds."""
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-
-    def work(connection: Connection) -> None:
-        try:
-            connection.send(fold_one(name))
-        except Exception as why:  # the table says so, and the next model is not concerned
-            text = str(why).strip().splitlines() or [""]
-            connection.send({"verdict": "not run", "why": f"{type(why).__name__}: {text[0]}"})
-
-    process = multiprocessing.get_context("fork").Process(target=work, args=(sender,))
-    process.start()
-    sender.close()
-    row = {"verdict": "not run", "why": f"not done after {limit:.0f} s"}
-    try:
-        if receiver.poll(limit):
-            row = receiver.recv()
-    except EOFError:
-        row = {"verdict": "not run", "why": "the process died (memory?)"}
-    process.terminate()
-    process.join()
-    return row
-
-
 def write(rows: list[dict[str, Any]]) -> None:
     """The JSON and the table."""
     save("fold_zoo", rows)
@@ -254,22 +225,13 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="*", help="families")
-    parser.add_argument("--redo", action="store_true", help="also those that are done")
-    parser.add_argument("--limit", type=float, default=100.0, help="seconds a model may take")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    path = RESULTS / "fold_zoo.json"
-    done = {row["family"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
-    for family, names in families().items():
-        if (args.only and family not in args.only) or (family in done and not args.redo):
-            continue
-        start, name = time.perf_counter(), smallest(names)
-        row = {"family": family, "model": described(name), **isolated(name, args.limit)}
-        done[family] = row | {"seconds": round(time.perf_counter() - start, 1)}
-        print(f"{family:28} {name:36} {row['verdict']:9} {row.get('why', '')[:150]}", flush=True)
-        write([done[key] for key in sorted(done)])
+    known = families()
+
+    def find(family: str) -> tuple[str, Any]:
+        name = smallest(known[family])
+        return described(name), partial(fold_one, name)
+
+    zoo("fold_zoo", {family: partial(find, family) for family in known}, 100.0, write)
 
 
 if __name__ == "__main__":

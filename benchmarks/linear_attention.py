@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from common import cpu_name, markdown, save
+from common import arguments, cpu_name, markdown, save
 from timm.layers import Attention
 from torch import Tensor, nn
 
@@ -146,14 +146,14 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
     return "\n".join([head, "", markdown(rows, COLUMNS), "", *findings(rows, counts), *unmeasured])
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(given: Sequence[str] | None = None) -> None:
+    parser = arguments(__doc__)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="square numbers, rising")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(given)
     if options.device == "cpu":
         torch.set_num_threads(1)
     rows = []

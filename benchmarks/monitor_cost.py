@@ -8,7 +8,6 @@ the default cadence is the extra time of one measured step spread over 100.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import statistics
 import tempfile
@@ -18,7 +17,7 @@ from typing import Any
 
 import timm
 import torch
-from common import markdown, save
+from common import arguments, markdown, save
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -80,7 +79,7 @@ def measure(title: str, name: str, batch: int, measured: int, device: str) -> di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--measured", type=int, default=5, help="measured steps")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()

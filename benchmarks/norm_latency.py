@@ -10,7 +10,6 @@ other load does not count (wall time on a GPU); every variant once a round, in s
 
 from __future__ import annotations
 
-import argparse
 import copy
 import logging
 import statistics
@@ -19,7 +18,7 @@ from typing import Any
 
 import timm
 import torch
-from common import machine, markdown, save
+from common import arguments, machine, markdown, save
 from norm_step import timed
 from torch import nn
 
@@ -164,7 +163,7 @@ COLUMNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=15, help="at batches over 1; three times as many at 1")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--device", default="cpu")

@@ -11,11 +11,8 @@ runs are kept in ``benchmarks/runs``; delete ``norm_lm.jsonl`` there after chang
 
 from __future__ import annotations
 
-import argparse
 import copy
-import logging
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +22,7 @@ from typing import Any
 import norm_report
 import torch
 import torch.nn.functional as F
+from common import arguments, quiet
 from norm_tasks import Batch, Finished, Learner, fit
 from stability_tasks import Decoder, read_text, scaled_to_width
 from torch import Tensor, nn
@@ -184,14 +182,12 @@ def study(plan: Plan, text: Text) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, default=Plan.seeds)
     parser.add_argument("--steps", type=int, default=Plan.steps)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", ".*(does not have many workers|LeafSpec).*")
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet()
     plan = Plan(args.seeds, args.steps)
     text = Text(plan.length)
     print(norm_report.write_lm(study(plan, text), vars(plan), text.source))

@@ -11,7 +11,6 @@ transposed to the middle for BatchNorm and back, a counter in a buffer, the blen
 
 from __future__ import annotations
 
-import argparse
 import copy
 import random
 import statistics
@@ -23,7 +22,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from common import machine, markdown, save
+from common import arguments, machine, markdown, save
 from torch import Tensor, nn
 
 from lightning_efficient.norms.blend import BlendNorm, blend_norms
@@ -260,7 +259,7 @@ def reading(norms: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=15, help="of the norms by themselves")
     parser.add_argument("--steps", type=int, default=9, help="rounds of whole training steps")
     parser.add_argument("--device", default="cpu")

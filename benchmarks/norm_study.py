@@ -11,10 +11,7 @@ after changing the code of a run.
 
 from __future__ import annotations
 
-import argparse
-import logging
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +22,7 @@ from typing import Any
 import norm_report
 import torch
 import torch.nn.functional as F
+from common import arguments, quiet
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from norm_tasks import RUNS, Batch, Finished, Images, Learner, TokenBatchNorm, batches, fashion, fit, vit
@@ -260,15 +258,13 @@ def study(plan: Plan, images: Images) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, default=Plan.seeds)
     parser.add_argument("--steps", type=int, default=Plan.steps)
     parser.add_argument("--tune-steps", type=int, default=Plan.tune_steps)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", ".*(does not have many workers|LeafSpec).*")
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet()
     plan, images = Plan(args.seeds, args.steps, args.tune_steps), fashion()
     print(norm_report.write_study(study(plan, images), vars(plan), len(images.train[0])))
 

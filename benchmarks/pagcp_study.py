@@ -11,7 +11,6 @@ kept in ``benchmarks/runs/pagcp_study.jsonl``, so the study can be killed and co
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import time
@@ -292,7 +291,7 @@ def picture(rows: Sequence[dict[str, Any]]) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.arguments(__doc__)
     parser.add_argument("--data", type=Path, default=FASHION)
     parser.add_argument("--digits", action="store_true", help="scikit-learn's digits instead: nothing to install")
     parser.add_argument("--seeds", type=int, default=5)

@@ -10,7 +10,6 @@ kept in ``benchmarks/runs/pruning_study.jsonl``, one line each, so the study can
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import logging
@@ -277,7 +276,7 @@ def on_grid(seeds: Sequence[Sequence[dict[str, float]]], key: str) -> tuple[Any,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.arguments(__doc__)
     parser.add_argument("--digits", action="store_true", help="scikit-learn's digits instead of Fashion-MNIST")
     parser.add_argument("--data", type=Path, help="folder with the idx files of Fashion-MNIST")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))

@@ -10,7 +10,6 @@ training, 540 for the test, nothing is chosen on either. ``benchmarks/runs/pruni
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 import json
@@ -28,7 +27,7 @@ import lightning.pytorch as pl
 import timm
 import torch
 import torch.nn.functional as F
-from common import RESULTS, markdown, save
+from common import RESULTS, arguments, markdown, save
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ModelPruning
 from pruning_study import RUNS, cell_text
 from pruning_tasks import Batches, Data, Split, accuracy, digits
@@ -303,7 +302,7 @@ def paired(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=25, help="of the step times; 0: keeps those there are")
     args = parser.parse_args()

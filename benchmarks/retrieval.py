@@ -9,7 +9,6 @@ bootstrap intervals over queries; also how close together the embeddings of long
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import arguments
 from retrieval_data import PAGES, RUNS, Page, minilm, read_pages
 from retrieval_report import write
 from torch import Tensor, nn
@@ -143,7 +143,7 @@ def study(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--pages", type=Path, default=PAGES, help="folder with the unpacked manual pages")
     parser.add_argument("--report", action="store_true", help="run nothing more, report on what is there")
     options = parser.parse_args()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_efficient.metrics import plot_by_length
 from lightning_efficient.metrics.functional import bin_labels, cosine_by_length, length_bins, mean_cosine
-from lightning_efficient.tuning import Row, TemperatureSweep, compare_paired
+from lightning_efficient.tuning import SweepRow, TemperatureSweep, compare_paired
 
 PLAIN = "tau 1"
 METRICS = ("nDCG@10", "MRR@10")
@@ -76,7 +76,7 @@ def sweep_of(found: Ranks, rows: Tensor, metric: str) -> TemperatureSweep:
     table = np.stack([score(found[arm][rows], metric) for arm in arms])
     paired = compare_paired(table, baseline=arms.index(PLAIN))
     columns = zip(arms, paired.mean, paired.difference, paired.low, paired.high, strict=True)
-    taus = [Row(float(arm[4:]), *map(float, numbers)) for arm, *numbers in columns]
+    taus = [SweepRow(float(arm[4:]), *map(float, numbers)) for arm, *numbers in columns]
     return TemperatureSweep(taus, table, True, metric, "queries", 0.95)
 
 

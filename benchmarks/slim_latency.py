@@ -11,14 +11,13 @@ multiply-accumulate saved is time saved.
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable
 from typing import Any
 
 import timm
 import torch
-from common import RESULTS, markdown, save
+from common import RESULTS, arguments, markdown, save
 from structured_zoo import half
 from timm.models import VisionTransformer
 from torch import Tensor, nn
@@ -83,18 +82,18 @@ def run(name: str, build: Callable[[], nn.Module], size: int, rounds: int) -> di
 
 def main() -> None:
     """Measure every model and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--only", nargs="*", default=[""], help="parts of names")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     rows = []
     for name, (build, size) in MODELS.items():
-        if any(part.lower() in name.lower() for part in arguments.only):
-            rows.append(run(name, build, size, arguments.rounds))
+        if any(part.lower() in name.lower() for part in args.only):
+            rows.append(run(name, build, size, args.rounds))
             print(markdown(rows[-1:], COLUMNS).splitlines()[-1], flush=True)
-            if arguments.only == [""]:
+            if args.only == [""]:
                 save("slim_latency", rows)
     print(markdown(rows, COLUMNS))
 

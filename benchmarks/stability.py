@@ -11,7 +11,6 @@ so the study can be interrupted and continued; delete that folder after changing
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import math
@@ -23,6 +22,7 @@ from typing import Any
 import stability_report
 import torch
 import torch.nn.functional as F
+from common import arguments
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from stability_tasks import RUNS, SHAKESPEARE, Attention, Batch, Task, characters, digits, queries_keys_values
 from torch import Tensor, nn
@@ -203,7 +203,7 @@ def study(plan: Plan, tasks: Sequence[Task]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--steps", type=int, default=Plan.steps)
     parser.add_argument("--seeds", type=int, default=Plan.seeds)
     parser.add_argument("--factors", type=int, nargs="+", default=list(FACTORS), help="multiples of the base rate")

@@ -9,7 +9,6 @@ order, and the ratio to the plain model's step of the same round is kept. The ta
 
 from __future__ import annotations
 
-import argparse
 import copy
 import random
 import statistics
@@ -21,7 +20,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from common import markdown, save
+from common import arguments, markdown, save
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -197,7 +196,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true")

@@ -11,7 +11,6 @@ over all seeds of an arm. Test images are looked at once, by the physically smal
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import math
@@ -323,7 +322,7 @@ def picture(rows: Sequence[dict[str, Any]]) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.arguments(__doc__)
     parser.add_argument("--data", type=Path, default=FASHION, help="folder of Fashion-MNIST")
     parser.add_argument("--digits", action="store_true", help="scikit-learn's digits instead")
     parser.add_argument("--seeds", type=int, default=Plan.seeds)

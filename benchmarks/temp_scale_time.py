@@ -9,7 +9,6 @@ untouched copy: its ratio is the noise. CPU time of the process is compared, so 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import random
@@ -20,7 +19,7 @@ from typing import Any
 
 import timm
 import torch
-from common import RESULTS, machine, markdown, save
+from common import RESULTS, arguments, machine, markdown, save
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
@@ -128,7 +127,7 @@ def write(rows: list[dict[str, Any]], rounds: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--only", nargs="*", help="beginnings of titles")
     args = parser.parse_args()

@@ -22,23 +22,25 @@ from lightning_efficient.norms.recalibrate import recalibrate
 from lightning_efficient.norms.swap import apply_norm_swap
 from lightning_efficient.structured.graph import find_groups
 from lightning_efficient.structured.slim import apply_slim
+from lightning_efficient.surgery.cuts import cut_states
 from lightning_efficient.tuning import classification_scores, retrieval_scores, tune_temperature
 from lightning_efficient.weightspace.sigma_reparam import apply_sigma_reparam
 
 __all__ = [
     "alignment",
-    "apply_slim",
-    "find_groups",
     "apply_linear_attention",
     "apply_norm_swap",
     "apply_sigma_reparam",
+    "apply_slim",
     "apply_temp_scale",
     "attention_entropy",
     "attention_filter_rate",
     "classification_scores",
     "cosine_by_length",
+    "cut_states",
     "entropy_lower_bound",
     "filter_rate",
+    "find_groups",
     "mean_cosine",
     "pq_bound",
     "pq_index",

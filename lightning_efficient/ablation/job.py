@@ -28,7 +28,7 @@ from lightning_efficient.ablation.files import (
 from lightning_efficient.ablation.starters import FreshStarter, Process, Starter
 from lightning_efficient.common.names import RUN_VARIABLE
 
-_KILLED = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_KILLED = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
 _GRACE = 5.0  # seconds between asking a process to end and ending it
 _POLL = 0.1
 _KEPT_YAML = ("methods.yaml", "hparams.yaml")
@@ -100,11 +100,9 @@ def run_job(
         if code is None:
             return record("interrupted")
         if code != 0:
-            killed = -code in _KILLED
-            return record(
-                "killed" if killed else "failed",
-                f"killed by {signal.Signals(-code).name}" if killed else _why(code, text),
-            )
+            name = signal.Signals(-code).name if code < 0 else ""
+            killed = name in _KILLED
+            return record("killed" if killed else "failed", f"killed by {name}" if killed else _why(code, name, text))
         if step == "fit" and not read_json(folder / PROGRESS).get("fitted"):
             return record("failed", f"ended without an error and before training was over: see {LOG}.")
         status["done"] = [*status["done"], step]
@@ -113,9 +111,8 @@ def run_job(
     return record("finished")
 
 
-def _why(code: int, text: str) -> str:
-    ended = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return f"{error_lines(text)}\n({ended})"
+def _why(code: int, name: str, text: str) -> str:
+    return f"{error_lines(text)}\n({f'ended by {name}' if name else f'exit code {code}'})"
 
 
 def _to_test(folder: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ from lightning_efficient.ablation.files import (
     write_json,
 )
 from lightning_efficient.ablation.job import Job
-from lightning_efficient.ablation.target import Target
+from lightning_efficient.ablation.program import Program
 from lightning_efficient.ablation.variants import Methods
 
 _LOCK = ".lock"
@@ -72,12 +71,12 @@ def plan(variants: Mapping[str, Methods], seeds: Sequence[int], out: Path) -> li
     ]
 
 
-def check(runs: Sequence[Planned], target: Target) -> None:
+def check(runs: Sequence[Planned], program: Program) -> None:
     """Refuse a folder that holds something else than the beginning of these runs.
 
     Args:
         runs: The plan.
-        target: What they train.
+        program: What they train.
 
     Raises:
         ValueError: A run was started with other inputs; or its folder is not one of ours.
@@ -87,7 +86,7 @@ def check(runs: Sequence[Planned], target: Target) -> None:
             if run.folder.exists() and any(run.folder.iterdir()):
                 raise ValueError(f"{run.folder} holds files that `ablate` did not write: choose another `out`.")
             continue
-        changed = list(_changed(read_json(run.folder / INPUTS), _inputs(run, target)))
+        changed = list(_changed(read_json(run.folder / INPUTS), _inputs(run, program)))
         if changed:
             listed = "; ".join(changed[:5]) + (f"; and {len(changed) - 5} more" if len(changed) > 5 else "")
             raise ValueError(
@@ -98,7 +97,7 @@ def check(runs: Sequence[Planned], target: Target) -> None:
 
 def jobs(
     runs: Sequence[Planned],
-    target: Target,
+    program: Program,
     test: bool,
     retry_failed: bool,
     checkpoint_every: float,
@@ -108,22 +107,22 @@ def jobs(
 
     Args:
         runs: The plan, checked.
-        target: What they train.
+        program: What they train.
         test: Also test the best checkpoint of each.
         retry_failed: Train failed runs anew.
         checkpoint_every: Least number of seconds between two resume points.
         export: Also measure the exported model.
     """
-    left = [(run, _left(run, target, test, retry_failed)) for run in runs]
+    left = [(run, _left(run, program, test, retry_failed)) for run in runs]
     cwd = str(Path.cwd())
     return [
-        Job(str(run.folder), argv, target.environment(run.folder, run.methods), cwd, checkpoint_every, export)
+        Job(str(run.folder), argv, program.environment(run.folder, run.methods), cwd, checkpoint_every, export)
         for run, argv in left
         if argv is not None
     ]
 
 
-def _left(run: Planned, target: Target, test: bool, retry_failed: bool) -> dict[str, tuple[str, ...]] | None:
+def _left(run: Planned, program: Program, test: bool, retry_failed: bool) -> dict[str, tuple[str, ...]] | None:
     """Step → command line, the folder made ready; ``None``: the run is done."""
     status = run.status()
     if status.get("state") == "failed" and not retry_failed:
@@ -134,27 +133,27 @@ def _left(run: Planned, target: Target, test: bool, retry_failed: bool) -> dict[
     if not left:
         return None
     checkpoint = last_checkpoint(run.folder) if status and status["state"] != "failed" else None
-    if "fit" in left and (checkpoint is None or not target.subcommands):
+    if "fit" in left and (checkpoint is None or not program.subcommands):
         checkpoint = None
-        _make_anew(run, target)
-    return {s: target.argv(s, run.folder, run.methods, run.seed, checkpoint if s == "fit" else None) for s in left}
+        _make_anew(run, program)
+    return {s: program.argv(s, run.folder, run.methods, run.seed, checkpoint if s == "fit" else None) for s in left}
 
 
-def _make_anew(run: Planned, target: Target) -> None:
+def _make_anew(run: Planned, program: Program) -> None:
     if run.folder.exists():
         shutil.rmtree(run.folder)  # checked: one of ours, or empty
     run.folder.mkdir(parents=True)
     (run.folder / METHODS_FILE).write_text(yaml.safe_dump(run.methods, sort_keys=False), encoding="utf-8")
-    write_json(run.folder / INPUTS, _inputs(run, target))
+    write_json(run.folder / INPUTS, _inputs(run, program))
 
 
-def _inputs(run: Planned, target: Target) -> dict[str, Any]:
+def _inputs(run: Planned, program: Program) -> dict[str, Any]:
     """What decides the result of a run, as far as it can be seen from outside the script."""
     inputs = {
-        "command": list(target.command),
+        "command": list(program.command),
         "seed": run.seed,
         "methods": run.methods,
-        "config": target.config,
+        "config": program.config,
     }
     plain: dict[str, Any] = json.loads(json.dumps(inputs, default=str))
     return plain
@@ -200,6 +199,8 @@ def locked(out: Path) -> Iterator[int]:
 
 
 def _try_lock(descriptor: int) -> bool:
+    import fcntl  # not on Windows, where `ablate` is refused
+
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -22,9 +22,9 @@ from lightning_efficient.ablation.engines import (
     visible_gpus,
 )
 from lightning_efficient.ablation.files import EXPORT, read_json, write_json
+from lightning_efficient.ablation.pairing import started_alike
 from lightning_efficient.ablation.plan import Planned, check, jobs, locked, plan
-from lightning_efficient.ablation.start import started_alike
-from lightning_efficient.ablation.target import find_target
+from lightning_efficient.ablation.program import find_program
 from lightning_efficient.ablation.variants import BASELINE, VariantsLike, read_variants
 from lightning_efficient.ablation.view import RunRow, View, errors, row_of, shown_metric, table
 from lightning_efficient.comparison import Comparison, compare
@@ -97,7 +97,7 @@ def ablate(
         arguments: For every run, such as ``["--config=base.yaml", "--trainer.max_epochs=3"]``.
         seeds: For ``--seed_everything``; each variant is trained once with each.
         out: Folder for everything.
-        metrics: Names or globs for the comparison, as for :func:`~lightning_efficient.comparison.compare`.
+        metrics: Names or globs for the comparison, as for :func:`~lightning_efficient.compare`.
         test: Also run the script's ``test`` with the best checkpoint of each run, if it has a test stage.
         run_cost: Log time a step, peak memory and parameters of every run
             (:class:`~lightning_efficient.RunCost`). ``False`` for a script that has that callback itself.
@@ -118,27 +118,30 @@ def ablate(
         FileNotFoundError: No such script or file.
         ValueError: A wrong argument, a variant or a script that cannot work, or a folder that holds something else.
         ImportError: The engine's package is missing.
+        NotImplementedError: On Windows.
     """
+    if sys.platform == "win32":
+        raise NotImplementedError("`ablate` needs POSIX process groups and file locks: use Linux, macOS or WSL.")
     console = console or Console()
     _check_arguments(seeds, n_jobs, threads, engine, address)
     found = read_variants(variants)
     if run_cost:
         found = {name: {**methods, "run_cost": methods.get("run_cost", _ON)} for name, methods in found.items()}
-    target = find_target(script, arguments)
-    if test and not target.subcommands:
+    program = find_program(script, arguments)
+    if test and not program.subcommands:
         raise ValueError("`test` needs a script with subcommands: this one has LightningCLI(run=False).")
     folder = Path(out).resolve()
     runs = plan(found, list(seeds), folder)
-    check(runs, target)
+    check(runs, program)
     with locked(folder) as lock:
-        left = jobs(runs, target, test, retry_failed, checkpoint_every, export)
-        slots = make_slots(target.config, n_jobs, threads, gpus := visible_gpus())[: max(1, len(left))]
+        left = jobs(runs, program, test, retry_failed, checkpoint_every, export)
+        slots = make_slots(program.config, n_jobs, threads, gpus := visible_gpus())[: max(1, len(left))]
         console.print(
             f"[bold]lightning-efficient ablate[/]  {len(found)} variants × {len(seeds)} seeds, {len(left)} of "
             f"{len(runs)} runs to do, {len(slots)} at a time → {folder}", highlight=False, soft_wrap=True,
         )  # fmt: skip
         if left:
-            each = gpus_of_a_run(target.config, len(gpus))
+            each = gpus_of_a_run(program.config, len(gpus))
             # A user's script may set variables before its imports, and a fork cannot use a GPU that its parent opened.
             imports = _IMPORTS if script is None and not each and sys.platform == "linux" else None
             local = engine == "local"

@@ -1,4 +1,10 @@
-"""How the process of a run begins: Python started anew, or a fork of a process that has imported everything."""
+"""How the process of a run begins: Python started anew, or a fork of a process that has imported everything.
+
+Both lead a process group of their own, and see and leave what ``python -m`` does. A ``multiprocessing`` forkserver
+would be less code and cannot promise that: it imports the caller's ``__main__`` into every run, so that a script that
+calls ``ablate`` without a guard starts itself; it ends a run without its ``atexit`` handlers, in which loggers write
+their last lines; and when ``ablate`` is killed it lives on for as long as its runs do, and the runs with it.
+"""
 
 from __future__ import annotations
 
@@ -11,32 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
-
-
-class Process(Protocol):
-    """What is needed of a ``subprocess.Popen``: the leader of a process group of its own."""
-
-    pid: int
-
-    def poll(self) -> int | None:
-        """Exit code as ``subprocess`` counts it; ``None`` while it runs."""
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Exit code. Raises ``subprocess.TimeoutExpired``."""
-
-
-class Starter(Protocol):
-    """Starts one process at a time."""
-
-    def parent(self) -> int:
-        """Process id that a run sees as its parent's, and whose end ends the run."""
-
-    def start(self, argv: Sequence[str], log: Path, environment: Mapping[str, str], cwd: str) -> Process:
-        """Run ``python`` with these arguments; what it prints is added to the log."""
-
-    def close(self) -> None:
-        """Give everything back."""
+from typing import TypeAlias
 
 
 class FreshStarter:
@@ -50,10 +31,12 @@ class FreshStarter:
         self._inherited = inherited
 
     def parent(self) -> int:
-        """This process."""
+        """Process id that a run sees as its parent's, and whose end ends the run: this one's."""
         return os.getpid()
 
-    def start(self, argv: Sequence[str], log: Path, environment: Mapping[str, str], cwd: str) -> Process:
+    def start(
+        self, argv: Sequence[str], log: Path, environment: Mapping[str, str], cwd: str
+    ) -> subprocess.Popen[bytes]:
         """Run ``python`` with these arguments; what it prints is added to the log."""
         with log.open("ab") as out:
             return subprocess.Popen(
@@ -66,7 +49,7 @@ class FreshStarter:
 
 
 class WarmStarter:
-    """Forks a process that has imported everything (``ablate.warm``): for our own command on CPUs.
+    """Forks a process that has imported everything (``ablation.warm``): for our own command on CPUs.
 
     Not for a user's script, which may set variables before it imports torch, nor where importing may touch a GPU: a
     forked process cannot use one that its parent has opened.
@@ -95,13 +78,13 @@ class WarmStarter:
             )  # fmt: skip
         return self._server
 
-    def start(self, argv: Sequence[str], log: Path, environment: Mapping[str, str], cwd: str) -> Process:
+    def start(self, argv: Sequence[str], log: Path, environment: Mapping[str, str], cwd: str) -> Forked:
         """Fork into ``python -m`` with these arguments; what it prints is added to the log."""
         server = self._alive()
         assert server.stdin is not None
         request = {"argv": list(argv), "log": str(log), "environment": dict(environment), "cwd": cwd}
         server.stdin.write(json.dumps(request).encode() + b"\n")
-        return _Forked(server)
+        return Forked(server)
 
     def close(self) -> None:
         """End the process."""
@@ -110,8 +93,11 @@ class WarmStarter:
             self._server = None
 
 
-class _Forked:
-    """A process that the server forked; its replies are the process id and then the exit code."""
+class Forked:
+    """What is needed of a ``subprocess.Popen``, for a process that the server forked.
+
+    The server's replies are the process id and then the exit code.
+    """
 
     def __init__(self, server: subprocess.Popen[bytes]) -> None:
         assert server.stdout is not None
@@ -137,3 +123,7 @@ class _Forked:
             code = self._reply()
             self._code = (self._server.wait() or -signal.SIGKILL) if code is None else code
         return self._code
+
+
+Starter: TypeAlias = FreshStarter | WarmStarter
+Process: TypeAlias = subprocess.Popen[bytes] | Forked

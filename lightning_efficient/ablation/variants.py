@@ -7,13 +7,10 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
-
 from lightning_efficient.common.registry import METHODS, near
-from lightning_efficient.lifecycle.methods import build_callback
+from lightning_efficient.lifecycle.methods import build_callback, read_yaml
 
 BASELINE = "baseline"
 Methods = dict[str, dict[str, Any]]
@@ -41,23 +38,17 @@ def read_variants(variants: VariantsLike) -> dict[str, Methods]:
             exclude each other, or a name cannot be a folder.
     """
     if isinstance(variants, (str, os.PathLike)):
-        path = Path(variants)
+        content = read_yaml(variants)
         try:
-            return _checked(_from_file(path))
+            return _checked(_variants_in(content))
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(f"{os.fspath(variants)}: {error}") from None
     if not isinstance(variants, Mapping):
         variants = {name: dict.fromkeys(name.split("+"), True) for name in variants}
     return _checked(variants)
 
 
-def _from_file(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {str(path)!r} (looked in {Path.cwd()}).")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"not valid YAML: {error}") from error
+def _variants_in(content: Any) -> Mapping[str, Any]:
     expected = "expected `variants:` with a name for each, such as `variants: {sigma: {sigma_reparam: true}}`"
     if not isinstance(content, Mapping) or "variants" not in content:
         raise ValueError(f"{expected}; got {content!r}.")
@@ -65,7 +56,8 @@ def _from_file(path: Path) -> Mapping[str, Any]:
         raise ValueError(f"unknown key {unknown[0]!r}{near(unknown[0], ['variants'])}; {expected}.")
     if not isinstance(content["variants"], Mapping):
         raise ValueError(f"{expected}; got `variants: {content['variants']!r}`.")
-    return content["variants"]
+    variants: Mapping[str, Any] = content["variants"]
+    return variants
 
 
 def _checked(variants: Mapping[str, Any]) -> dict[str, Methods]:

@@ -13,8 +13,17 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_efficient.common.match import canonical_name
 
-# Modules with one of these integer attributes are expected to attend; only ever used to word a report.
+# The attributes in which modules keep their number of heads. What attends is read off what runs, never off these.
 HEAD_COUNTS = ("num_heads", "n_heads", "num_attention_heads", "n_head", "nhead", "heads")
+
+
+def head_count(module: object) -> int | None:
+    """How many attention heads a module says it has; ``None`` if it says nothing.
+
+    Args:
+        module: Any object.
+    """
+    return next((n for name in HEAD_COUNTS if type(n := getattr(module, name, None)) is int and n > 0), None)
 
 
 class Owners(AbstractContextManager["Owners"]):
@@ -64,11 +73,7 @@ class Owners(AbstractContextManager["Owners"]):
     def silent(self, sites: Iterable[str]) -> list[str]:
         """Innermost modules that ran and have a number of heads, but are not related to any of ``sites``."""
         sites = set(sites)
-        related = [
-            name
-            for name, module in self.modules.items()
-            if name in self.ran and any(isinstance(getattr(module, a, None), int) for a in HEAD_COUNTS)
-        ]
+        related = [name for name, module in self.modules.items() if name in self.ran and head_count(module)]
         quiet = [name for name in related if not any(_inside(s, name) or _inside(name, s) for s in sites)]
         return [name for name in quiet if not any(other != name and _inside(other, name) for other in quiet)]
 

@@ -19,7 +19,7 @@ from lightning_efficient.attention.knobs import (
     over_channels,
     reaches_weights,
 )
-from lightning_efficient.attention.owners import HEAD_COUNTS
+from lightning_efficient.attention.owners import head_count
 from lightning_efficient.attention.trace import ROOT, Seen, Trace
 from lightning_efficient.common.match import canonical_name
 from lightning_efficient.common.nests import mapped
@@ -228,7 +228,7 @@ class _Search:
         sites, skipped = dict(self.found), {}
         for name in [name for name in self.others if name not in sites]:
             reason = "its softmax is not of a product of queries and keys"
-            if any(isinstance(getattr(modules.get(name), a, None), int) for a in HEAD_COUNTS):
+            if head_count(modules.get(name)):
                 sites[name] = AttentionSite(name, "softmax", refused=reason)
             else:
                 skipped[name] = reason

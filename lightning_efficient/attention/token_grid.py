@@ -7,7 +7,7 @@ import inspect
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import nn
 
-_HEAD_COUNTS = ("num_heads", "n_heads", "num_attention_heads", "n_head", "nhead")
+from lightning_efficient.attention.owners import head_count
 
 
 def token_grids(model: nn.Module, grid: int | None = None) -> dict[nn.Module, int | str]:
@@ -67,9 +67,8 @@ def why_not(module: nn.Module) -> str | None:
     Args:
         module: Any module.
     """
-    heads = any(isinstance(getattr(module, name, None), int) for name in _HEAD_COUNTS)
     projects = any(isinstance(child, nn.Linear) for child in module.children())
-    if isinstance(module, Attention) or not (heads and projects):
+    if isinstance(module, Attention) or not (head_count(module) and projects):
         return None
     try:
         takes = set(inspect.signature(module.forward).parameters)

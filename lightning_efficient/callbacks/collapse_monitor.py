@@ -28,7 +28,7 @@ class CollapseMonitor(EfficientCallback):
     """Watch for attention-entropy collapse and its usual causes; changes nothing in the run.
 
     On every ``every_n_steps``-th optimizer step, the first included, it reads the attention of the training forward
-    itself (:class:`lightning_efficient.attention.AttentionProbe`) and logs, under ``efficient/collapse_monitor/``:
+    itself (``AttentionProbe``) and logs, under ``efficient/collapse_monitor/``:
     ``entropy_mean`` and ``entropy_min`` (nats; over heads), ``entropy_normalized_min`` (divided by log of the visible
     keys), ``collapsed_fraction`` and ``sink_fraction`` of the heads, ``entropy_bound_min`` (what the norms of the
     logits guarantee, theorem 3.1), ``logit_norm_max``, ``spectral_norm_max`` and ``rankme``. ``EarlyStopping`` and

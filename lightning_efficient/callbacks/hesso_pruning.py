@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_efficient.common.schema import MapOf, OrNone, Record, TensorOf, Text
+from lightning_efficient.common.weights import trained_by
 from lightning_efficient.lifecycle.units import FOUND, UnitPruningCallback
 from lightning_efficient.lifecycle.weights import Plan as WeightPlan
 from lightning_efficient.structured.cost import Cost
@@ -228,8 +229,8 @@ class HESSOPruning(UnitPruningCallback):
         period = self._due(self.step(trainer))
         if period is not None and self._latest:
             # Of several optimizers each has cleared the gradients of its own parameters only.
-            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            self._sums |= {name: sums for name, sums in self._latest.items() if id(self._params[name]) in held}
+            mine = trained_by(optimizer)
+            self._sums |= {name: sums for name, sums in self._latest.items() if id(self._params[name]) in mine}
             if self._sums.keys() == self._latest.keys():
                 self._judge(trainer, period)
         self._latest = {}

@@ -23,7 +23,7 @@ class RunCost(EfficientCallback):
     - ``peak_memory_mib``: on an accelerator the most that tensors took since training began (the device's counter is
       reset then); on CPU the largest resident size of the process since it started, everything in it included.
     - ``parameters``: elements of the module's parameters as trained. What masks zero counts; what an export removes is
-      in the figures of the exported model (:func:`lightning_efficient.deploy.measure.log_exported`).
+      in the figures of the exported model (:func:`lightning_efficient.log_exported`).
 
     Under DDP these are the figures of process 0.
 

@@ -50,7 +50,7 @@ class SAPPruning(PruningCallback):
         scope: The weights that share an index and a count: ``"global"``, ``"layer"`` (each tensor's) or ``"neuron"``
             (each output's; needs some hundred inputs, see ``stalled`` in the card).
         iterations: How often to prune: the run is divided into ``iterations + 1`` equal parts. 0: one part a ``fit``,
-            and the next ``fit`` goes on, see :func:`lightning_efficient.callbacks.sap_pruning.sap_fits`.
+            and the next ``fit`` goes on, see :func:`lightning_efficient.sap_fits`.
         epochs_per_iteration: Divide the run by epochs instead; ``iterations`` then has no effect.
         monitor: A validation metric the module logs, for ``select`` and ``stop_at``. Never a test metric.
         mode: Whether ``"min"`` or ``"max"`` of it is better.

@@ -31,8 +31,9 @@ from lightning_efficient.attention.temperature import (
     remove_temp_scale,
 )
 from lightning_efficient.attention.verify import module_at
-from lightning_efficient.common.match import canonical_name
+from lightning_efficient.common.match import parameters_by_name
 from lightning_efficient.common.schedule import transition, transition_steps
+from lightning_efficient.common.weights import trained_by
 from lightning_efficient.lifecycle import recipe
 from lightning_efficient.lifecycle.base import peers
 from lightning_efficient.lifecycle.state import attachment
@@ -137,8 +138,8 @@ class TempScale(WeightSpaceCallback):
             self._steps = held.config["steps"]
             return _from_plain(held.config["layout"], self.options)
         example = example_of(trainer, pl_module, "fit", first_batch(trainer))
-        trained = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
-        fixed = {canonical_name(name) for name, p in pl_module.named_parameters() if id(p) not in trained}
+        trained = trained_by(*trainer.optimizers)
+        fixed = {name for name, p in parameters_by_name(pl_module).items() if id(p) not in trained}
         targets = self._find(example, fixed)
         check_gradients(example.model, example.args, targets)
         return targets
@@ -186,10 +187,10 @@ class TempScale(WeightSpaceCallback):
         temperatures = self._temperatures(targets)
         made = make_transforms(pl_module, targets, temperatures)
         moving = self.learnable or bool(self.transition)
-        parameters = {canonical_name(name): p for name, p in pl_module.named_parameters()}
+        parameters = parameters_by_name(pl_module)
         if moving:
             _check_optimizers(trainer.optimizers, targets, {name: parameter for name, (parameter, _) in made.items()})
-        trained = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+        trained = trained_by(*trainer.optimizers)
         names = [name for name, p in parameters.items() if id(p) in trained]
         self._carriers = carriers(targets, list(targets.adapters) if moving else [], names, made)
         for site, name in self._carriers.items():

@@ -174,8 +174,8 @@ def run_ablate(options: Namespace) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has one of them
+        signal.signal(signal.Signals[name], interrupt)
     with short_errors():
         try:
             done = ablate(

@@ -64,6 +64,15 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     return {canonical_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
 
 
+def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Canonical name -> parameter; a shared one under its first name.
+
+    Args:
+        model: Any module.
+    """
+    return {canonical_name(name): param for name, param in model.named_parameters()}
+
+
 def references(model: nn.Module) -> set[str]:
     """Modules that nothing trains and that the user keeps in evaluation mode, which no method changes.
 

@@ -303,19 +303,6 @@ class Schedule:
             )
         return first, span, max(math.floor(self.every * total), 1)
 
-    def amount_at(self, step: int, total: int | None, amount: float) -> float:
-        """The share that is to be pruned after ``step`` of ``total`` steps.
-
-        Args:
-            step: Optimizer steps done.
-            total: Optimizer steps of the run; None: unknown.
-            amount: Final share, in [0, 1).
-
-        Raises:
-            ValueError: See :meth:`steps`.
-        """
-        return 0.0 if total == 0 else self.share(step, self.steps(total), amount)
-
     def share(self, step: int, steps: tuple[int, int, int], amount: float) -> float:
         """The share that is to be pruned after ``step`` steps of a schedule that is fixed already.
 

@@ -274,7 +274,7 @@ class ListOf(Schema):
 
 
 @dataclass(frozen=True)
-class Row(Schema):
+class TupleOf(Schema):
     """A list or tuple of fixed length, each item with a schema of its own."""
 
     items: tuple[Schema, ...]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 
@@ -38,6 +39,11 @@ def weight_attributes(layer: nn.Module) -> Iterator[str]:
         yield from ("in_proj_weight",) if fused else (f"{part}_proj_weight" for part in "qkv")
     else:
         yield "weight"
+
+
+def trained_by(*optimizers: Optimizer) -> set[int]:
+    """``id`` of every parameter that an optimizer moves: what trains, whatever ``requires_grad`` says."""
+    return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
 
 
 def check_weight(name: str, param: nn.Parameter, method: str) -> str | None:

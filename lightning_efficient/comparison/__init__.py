@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_efficient.comparison.comparison import Comparison, Row, compare
+from lightning_efficient.comparison.comparison import Comparison, ComparisonRow, compare
 from lightning_efficient.comparison.estimate import Difference, Estimate
 from lightning_efficient.comparison.logs import Run, Series, read_runs
 from lightning_efficient.comparison.quantities import ENTROPY, Quantity, best, final
@@ -14,7 +14,7 @@ __all__ = [
     "Difference",
     "Estimate",
     "Quantity",
-    "Row",
+    "ComparisonRow",
     "Run",
     "Series",
     "Verdict",

@@ -24,7 +24,7 @@ _BASELINE = "baseline"
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """One quantity of one variant.
 
     Args:
@@ -77,15 +77,15 @@ class Comparison:
         of_first = [quantity for quantity in self.quantities if quantity.metric == self.metrics[0]]
         return of_first[-1] if self.judge == "best" else of_first[0]
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[ComparisonRow]:
         """Every quantity that any run has, for every variant."""
         return [self.row(quantity, variant) for quantity in self.quantities for variant in self.variants]
 
-    def row(self, quantity: Quantity, variant: str) -> Row:
+    def row(self, quantity: Quantity, variant: str) -> ComparisonRow:
         """One quantity of one variant."""
         runs = self.variants[variant]
         values = tuple(value for run in runs if (value := quantity.of(run)) is not None)
-        return Row(quantity.name, variant, len(runs), Estimate(values), self.difference(quantity, variant))
+        return ComparisonRow(quantity.name, variant, len(runs), Estimate(values), self.difference(quantity, variant))
 
     def difference(self, quantity: Quantity, variant: str) -> Difference | None:
         """To the baseline: over the seeds both have, or between independent groups if they share none."""
@@ -178,7 +178,7 @@ CAPTION = (
 )
 
 
-def shown_count(row: Row) -> str:
+def shown_count(row: ComparisonRow) -> str:
     """How many runs of a variant have the quantity."""
     n = len(row.estimate.values)
     if n < row.runs:
@@ -186,7 +186,7 @@ def shown_count(row: Row) -> str:
     return f"{n}" if n > 1 else "1 seed: no interval"
 
 
-def shown_difference(row: Row) -> str:
+def shown_difference(row: ComparisonRow) -> str:
     """The difference, and how many pairs it is from if those are fewer than the runs."""
     if row.difference is None:
         return "–"

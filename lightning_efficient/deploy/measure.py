@@ -31,7 +31,7 @@ _WARM_UP = 3
 
 
 @dataclass(frozen=True)
-class Row:
+class MeasuredRow:
     """One measured quantity.
 
     Args:
@@ -61,7 +61,7 @@ class ExportReport:
         rounds: Timed runs of each model at each batch size.
     """
 
-    rows: list[Row]
+    rows: list[MeasuredRow]
     difference: Difference
     device: str
     rounds: int
@@ -157,8 +157,8 @@ def _sizes(model: nn.Module) -> dict[str, int]:
     }
 
 
-def _row(quantity: str, unit: str, before: float, after: float) -> Row:
-    return Row(quantity, unit, before, after, after / before if before else None)
+def _row(quantity: str, unit: str, before: float, after: float) -> MeasuredRow:
+    return MeasuredRow(quantity, unit, before, after, after / before if before else None)
 
 
 def count_macs(model: nn.Module, call: Call) -> int:
@@ -185,7 +185,7 @@ def _countable() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-def _latency(label: str, before: nn.Module, after: nn.Module, call: Call, rounds: int) -> Row:
+def _latency(label: str, before: nn.Module, after: nn.Module, call: Call, rounds: int) -> MeasuredRow:
     arguments = [call.on(model) for model in (before, after)]
     times: list[list[float]] = [[], []]
     for step in range(-_WARM_UP, rounds):
@@ -196,7 +196,7 @@ def _latency(label: str, before: nn.Module, after: nn.Module, call: Call, rounds
                 times[which].append(1e3 * elapsed)
     ratio = statistics.median(b / a for a, b in zip(*times, strict=True))
     medians = [statistics.median(values) for values in times]
-    return Row(f"latency, batch {label}", "ms", medians[0], medians[1], ratio)
+    return MeasuredRow(f"latency, batch {label}", "ms", medians[0], medians[1], ratio)
 
 
 def _timed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
@@ -291,7 +291,7 @@ def slim_report(
         compiled: Measure latency under ``torch.compile``, too.
 
     Raises:
-        ValueError: See :func:`~lightning_efficient.deploy.measure.compare_models`.
+        ValueError: ``rounds`` below 20, an empty or non-positive batch size, inputs without a common first axis.
     """
     measured = compare_models(before, after, example_inputs, batch_sizes, rounds)
     if compiled:

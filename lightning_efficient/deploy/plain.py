@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_efficient.common.comparing import ExportError
 from lightning_efficient.common.running import first_line
 from lightning_efficient.lifecycle.hooks import detach
-from lightning_efficient.lifecycle.state import NAME, PART, Attachment
+from lightning_efficient.lifecycle.state import NAME, ZEROED_ATTRIBUTE, Attachment
 
 _PACKAGE = __name__.partition(".")[0]
 
@@ -62,7 +62,7 @@ def detached_copy(model: nn.Module) -> nn.Module:
 
 def _without_hooks(copied: nn.Module) -> nn.Module:
     for module in copied.modules():
-        vars(module).pop(PART, None)
+        vars(module).pop(ZEROED_ATTRIBUTE, None)
         if isinstance(module, LightningModule):
             detach(module)
         for hooks, key, _ in list(_our_hooks(module)):

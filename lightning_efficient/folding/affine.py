@@ -93,7 +93,7 @@ def _spread(index: Tensor, values: Tensor, other: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Plan:
+class FoldPlan:
     """How one norm is to disappear: into its readers, or into its producer."""
 
     name: str
@@ -110,7 +110,7 @@ class Plan:
         return (self.moves.weight,) if isinstance(self.moves, Producer) else tuple(r.weight for r in self.moves)
 
 
-def plan(name: str, found: Consumers, shifts: bool) -> Plan | str:
+def plan(name: str, found: Consumers, shifts: bool) -> FoldPlan | str:
     """Forwards where every reader can take it, else backwards, else why not.
 
     Args:
@@ -125,9 +125,9 @@ def plan(name: str, found: Consumers, shifts: bool) -> Plan | str:
         elif reader.weight.bias is None:
             why = f"{reader.weight.module!r} has no bias to take the shift"
     if why is None:
-        return Plan(name, found.readers)
+        return FoldPlan(name, found.readers)
     if found.producer is not None and not (shifts and found.producer.weight.bias is None):
-        return Plan(name, found.producer)
+        return FoldPlan(name, found.producer)
     return why
 
 
@@ -159,7 +159,7 @@ class Edit:
             self._set(name, value)
         self.before.clear()
 
-    def apply(self, plan: Plan, affine: Affine) -> None:
+    def apply(self, plan: FoldPlan, affine: Affine) -> None:
         """Fold one affine into the weights of its plan."""
         a, b, _ = affine
         for index, weight in enumerate(plan.weights):

@@ -6,17 +6,14 @@ channels are carried along, ``readers`` for the calls an affine can be folded in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_efficient.common.match import canonical_name
 from lightning_efficient.folding.readers import How
-from lightning_efficient.folding.tags import Axis
-from lightning_efficient.folding.tracking import Call, Slot, Tracker, watch
+from lightning_efficient.folding.tracking import Call, Slot, Tracker
 
 
 @dataclass(frozen=True)
@@ -100,35 +97,12 @@ class Consumers:
     producer: Producer | None = None
 
 
-def find_consumers(
-    model: nn.Module, names: Iterable[str] | Mapping[str, Axis], call: Callable[[], Any]
-) -> dict[str, Consumers]:
-    """Who reads the output of these modules, in one forward in evaluation mode.
-
-    A reader counts only if *all* its calls read the same channels of the same norms and its weight is used
-    for nothing else. Whatever is not understood blocks. What one forward cannot show (a branch that depends
-    on the data, padding that depends on the size) is for the caller to check at other inputs;
-    ``fold_affines`` does.
-
-    Args:
-        model: Any module; only its ``training`` flags are touched, and put back.
-        names: Modules whose output is looked at; a mapping also says their channel axis, ``"last"`` (default)
-            or 1.
-        call: Runs the forward, such as ``lambda: model(x)``.
-
-    Returns:
-        Name -> what was found, in the order of ``names``.
-
-    Raises:
-        ValueError: A name is not in the model, or a module has another number of channels at each call.
-    """
-    axes: dict[str, Axis] = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, "last")
-    tracker, _ = watch(model, axes, call)
-    return consumers_of(tracker)
-
-
 def consumers_of(tracker: Tracker) -> dict[str, Consumers]:
-    """Judge what a finished ``Tracker`` has seen.
+    """Who reads the output of the watched norms, by what a finished ``Tracker`` has seen.
+
+    A reader counts only if *all* its calls read the same channels of the same norms and its weight is used for nothing
+    else. Whatever is not understood blocks. What one forward cannot show (a branch that depends on the data, padding
+    that depends on the size) is for the caller to check at other inputs; ``fold_affines`` does.
 
     Args:
         tracker: After its forward.

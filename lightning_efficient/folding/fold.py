@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_efficient.common.comparing import gap, largest_gap
 from lightning_efficient.common.match import canonical_name, modules_by_name
 from lightning_efficient.common.running import float64_copy
-from lightning_efficient.folding.affine import Affine, ChannelAffine, Edit, Plan, plan
+from lightning_efficient.folding.affine import Affine, ChannelAffine, Edit, FoldPlan, plan
 from lightning_efficient.folding.consumers import Consumers, consumers_of
 from lightning_efficient.folding.probes import Probe, capture, is_output, others
 from lightning_efficient.folding.tags import Axis
@@ -120,7 +120,7 @@ def fold_affines(
         return FoldReport({})
     trial = _Trial(model, table, tolerance)
     trial.look(capture(model, call))
-    trial.settle([step for name in table if isinstance(step := trial.plan(name), Plan)])
+    trial.settle([step for name in table if isinstance(step := trial.plan(name), FoldPlan)])
     _finish(model, trial)
     return trial.report()
 
@@ -134,7 +134,7 @@ class _Trial:
         self.probes: list[tuple[Probe, dict[str, Tensor], dict[str, Consumers]]] = []
         self.rejected: dict[str, str] = {}
         self.outcome: dict[str, Folded] = {}
-        self.accepted: list[Plan] = []
+        self.accepted: list[FoldPlan] = []
         self.kept: list[Edit] = []
         self.error = 0.0
 
@@ -171,7 +171,7 @@ class _Trial:
             scale.copy_(a)
         return noise
 
-    def plan(self, name: str) -> Plan | None:
+    def plan(self, name: str) -> FoldPlan | None:
         """What to try for one norm; None if nothing, and then its outcome is settled."""
         if name in self.outcome:
             return None
@@ -184,12 +184,12 @@ class _Trial:
                 why = f"{other.blocked or 'it is read by other weights'} (with {probe.label})"
                 first = Consumers(first.readers, why, first.producer)
         step = plan(name, first, shifts=bool(self.affines[name][1].any()))
-        if isinstance(step, Plan):
+        if isinstance(step, FoldPlan):
             return step
         self.outcome[name] = Folded("left", why=step)
         return None
 
-    def settle(self, steps: list[Plan]) -> None:
+    def settle(self, steps: list[FoldPlan]) -> None:
         """Fold all of them if nothing changes, else each half by itself; a single one that does is put back."""
         if not steps:
             return
@@ -225,7 +225,7 @@ class _Trial:
                 return float("inf"), f"{name!r} would overflow {dtype}"
         return None
 
-    def compare(self, folded: list[Plan]) -> tuple[float, str]:
+    def compare(self, folded: list[FoldPlan]) -> tuple[float, str]:
         """Largest difference to the unfolded model over all inputs, and what was raised if it did not run.
 
         Compared are the outputs and, at a thousand times the tolerance, what goes into and comes out of every

@@ -42,7 +42,7 @@ class Probe:
         with Float64():
             tracker, result = watch(model, axes, lambda: model(*args, **kwargs))
         outputs = {f"output {i}": tensor.detach().clone() for i, tensor in enumerate(tensors_behind(result))}
-        return tracker, outputs | tracker.prints
+        return tracker, outputs | tracker.fingerprints
 
 
 def capture(model: nn.Module, call: Callable[[], Any]) -> Probe:

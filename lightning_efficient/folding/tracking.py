@@ -71,7 +71,7 @@ class Tracker(TorchFunctionMode):
     Args:
         model: Names are relative to it.
         axes: Module name -> channel axis of its output; operations inside these modules are not looked at. Empty:
-            only ``prints`` is filled.
+            only ``fingerprints`` is filled.
 
     Raises:
         ValueError: A name is not in the model (when entered).
@@ -88,7 +88,8 @@ class Tracker(TorchFunctionMode):
         self.uses: dict[int, str] = {}  # what else a parameter is used for
         self.leaks: dict[int, list[Tensor]] = defaultdict(list)  # numbers of rows that something else reads
         self.feeds: dict[str, list[Feed | None]] = defaultdict(list)
-        self.prints: dict[str, Tensor] = {}  # of every product, "<weight>#<call>", and its inputs, "... input <i>"
+        # Of every product, "<weight>#<call>", and its inputs, "... input <i>".
+        self.fingerprints: dict[str, Tensor] = {}
         self.storages: Counter[int] = Counter()
         self._stack: list[str] = []
         self._paused = 0
@@ -270,9 +271,9 @@ class Tracker(TorchFunctionMode):
             return
         self._visits[weight] += 1
         visit = f"{self.slots[weight][0].name}#{self._visits[weight]}"
-        self.prints[visit] = _fingerprint(next(tensors_in(out)))
+        self.fingerprints[visit] = _fingerprint(next(tensors_in(out)))
         for index, source in enumerate({id(block.source): block.source for block in contraction.blocks}.values()):
-            self.prints[f"{visit} input {index}"] = _fingerprint(source)
+            self.fingerprints[f"{visit} input {index}"] = _fingerprint(source)
 
     def _lose(self, channels: Tag | None, rows: Tag | None, reason: str) -> None:
         """Something else than a weight reads these channels, something else than a norm reads these rows."""

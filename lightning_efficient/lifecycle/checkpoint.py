@@ -19,7 +19,7 @@ from lightning_efficient.attention.trace import ROOT
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.match import NoMatchError, canonical_name
 from lightning_efficient.common.registry import METHODS
-from lightning_efficient.common.schema import Int, ListOf, MapOf, OrNone, Record, Row, TensorOf, Text, check
+from lightning_efficient.common.schema import Int, ListOf, MapOf, OrNone, Record, TensorOf, Text, TupleOf, check
 from lightning_efficient.lifecycle import recipe
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
 from lightning_efficient.norms.swap import NormSwapConfig
@@ -28,8 +28,8 @@ from lightning_efficient.norms.swap import NormSwapConfig
 _CONFIGS: dict[str, type[Any]] = {"norm_swap": NormSwapConfig, "linear_attention": LinearAttentionConfig}
 
 # What is read of temp_scale's `layout` here.
-_BLOCK = Row((Int(low=0), Int(low=1), Int(low=0)))
-_KNOB = Row((Text(), ListOf(_BLOCK), OrNone(ListOf(Int(low=0)))))
+_BLOCK = TupleOf((Int(low=0), Int(low=1), Int(low=0)))
+_KNOB = TupleOf((Text(), ListOf(_BLOCK), OrNone(ListOf(Int(low=0)))))
 _SITE = Record({"heads": OrNone(Int(low=1)), "knobs": ListOf(_KNOB), "adapter": OrNone(Text())})
 _LAYOUT = MapOf(Text(), _SITE)
 

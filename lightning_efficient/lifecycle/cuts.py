@@ -55,7 +55,7 @@ def cut(
         What was changed.
 
     Raises:
-        ValueError: See :func:`~lightning_efficient.structured.slim.plan_slim`; or a fit is running on several devices
+        ValueError: As :func:`~lightning_efficient.functional.apply_slim` does; or a fit is running on several devices
             or with a callback that keeps state of the weights' old size. Nothing is changed then.
     """
     if trainer is not None and trainer.training:

@@ -86,6 +86,7 @@ def _hook(pl_module: LightningModule, names: Iterable[str]) -> None:
         function, current = _HOOKS[name], pl_module.__dict__.get(name)
         if name == "configure_optimizers" and not is_overridden(name, pl_module):
             continue  # Lightning's own error says that it is missing
+        # LightningCLI puts a `configure_optimizers` on the instance as well, perhaps after us: then ours goes round it.
         if getattr(current, "__func__", None) is not function:
             mine.previous[name] = current
             pl_module.__dict__[name] = MethodType(function, pl_module)
@@ -150,7 +151,7 @@ def configure_model(self: LightningModule) -> None:
 
 def configure_optimizers(self: LightningModule) -> Any:
     """The user's ``configure_optimizers``, run as if the model were untouched."""
-    _leave_unattended(self)
+    _leave_unattended(self)  # here, because every fit comes by, and nothing that only evaluates
     with plain_view(self, attachment(self).changes):
         return _previous(self, "configure_optimizers")
 
@@ -180,7 +181,7 @@ def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
             f"the checkpoint was written before {type(self).__name__} was cut, so its weights are larger. Load it into "
             "a model that has not been cut."
         )
-    unfolded = codec.unfold(self, mine.requests, checkpoint)
+    unfolded = codec.unfold(self, mine.requests, checkpoint)  # the last that may refuse: nothing has changed so far
     if cut is not None:
         make_cuts(self, cut)
     checkpoint.update(unfolded)

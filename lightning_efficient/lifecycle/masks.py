@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -13,12 +13,11 @@ from torch import Tensor
 
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.registry import METHODS
-from lightning_efficient.lifecycle.base import peers
-from lightning_efficient.lifecycle.recipe import Entry, RecipeError
+from lightning_efficient.lifecycle.recipe import Entry
 from lightning_efficient.lifecycle.state import attachment
 from lightning_efficient.lifecycle.weights import Plan, WeightSpaceCallback
 from lightning_efficient.metrics.functional import sparsity
-from lightning_efficient.pruning.targets import Target, find_targets
+from lightning_efficient.pruning.targets import PrunableWeight, find_targets
 from lightning_efficient.trainer.averages import averaged_copies, averages
 from lightning_efficient.weightspace import Boundary, Site, Transform
 from lightning_efficient.weightspace.mask import MaskTransform, forget, pack_mask, set_mask, unpack_mask
@@ -53,7 +52,7 @@ class PruningCallback(WeightSpaceCallback):
         super().__init__(enabled, include, exclude)
         self.embeddings, self.keep_zeros = embeddings, keep_zeros
         self.granularity, self.criterion = "element", "magnitude"
-        self._targets: dict[str, Target] = {}
+        self._targets: dict[str, PrunableWeight] = {}
         self._snapshot: Snapshot | None = None
         self._sparsity = 0.0
 
@@ -128,7 +127,7 @@ class PruningCallback(WeightSpaceCallback):
     def _measure(self) -> None:
         self._sparsity = float(sparsity(target.param.detach() for target in self._present().values()))
 
-    def _present(self) -> dict[str, Target]:
+    def _present(self) -> dict[str, PrunableWeight]:
         return {name: self._targets[name] for name in self._transforms}
 
     # -- going back ------------------------------------------------------------------------------------------------
@@ -144,22 +143,6 @@ class PruningCallback(WeightSpaceCallback):
             for average in averages(trainer):  # of a training that has been undone: begin anew
                 average.n_averaged.zero_()
         self._measure()
-
-    def check_checkpoint(
-        self, pl_module: LightningModule, checkpoint: dict[str, Any], entries: Sequence[Entry]
-    ) -> None:
-        """Masks of another method would be lost, as zeros that grow again: refuse."""
-        trainer = pl_module.trainer
-        if self.enabled and trainer.state.fn == "fit":
-            present = [cb.method for cb in peers(trainer)]
-            lost = [e.key for e in entries if METHODS[e.method].prunes and e.method not in present]
-            if lost:
-                raise RecipeError(
-                    f"the checkpoint holds masks of {lost}; this run has {self.state_key}, which would not keep them. "
-                    "Resume with the same callback, or start a new run from the weights alone "
-                    f"({type(pl_module).__name__}.load_from_checkpoint(path))."
-                )
-        super().check_checkpoint(pl_module, checkpoint, entries)
 
     # -- life cycle ------------------------------------------------------------------------------------------------
 

@@ -47,8 +47,7 @@ def register_method(
         name: The callback's ``method``, an identifier that no other method has: the key in YAML and on the command line
             and the folder of logged quantities, ``efficient/<name>/...``. Registering the same again changes nothing.
         callback: The class, or ``"package.module:Class"``, which is imported when it is first used.
-        after: The method that it follows in the order; see :data:`lightning_efficient.common.registry.METHODS`. Where
-            several follow the same one, in the order of registration.
+        after: The method that it follows in the order. Where several follow the same one, in that of registration.
         before: The method that it precedes. Without either it comes last.
         replay: For a callback that replaces modules: ``function(model, config, names) -> Change``, or where it is. It
             replaces the modules ``names`` of a new model before weights are loaded, with the ``config`` of the recipe.
@@ -117,13 +116,7 @@ def read_methods_file(path: str | PathLike[str]) -> list[EfficientCallback]:
         FileNotFoundError: There is no such file.
         ValueError: The file is not a YAML mapping, a key is unknown, or a value is of the wrong type.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"no file {str(path)!r} (looked in {Path.cwd()}).")
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    content = read_yaml(path)
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"{path} should hold a mapping such as `sigma_reparam: true`; got {content!r}.")
     try:
@@ -131,6 +124,25 @@ def read_methods_file(path: str | PathLike[str]) -> list[EfficientCallback]:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return sorted(callbacks, key=lambda callback: METHODS.position(callback.method))
+
+
+def read_yaml(path: str | PathLike[str]) -> Any:
+    """What a YAML file holds.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no YAML.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {str(path)!r} (looked in {Path.cwd()}).")
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
 
 
 def build_callback(method: str, arguments: Any) -> EfficientCallback:

@@ -49,6 +49,7 @@ class Standing:
 
     def begin(self, trainer: Trainer) -> None:
         """Training begins, or goes on."""
+        # Not in a fit that resumes: it counts on, from a start that its file names.
         if not self.begun:
             self.begun, self.start = True, trainer.global_step
 
@@ -131,7 +132,7 @@ def _resolved(
 ) -> Sequence[int]:
     if not is_smoke_run(trainer) or not length:
         return resolve(length)
-    longer = length
+    longer = length  # until one is found that the schedule fits into: its first steps are those of the smoke run
     while True:
         try:
             schedule = resolve(longer)

@@ -16,7 +16,7 @@ from lightning_efficient.structured.slim import Cuts
 
 NAME = "_lightning_efficient"
 # On submodules, plain data: their part of what can be cut out, so that they can be exported by themselves.
-PART = "_lightning_efficient_zeroed"
+ZEROED_ATTRIBUTE = "_lightning_efficient_zeroed"
 
 
 @dataclass
@@ -94,15 +94,15 @@ def set_zeroed(pl_module: LightningModule, cuts: Cuts | None) -> None:
     """Have the module and its submodules know which of their units are zero and can be cut out; None: of none."""
     attachment(pl_module).zeroed = cuts
     for name, module in pl_module.named_modules(remove_duplicate=False):
-        vars(module).pop(PART, None)
+        vars(module).pop(ZEROED_ATTRIBUTE, None)
         if name and cuts is not None and (part := cuts.within(canonical_name(name))).kept:
-            vars(module)[PART] = part
+            vars(module)[ZEROED_ATTRIBUTE] = part
 
 
 def zeroed(model: nn.Module) -> Cuts | None:
     """The zero units of a module: its own, or its part of those of the LightningModule that it belongs to."""
     mine = attached(model)
-    return vars(model).get(PART) if mine is None or mine.zeroed is None else mine.zeroed
+    return vars(model).get(ZEROED_ATTRIBUTE) if mine is None or mine.zeroed is None else mine.zeroed
 
 
 def without(entries: Iterable[Entry], methods: Iterable[str]) -> list[Entry]:

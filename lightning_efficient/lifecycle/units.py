@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 from weakref import ref
 
@@ -12,12 +12,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_efficient.common.change import Change
-from lightning_efficient.common.match import canonical_name
-from lightning_efficient.common.registry import METHODS
+from lightning_efficient.common.match import parameters_by_name
 from lightning_efficient.common.schema import Number, OrNone, Plain, Record
-from lightning_efficient.lifecycle.base import peers
+from lightning_efficient.common.weights import trained_by
 from lightning_efficient.lifecycle.cuts import mark_zeroed
-from lightning_efficient.lifecycle.recipe import Entry, RecipeError
 from lightning_efficient.lifecycle.state import attachment
 from lightning_efficient.lifecycle.weights import Plan, WeightSpaceCallback, no_model
 from lightning_efficient.structured.cost import Cost
@@ -114,7 +112,7 @@ class UnitPruningCallback(WeightSpaceCallback):
                 )
             return Plan(change=_change(self.method, find_groups(pl_module, example, self.include, self.exclude)))
         self.groups = _without_idle(self.groups, pl_module)
-        params = _parameters(pl_module)
+        params = parameters_by_name(pl_module)
         made = {part.name for group in self.groups.found.values() for part in group.produced}
         self._params = {name: params[name] for name in params if name in made}
         sites = {name: (param, UnitMask) for name, param in self._params.items()}
@@ -156,7 +154,7 @@ class UnitPruningCallback(WeightSpaceCallback):
     def _mask_copies(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """An average over time forgets what was pruned too slowly to be zero; averages of zeros stay zero."""
         for copy in averaged_copies(trainer, pl_module):
-            params = _parameters(copy)
+            params = parameters_by_name(copy)
             for name, transform in self._transforms.items():
                 if (param := params.get(name)) is not None:
                     mask = cast(UnitMask, transform).dropped(self._params[name].detach())
@@ -185,22 +183,6 @@ class UnitPruningCallback(WeightSpaceCallback):
         """Take over the groups of the run that is resumed."""
         self.groups, self._cost_data = groups_from_plain(progress["groups"]), progress["cost"]
 
-    def check_checkpoint(
-        self, pl_module: LightningModule, checkpoint: dict[str, Any], entries: Sequence[Entry]
-    ) -> None:
-        """What another method pruned would be lost, as zeros that grow again: refuse."""
-        trainer = pl_module.trainer
-        if self.enabled and trainer.state.fn == "fit":
-            present = [cb.method for cb in peers(trainer)]
-            lost = [e.key for e in entries if METHODS[e.method].prunes and e.method not in present]
-            if lost:
-                raise RecipeError(
-                    f"the checkpoint holds what {lost} pruned; this run has {self.state_key}, which would not keep it "
-                    "so. Resume with the same callback, or start a new run from the weights alone "
-                    f"({type(pl_module).__name__}.load_from_checkpoint(path))."
-                )
-        super().check_checkpoint(pl_module, checkpoint, entries)
-
     def _report(self) -> None:
         """Every model has widths that cannot be cut, its outputs first of all: a report, not a warning."""
         if self.change is not None:
@@ -221,21 +203,17 @@ class UnitPruningCallback(WeightSpaceCallback):
         return super().__getstate__() | {"_params": {}, "_found_in": no_model}
 
 
-def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {canonical_name(name): param for name, param in model.named_parameters()}
-
-
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: param.shape for name, param in _parameters(model).items()}
+    return {name: param.shape for name, param in parameters_by_name(model).items()}
 
 
 def _without_idle(groups: Groups, pl_module: LightningModule) -> Groups:
     """Groups that optimizers move altogether; a part that nothing trains could not be shrunk beside the rest."""
-    held = {id(p) for o in pl_module.trainer.optimizers for group in o.param_groups for p in group["params"]}
-    params = _parameters(pl_module)
+    trained = trained_by(*pl_module.trainer.optimizers)
+    params = parameters_by_name(pl_module)
     idle: dict[str, str] = {}
     for name, group in groups.found.items():
-        still = [p.name for p in group.produced if p.name in params and id(params[p.name]) not in held]
+        still = [p.name for p in group.produced if p.name in params and id(params[p.name]) not in trained]
         if still:
             idle[name] = f"{still[0]} is in no optimizer"
     found = {name: group for name, group in groups.found.items() if name not in idle}

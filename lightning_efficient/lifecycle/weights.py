@@ -16,6 +16,8 @@ from torch.optim import Optimizer
 
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.match import REFERENCE
+from lightning_efficient.common.registry import METHODS
+from lightning_efficient.common.weights import trained_by
 from lightning_efficient.lifecycle.base import EfficientCallback, peers
 from lightning_efficient.lifecycle.hooks import hook_files
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
@@ -35,7 +37,7 @@ class Plan:
 
 
 class WeightSpaceCallback(EfficientCallback):
-    """Base of the callbacks whose method is a :class:`~lightning_efficient.weightspace.Transform`.
+    """Base of the callbacks whose method is a :class:`~lightning_efficient.Transform`.
 
     All of them share the boundary of the first one in the Trainer, so that they chain on a common weight. The model is
     plain whenever a forward can run, which is why evaluation, EMA copies and stock checkpoints need nothing from us.
@@ -180,8 +182,16 @@ class WeightSpaceCallback(EfficientCallback):
         self, pl_module: LightningModule, checkpoint: dict[str, Any], entries: Sequence[Entry]
     ) -> None:
         """Refuse to resume from another configuration; evaluation needs nothing."""
-        super().check_checkpoint(pl_module, checkpoint, entries)
         trainer = pl_module.trainer
+        if self.enabled and trainer.state.fn == "fit" and METHODS[self.method].prunes:
+            here = {cb.method for cb in peers(trainer)}
+            if lost := [e.key for e in entries if METHODS[e.method].prunes and e.method not in here]:
+                raise RecipeError(
+                    f"the checkpoint holds what {lost} pruned; this run has {self.state_key}, which would let it grow "
+                    "again. Resume with the same callback, or start a new run from the weights alone "
+                    f"({type(pl_module).__name__}.load_from_checkpoint(path))."
+                )
+        super().check_checkpoint(pl_module, checkpoint, entries)
         if trainer.state.fn != "fit":
             return
         known = {entry.key: entry for entry in entries if entry.method == self.method}
@@ -268,8 +278,8 @@ def _only_optimized(
     plan: Plan, optimizers: list[Optimizer], who: str
 ) -> dict[str, tuple[nn.Parameter, Callable[[], Transform]]]:
     """Drop the weights that no optimizer moves: they are as good as frozen."""
-    held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
-    kept = {name: site for name, site in plan.sites.items() if id(site[0]) in held}
+    trained = trained_by(*optimizers)
+    kept = {name: site for name, site in plan.sites.items() if id(site[0]) in trained}
     if plan.sites and not kept:
         raise ValueError(
             f"{who}: none of the {len(plan.sites)} matched weights is in an optimizer ({list(plan.sites)[:3]} ...). "
@@ -299,8 +309,8 @@ def _start(trainer: Trainer, pl_module: LightningModule, members: list[WeightSpa
         )
     foreign = members[0]._foreign if all(member._foreign is not None for member in members) else None
     for index, optimizer in enumerate(trainer.optimizers):
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        new = [(theta, weight) for theta, weight in thetas[index] if id(theta) not in held]
+        known = trained_by(optimizer)
+        new = [(theta, weight) for theta, weight in thetas[index] if id(theta) not in known]
         add_parameters(optimizer, new, schedulers)
         if new and foreign is not None:
             adopt_untrained_groups(foreign, index, optimizer, new, schedulers)

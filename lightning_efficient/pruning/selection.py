@@ -96,38 +96,6 @@ def make_masks(
     return masks
 
 
-def make_mask(
-    scores: Tensor,
-    amount: float,
-    *,
-    granularity: str = "element",
-    scope: str = "layer",
-    kept: Tensor | None = None,
-    heads: int | None = None,
-) -> Tensor:
-    """:func:`make_masks` for one weight.
-
-    Args:
-        scores: Score of every entry, ``(outputs, inputs, ...)``.
-        amount: Share of the units to prune.
-        granularity: How the weight is cut.
-        scope: ``"layer"`` or ``"neuron"``.
-        kept: The mask so far.
-        heads: Number of heads along the inputs, for ``"head"``.
-
-    Returns:
-        Bool, the shape of ``scores``, True where the weight is kept.
-    """
-    return make_masks(
-        {"weight": scores},
-        amount,
-        granularity=granularity,
-        scope=scope,
-        kept=None if kept is None else {"weight": kept},
-        heads=None if heads is None else {"weight": heads},
-    )["weight"]
-
-
 def check_scope(scope: str, cut: Granularity) -> None:
     """Refuse unknown scopes, and ranking inside a neuron units that are not inside one.
 

@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lightning_efficient.attention.owners import head_count
 from lightning_efficient.common.match import canonical_name, modules_by_name, select_modules
 from lightning_efficient.common.weights import check_weight, is_transposed, weight_attributes, weight_layers
 from lightning_efficient.pruning.granularity import Granularity
 
-# Under these names attention modules keep the layer that reads the heads side by side, and the number of heads.
+# Under these names attention modules keep the layer that reads the heads side by side.
 _OUTPUTS = ("proj", "out_proj", "o_proj", "c_proj")
-_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 
 
 @dataclass(frozen=True)
-class Target:
+class PrunableWeight:
     """A weight to prune.
 
     Args:
@@ -44,7 +44,7 @@ class Target:
 class Targets:
     """Parameter name → target, and why other weights are left alone."""
 
-    matched: dict[str, Target] = field(default_factory=dict)
+    matched: dict[str, PrunableWeight] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
 
@@ -102,7 +102,7 @@ def find_targets(
             if reason is not None:
                 found.skipped[name] = reason
                 continue
-            target = Target(param, layer, module, is_transposed(module), heads.get(layer))
+            target = PrunableWeight(param, layer, module, is_transposed(module), heads.get(layer))
             _check_divides(cut, name, target, param)
             found.matched[name] = target
     if not found.matched:
@@ -111,7 +111,7 @@ def find_targets(
     return found
 
 
-def _check_divides(cut: Granularity, name: str, target: Target, param: nn.Parameter) -> None:
+def _check_divides(cut: Granularity, name: str, target: PrunableWeight, param: nn.Parameter) -> None:
     shape = target.canonical(param).shape
     cut.check(name, (shape[0], shape[1], shape[2:].numel()))
     if cut.kind == "head" and target.heads and shape[1] % target.heads:
@@ -163,7 +163,7 @@ def _head_counts(model: nn.Module) -> dict[str, int]:
     """Name of an output projection → number of heads."""
     found: dict[str, int] = {}
     for prefix, module in model.named_modules():
-        heads = next((n for a in _HEADS if isinstance(n := getattr(module, a, None), int)), None)
+        heads = head_count(module)
         for child in _OUTPUTS if heads else ():
             if heads and isinstance(getattr(module, child, None), nn.Linear):
                 found[canonical_name(f"{prefix}.{child}" if prefix else child)] = heads

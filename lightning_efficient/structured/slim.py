@@ -141,7 +141,7 @@ def plan_slim(model: nn.Module, keep: Mapping[str, Iterable[int]], groups: Group
 def apply_slim(model: nn.Module, keep: Mapping[str, Iterable[int]], groups: Groups) -> Change:
     """Cut units out of a model, in place. All or nothing: whatever is wrong is found before anything changes.
 
-    Call ``surgery.cut_states(optimizers, change.cuts)`` if training goes on.
+    Call ``cut_states(optimizers, change.cuts)`` if training goes on.
 
     Args:
         model: The model.

@@ -74,7 +74,7 @@ class Replay:
             parameters: Also put back the values of parameters, which takes a copy of them.
         """
         with (
-            torch.inference_mode(False),
+            torch.inference_mode(False),  # of a validation around us, whose tensors no backward may ever touch
             torch.no_grad(),
             silent(self.trainer),
             _in_stage(self.trainer, _RUNNING[self.stage]),
@@ -83,7 +83,7 @@ class Replay:
             uncompiled(),
         ):
             self.pl_module.eval()
-            self.twin.eval()
+            self.twin.eval()  # its networks are those of the module, its own flag is not
             yield
 
     def batches(self, loader: Any, most: int | None = None, index: int = 0) -> Generator[Any, None, None]:
@@ -122,6 +122,7 @@ class Replay:
             batch: From the loader; hooks that work in place get tensors of their own.
             index: Of the loader.
         """
+        # In the order of Lightning's loop: dtypes, then the hooks around the transfer.
         batch = self.trainer.precision_plugin.convert_input(own(batch))
         # Hooks of a training loop see a module in training mode: augmentation often asks for it.
         self.twin.training = self.stage == "fit"

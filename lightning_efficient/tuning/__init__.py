@@ -2,12 +2,12 @@
 
 from lightning_efficient.tuning.bootstrap import Paired, compare_paired
 from lightning_efficient.tuning.scores import classification_scores, retrieval_scores
-from lightning_efficient.tuning.sweep import TAUS, Row, TemperatureSweep, tune_temperature
+from lightning_efficient.tuning.sweep import TAUS, SweepRow, TemperatureSweep, tune_temperature
 
 __all__ = [
     "TAUS",
     "Paired",
-    "Row",
+    "SweepRow",
     "TemperatureSweep",
     "classification_scores",
     "compare_paired",

@@ -32,7 +32,7 @@ FEW = 30  # below so many units a bootstrap interval is rough
 
 
 @dataclass(frozen=True)
-class Row:
+class SweepRow:
     """One temperature.
 
     Args:
@@ -75,7 +75,7 @@ class TemperatureSweep:
         note: Something to know about the scores.
     """
 
-    rows: list[Row]
+    rows: list[SweepRow]
     scores: Array
     maximize: bool
     metric: str
@@ -84,12 +84,12 @@ class TemperatureSweep:
     note: str = ""
 
     @property
-    def plain(self) -> Row:
+    def plain(self) -> SweepRow:
         """The model as it is."""
         return next(row for row in self.rows if row.tau == 1.0)
 
     @property
-    def best(self) -> Row:
+    def best(self) -> SweepRow:
         """The temperature with the best mean; where several have it, the one nearest to 1. May be luck."""
         return max(self.rows, key=lambda row: (row.difference, -abs(math.log(row.tau))))
 
@@ -128,7 +128,7 @@ class TemperatureSweep:
             text += f" There are {units} {self.unit} only: the intervals are rough."
         return f"{text} {self.note}".strip()
 
-    def _signed(self, row: Row) -> str:
+    def _signed(self, row: SweepRow) -> str:
         sign = 1.0 if self.maximize else -1.0
         low, high = sorted((sign * row.low, sign * row.high))
         return f"{sign * row.difference:+.2g} [{low:+.2g}, {high:+.2g}]"
@@ -347,7 +347,7 @@ def _numbers(given: Any, tau: float) -> Array:
     return np.asarray(numbers, dtype=np.float64)
 
 
-def _rows(taus: Sequence[float], found: Paired, maximize: bool) -> list[Row]:
+def _rows(taus: Sequence[float], found: Paired, maximize: bool) -> list[SweepRow]:
     means = found.mean if maximize else -found.mean
     columns = zip(taus, means, found.difference, found.low, found.high, strict=True)
-    return [Row(*map(float, row)) for row in columns]
+    return [SweepRow(*map(float, row)) for row in columns]

@@ -141,6 +141,8 @@ class Boundary:
         if optimizer in self._in_closure:
             self._open(optimizer)
         elif optimizer in self._members:
+            # Gradients only. The weights stay the network's until the step itself: clipping, other callbacks and an
+            # exception come in between, and a step that a `GradScaler` skips calls neither of the optimizer's hooks.
             for site in self._with_gradient(optimizer):
                 assert site.param.grad is not None
                 site.pull_gradient(site.param.grad)
@@ -161,7 +163,7 @@ class Boundary:
         moved = {id(t.theta) for site in found for t in site.chain}
         for theta in (t.theta for site in members for t in site.chain):
             if theta is not None and id(theta) not in moved:
-                theta.grad = None
+                theta.grad = None  # of an earlier step: a `zero_grad` of the module does not reach it
         return found
 
     def _open(self, optimizer: Optimizer) -> None:
@@ -183,6 +185,7 @@ class Boundary:
         if closure is None:
             self._open(optimizer)
             return None
+        # Its forward needs the network's weights, and the window may open only when its gradients are there.
         evaluated = self._evaluated(optimizer, closure)
         if len(args) > 1:
             return (args[0], evaluated, *args[2:]), kwargs

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.match import canonical_name, select_modules
-from lightning_efficient.common.weights import check_weight, is_transposed, weight_attributes, weight_layers
+from lightning_efficient.common.weights import check_weight, is_transposed, trained_by, weight_attributes, weight_layers
 from lightning_efficient.surgery.optimizer import add_parameters
 from lightning_efficient.surgery.schedulers import Scheduler
 from lightning_efficient.weightspace import Block, Boundary, SpectralTransform
@@ -203,8 +203,8 @@ def apply_sigma_reparam(
     """
     config = config or SigmaReparamConfig()
     targets = find_targets(model, config, include, exclude)
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if missing := [name for name, (param, _) in targets.matched.items() if id(param) not in held]:
+    trained = trained_by(optimizer)
+    if missing := [name for name, (param, _) in targets.matched.items() if id(param) not in trained]:
         raise ValueError(f"not in the optimizer, so they would never be trained: {missing}. Exclude them.")
     boundary = Boundary()
     change = Change(method=METHOD, skipped=targets.skipped)

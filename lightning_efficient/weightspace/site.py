@@ -64,6 +64,8 @@ class Site:
         fresh, self._fresh, chain = self._fresh, [], self.chain
         if not self.keeps_raw:
             self.raw = None  # saved from narrower weights
+        # The weights are the output of the saved transforms alone: judge those by themselves, go back to W through
+        # them, and only then forward through the whole chain, in which new ones may stand in the middle.
         self.chain = [t for t in chain if t not in fresh]
         if not (fitted := self._fits()):
             self._rebase()
@@ -83,7 +85,7 @@ class Site:
         """``Ŵ → W`` in place, and ``∂L/∂Ŵ → ∂L/∂W``."""
         weight = self._work(self.param.data)
         self._pull(weight, grad)
-        if self.raw is not None:
+        if self.raw is not None:  # to the bit: W divided out of a few bits, or of zeros, would be another one
             self.param.data.copy_(self.raw)
         elif self.keeps_raw:  # the work was done on a copy
             self.param.data.copy_(weight)
@@ -125,6 +127,7 @@ class Site:
 
     @property
     def _tolerance(self) -> float:
+        # Above what another device or a file in fewer bits rounds; weights of another run, or an average, are off by more.
         return max(1e-3, 8 * torch.finfo(self.param.dtype).eps)
 
     def _fits(self) -> bool:
@@ -139,7 +142,7 @@ class Site:
             info = torch.finfo(self.param.dtype)
             made = made.to(self.param.dtype).to(dtype)
             return torch.allclose(made, work, rtol=2 * info.eps, atol=2 * info.eps * info.smallest_normal)
-        for transform in reversed(self.chain):
+        for transform in reversed(self.chain):  # from the outside in: each judges what it has put out itself
             if not transform.fits(work, self._tolerance):
                 return False
             transform.pull(work, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_efficient.common.registry import METHODS
+from lightning_efficient.lifecycle.methods import callback_class
 
 ROOT = Path(__file__).parents[2]
 # Those that need a model or a script of their own have tests of their own.
@@ -62,6 +64,33 @@ def test_snippets_run(card: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         names: dict[str, Any] = {"model": Module(), "data": Data(), "images": torch.randn(2, 6, 16)}
         for block in blocks:
             exec(compile(block, card.name, "exec"), names)
+
+
+CARD_OF = {
+    "magnitude_pruning": "pruning", "sap_pruning": "pruning", "hesso_pruning": "structured_pruning",
+    "pagcp_pruning": "structured_pruning", "run_cost": "compare",
+}  # fmt: skip
+
+
+def test_the_cards_name_every_argument_and_no_other() -> None:
+    arguments: dict[str, set[str]] = {}
+    for method in METHODS.with_callback:
+        names = set(inspect.signature(callback_class(method)).parameters) - {"enabled"}
+        arguments.setdefault(CARD_OF.get(method, method), set()).update(names)
+    for name, expected in arguments.items():
+        card = (ROOT / "docs" / f"{name}.md").read_text("utf-8")
+        assert [a for a in sorted(expected) if not re.search(rf"`{a}[`=]", card)] == [], name
+        tables = re.findall(r"^\| argument \|.*\n((?:\|.*\n)+)", card, re.MULTILINE)
+        rows = [line.split("|")[1] for table in tables for line in table.splitlines()]
+        assert set(re.findall(r"`(\w+)`", " ".join(rows))) <= expected, name
+
+
+def test_the_readme_gives_every_callback_its_yaml_key() -> None:
+    rows = re.findall(
+        r"^\| ((?:`\w+`(?:, )?)+) \| ((?:`\w+`(?:, )?)+) \|", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE
+    )
+    names = [re.findall(r"\w+", " ".join(column)) for column in zip(*rows, strict=True)]
+    assert dict(zip(*names, strict=True)) == {callback_class(m).__name__: m for m in METHODS.with_callback}
 
 
 @pytest.mark.slow

@@ -84,7 +84,7 @@ def test_the_schedule_is_followed(tmp_path: Path, arguments: dict[str, Any]) -> 
     seen: dict[int, int] = {}
     probe = Do(on_train_batch_end=lambda t, m: seen.update({t.global_step: sum(zeros(m).values())}))
     module = fit(tmp_path, MagnitudePruning(**arguments), probe, max_steps=12)
-    assert seen == {s + 1: int(plain.amount_at(s, 12, amount) * size + 1e-9) for s in range(12)}
+    assert seen == {s + 1: int(plain.share(s, plain.steps(12), amount) * size + 1e-9) for s in range(12)}
     untouched = {n: p for n, p in module.named_parameters() if n not in TARGETS}
     assert not [n for n, p in untouched.items() if bool((p == 0).any()) and "bias" not in n], "norms are left alone"
     assert {"net.bn.weight", "net.bn.bias", "net.conv.bias", "net.head.bias"} == set(untouched)

@@ -297,7 +297,7 @@ def test_masks_of_another_method_are_not_lost_silently(tmp_path: Path) -> None:
     t, _ = run(tmp_path, SAPPruning(iterations=2))
     t.save_checkpoint(tmp_path / "file.ckpt")
     again = trainer(tmp_path, MagnitudePruning(), max_steps=-1, max_epochs=9)
-    with pytest.raises(RecipeError, match=r"holds masks of .*SAPPruning.*this run has MagnitudePruning"):
+    with pytest.raises(RecipeError, match=r"holds what .*SAPPruning.* pruned; this run has MagnitudePruning"):
         again.fit(Classifier("cnn"), loader(2), loader(1), ckpt_path=tmp_path / "file.ckpt")
 
 

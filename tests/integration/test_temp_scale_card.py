@@ -1,15 +1,12 @@
-"""The Python of the method card runs, one block after the other, and its table holds every argument."""
+"""The Python of the method card runs, one block after the other."""
 
 from __future__ import annotations
 
-import inspect
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from lightning_efficient import TempScale
 
 CARD = (Path(__file__).parents[2] / "docs" / "temp_scale.md").read_text(encoding="utf-8")
 
@@ -24,9 +21,3 @@ def test_snippets_run(tmp_path: Path, monkeypatch: Any) -> None:
             exec(compile(block, "docs/temp_scale.md", "exec"), namespace)
     assert len(namespace["change"].targets) == 2
     assert "any τ beats 1" in namespace["sweep"].verdict
-
-
-def test_the_table_holds_every_argument() -> None:
-    rows = [line.split("|")[1] for line in CARD.splitlines() if line.startswith("| `")]
-    named = set(re.findall(r"`(\w+)`", " ".join(rows)))
-    assert named == set(inspect.signature(TempScale).parameters) - {"enabled", "include", "exclude"}

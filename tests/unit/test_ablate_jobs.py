@@ -17,9 +17,9 @@ from rich.console import Console
 from lightning_efficient.ablation.engines import LocalEngine, gpus_of_a_run, make_slots
 from lightning_efficient.ablation.files import CHECKPOINT, LOG, PROGRESS, START, STATUS, read_json, write_json
 from lightning_efficient.ablation.job import Job, error_lines, run_job
+from lightning_efficient.ablation.pairing import started_alike
 from lightning_efficient.ablation.plan import check, jobs, locked, plan
-from lightning_efficient.ablation.start import started_alike
-from lightning_efficient.ablation.target import Target, find_target, loggers
+from lightning_efficient.ablation.program import Program, find_program, loggers
 from lightning_efficient.ablation.view import View, duration, errors, row_of, shown_metric, table
 
 DONE = "import json; json.dump({'fitted': True, 'best': 'b.ckpt'}, open('progress.json', 'w')); "
@@ -146,18 +146,18 @@ CONFIG: dict[str, Any] = {"trainer": {"max_epochs": 2, "logger": None}, "model":
 VARIANTS: dict[str, Any] = {"baseline": {}, "sigma": {"sigma_reparam": {"enabled": True}}}
 
 
-def target(**changes: Any) -> Target:
+def program(**changes: Any) -> Program:
     whole: dict[str, Any] = {
         "command": ("train.py",), "arguments": ("--config=b.yaml",), "subcommands": True, "methods_are_keys": False,
         "config": CONFIG,
     }  # fmt: skip
-    return Target(**{**whole, **changes})
+    return Program(**{**whole, **changes})
 
 
 def todo(out: Path, **changes: Any) -> list[Job]:
     runs = plan(VARIANTS, [0, 1], out)
-    check(runs, target())
-    return jobs(runs, target(), **{"test": False, "retry_failed": False, "checkpoint_every": 1.0, **changes})
+    check(runs, program())
+    return jobs(runs, program(), **{"test": False, "retry_failed": False, "checkpoint_every": 1.0, **changes})
 
 
 def names(found: list[Job], out: Path) -> list[str]:
@@ -208,26 +208,26 @@ def test_other_inputs_are_refused_before_anything_changes(tmp_path: Path) -> Non
     with pytest.raises(
         ValueError, match=r"`trainer.max_epochs` was 2, is 5; `model.width` was null, is 3.*another `out`"
     ):
-        check(runs, target(config=changed))
+        check(runs, program(config=changed))
     other = plan({"sigma": {"sigma_reparam": {"enabled": True, "init": "one"}}}, [0], tmp_path)
     with pytest.raises(ValueError, match=r"`methods.sigma_reparam.init` was null, is \"one\""):
-        check(other, target())
+        check(other, program())
     foreign = tmp_path / "mine" / "seed_0"
     foreign.mkdir(parents=True)
     (foreign / "thesis.tex").write_text("", encoding="utf-8")
     with pytest.raises(ValueError, match="holds files that `ablate` did not write"):
-        check(plan({"mine": {}}, [0], tmp_path), target())
+        check(plan({"mine": {}}, [0], tmp_path), program())
 
 
 def test_command_lines(tmp_path: Path) -> None:
     folder, methods = tmp_path / "sigma" / "seed_3", VARIANTS["sigma"]
-    argv = target().argv("fit", folder, methods, 3, Path("c.ckpt"))
+    argv = program().argv("fit", folder, methods, 3, Path("c.ckpt"))
     assert argv[:3] == ("train.py", "fit", "--config=b.yaml")
     assert {"--seed_everything=3", "--ckpt_path=c.ckpt", f"--trainer.default_root_dir={folder}"} <= set(argv)
-    keys = target(methods_are_keys=True)
+    keys = program(methods_are_keys=True)
     assert f"--config={folder / 'methods.yaml'}" in keys.argv("fit", folder, methods, 3)
     assert keys.environment(folder, methods) == {"LIGHTNING_EFFICIENT": ""}
-    bare = target(subcommands=False).argv("fit", folder, methods, 3, Path("c.ckpt"))
+    bare = program(subcommands=False).argv("fit", folder, methods, 3, Path("c.ckpt"))
     assert bare[1] == "--config=b.yaml"
     assert not any("ckpt" in word for word in bare)
 
@@ -259,7 +259,7 @@ def test_a_missing_script() -> None:
     with pytest.raises(
         FileNotFoundError, match=r"no script 'nowhere/train\.py': neither a file nor an importable module"
     ):
-        find_target("nowhere/train.py", [])
+        find_program("nowhere/train.py", [])
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_a_missing_script() -> None:
 def test_scripts_that_are_refused(tmp_path: Path, script: str, message: str) -> None:
     (tmp_path / "train.py").write_text(script, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        find_target(tmp_path / "train.py", [])
+        find_program(tmp_path / "train.py", [])
 
 
 def test_what_a_run_is_told(tmp_path: Path) -> None:

@@ -57,13 +57,14 @@ def test_a_forked_run_sees_what_a_fresh_one_sees(tmp_path: Path, warm: WarmStart
         "        'parent': json.loads(os.environ['LIGHTNING_EFFICIENT_RUN'])['parent'] == os.getppid(),\n"
         "        'variables': sorted(set(os.environ) - {'PWD', 'OLDPWD', '_', 'SHLVL'})}\n"
         "json.dump(seen, open('seen.json', 'w'))\n"
+        "import atexit; atexit.register(print, 'last words')\n"
     )
     seen = []
     for name, starter in (("fresh", FreshStarter()), ("warm", warm)):
         run_job(job(tmp_path / name, code), environment={"SLOT": "a"}, starter=starter)
         assert read_json(tmp_path / name / STATUS)["state"] == "finished"
         text = (tmp_path / name / LOG).read_text(encoding="utf-8")
-        assert text.splitlines()[1:] == ["printed", "told"]
+        assert text.splitlines()[1:] == ["printed", "told", "last words"]
         seen.append(json.loads((tmp_path / name / "seen.json").read_text().replace(str(tmp_path / name), "")))
     assert seen[0] == seen[1]
     assert seen[0]["leads"]

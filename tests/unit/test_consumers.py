@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from fold_models import Affine
 from torch import Tensor, nn
 
-from lightning_efficient.folding.consumers import Consumers, find_consumers
+from lightning_efficient.folding.consumers import Consumers, consumers_of
+from lightning_efficient.folding.tracking import watch
 
 C = 4
 
@@ -28,6 +29,10 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.use(self, x)
+
+
+def find_consumers(model: nn.Module, names: Any, call: Callable[[], Any]) -> dict[str, Consumers]:
+    return consumers_of(watch(model, names if isinstance(names, dict) else dict.fromkeys(names, "last"), call)[0])
 
 
 def find(

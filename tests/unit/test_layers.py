@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -81,6 +82,11 @@ def test_every_room_is_on_the_list() -> None:
     homes = {home for home in lightning_efficient._HOMES.values() if home.startswith("callbacks.")}
     files = {f"callbacks.{path.stem}" for path in FILES if path.parent == ROOT / "callbacks"}
     assert files - {"callbacks.__init__"} == homes, f"callbacks/ holds the public callbacks {public} and nothing else"
+
+
+def test_contributors_are_told_the_same_order() -> None:
+    page = (ROOT.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert tuple(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == ROOMS
 
 
 def test_no_import_circles() -> None:

@@ -316,6 +316,17 @@ def test_heads_are_those_of_output_projections() -> None:
     }
 
 
+@pytest.mark.parametrize("count", ["n_heads", "nhead", "heads", "num_attention_heads"])
+def test_heads_are_counted_by_any_usual_name(count: str) -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.o_proj = nn.Linear(12, 36), nn.Linear(12, 12)
+            setattr(self, count, 3)
+
+    assert find_targets(nn.Sequential(Attends()), granularity="head").matched["0.o_proj.weight"].heads == 3
+
+
 def test_wanda_leaves_alone_what_it_cannot_see() -> None:
     found = find_targets(Model(), criterion="wanda")
     assert list(found.matched) == ["conv.weight"]

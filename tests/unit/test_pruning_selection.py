@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_efficient.common.schedule import Schedule, cubic, iterative
 from lightning_efficient.pruning import criteria
 from lightning_efficient.pruning.granularity import Granularity
-from lightning_efficient.pruning.selection import count_of, lowest, make_mask, make_masks
+from lightning_efficient.pruning.selection import count_of, lowest, make_masks
 
 properties = settings(max_examples=100, deadline=None, derandomize=True)
 amounts = st.floats(0, 0.999)
@@ -23,6 +23,12 @@ amounts = st.floats(0, 0.999)
 
 def scores(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_mask(score: Tensor, amount: float, scope: str = "layer", heads: int | None = None, **cut: str) -> Tensor:
+    return make_masks({"weight": score}, amount, scope=scope, heads={"weight": heads} if heads else None, **cut)[
+        "weight"
+    ]
 
 
 # -- the choice of units ---------------------------------------------------------------------------------------------
@@ -232,7 +238,7 @@ def test_iterative_keeps_the_same_share_each_round() -> None:
 @pytest.mark.parametrize("total", [6, 7, 100, 1001])
 def test_schedules_only_grow_and_end_exactly(kind: Any, total: int) -> None:
     schedule = Schedule(kind)
-    values = [schedule.amount_at(step, total, 0.75) for step in range(total)]
+    values = [schedule.share(step, schedule.steps(total), 0.75) for step in range(total)]
     assert values == sorted(values)
     assert values[-1] == 0.75
     assert values[0] == (0.75 if kind == "constant" else 0.0)
@@ -250,7 +256,7 @@ def test_steps_and_fractions() -> None:
     assert Schedule("cubic", start=3, length=10, every=2).steps(None) == (3, 10, 2)
     assert Schedule("cubic").steps(0) == (0, 0, 1)
     assert Schedule("iterative", rounds=3).steps(40) == (10, 40, 1)
-    assert Schedule("constant").amount_at(0, None, 0.5) == 0.5
+    assert Schedule("constant").share(0, (0, 0, 1), 0.5) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -270,7 +276,7 @@ def test_steps_and_fractions() -> None:
         (lambda: Schedule("iterative").steps(None), r"set `max_steps` or `max_epochs`"),
         (lambda: Schedule().steps(None), r"the run's length is unknown"),
         (lambda: Schedule(start=3, length=4).steps(None), r"`every`=0.01 is a fraction of the run.*unknown"),
-        (lambda: Schedule().amount_at(0, 10, 1.0), r"in \[0, 1\)"),
+        (lambda: Schedule().share(0, (1, 6, 1), 1.0), r"in \[0, 1\)"),
     ],
 )
 def test_schedules_are_checked(call: Any, match: str) -> None:

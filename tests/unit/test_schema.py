@@ -20,12 +20,12 @@ from lightning_efficient.common.schema import (
     OrNone,
     Plain,
     Record,
-    Row,
     Schema,
     SchemaError,
     Such,
     TensorOf,
     Text,
+    TupleOf,
     check,
 )
 
@@ -38,7 +38,7 @@ STATE = Record(
         "best": Number(finite=False),
         "on": Flag(),
         "unit": OneOf(("groups", "macs", None)),
-        "plan": OrNone(Row((Int(low=0), Int(low=1)))),
+        "plan": OrNone(TupleOf((Int(low=0), Int(low=1)))),
         "moments": RISING,
         "masks": MapOf(Text(), MapOf(Int(0, 7), TensorOf(torch.bool, ndim=1))),
         "score": TensorOf("floating", finite=True, low=0),

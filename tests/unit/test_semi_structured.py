@@ -24,7 +24,7 @@ from lightning_efficient.common.comparing import ExportError
 from lightning_efficient.deploy import semi_structured
 from lightning_efficient.deploy.export import export
 from lightning_efficient.deploy.semi_structured import find_semi_structured, holds_pattern, to_semi_structured
-from lightning_efficient.pruning.selection import make_mask
+from lightning_efficient.pruning.selection import make_masks
 
 GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
@@ -36,8 +36,7 @@ def there_and_back(weight: Tensor) -> Tensor:
 
 
 def halved(layer: nn.Linear) -> nn.Linear:
-    mask = make_mask(layer.weight.detach().abs(), 0.5, granularity="2:4")
-    layer.weight.data *= mask
+    layer.weight.data *= make_masks({"": layer.weight.detach().abs()}, 0.5, granularity="2:4", scope="layer")[""]
     return layer
 
 

@@ -26,7 +26,7 @@ _CSV = "lightning.pytorch.loggers.CSVLogger"
 
 
 @dataclass(frozen=True)
-class Target:
+class Program:
     """A training command that is understood.
 
     Args:
@@ -77,7 +77,7 @@ class Target:
         return {VARIABLE: "" if self.methods_are_keys or not methods else str(folder / METHODS_FILE)}
 
 
-def find_target(script: str | os.PathLike[str] | None, arguments: Sequence[str], subcommand: str = "fit") -> Target:
+def find_program(script: str | os.PathLike[str] | None, arguments: Sequence[str], subcommand: str = "fit") -> Program:
     """Ask a script for its configuration, so that what is wrong with it is said once and before any run.
 
     Args:
@@ -97,7 +97,7 @@ def find_target(script: str | os.PathLike[str] | None, arguments: Sequence[str],
             config = _config(done.stdout, " ".join(command))
             keys = [config[method] for method in METHODS.with_callback if method in config]
             efficient = bool(keys) and all(isinstance(key, Mapping) and "enabled" in key for key in keys)
-            return Target(command, tuple(arguments), bool(words), efficient, config)
+            return Program(command, tuple(arguments), bool(words), efficient, config)
         failed = failed or error_lines(done.stderr)
         if f"arguments: {subcommand}" not in done.stderr:
             break
