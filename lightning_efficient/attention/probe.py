@@ -24,7 +24,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_efficient.attention.multihead import rows_of_multihead
-from lightning_efficient.attention.owners import Owners
+from lightning_efficient.attention.owners import ROOT, Owners, scripted_attention
 from lightning_efficient.attention.sdpa import Limits, rows_of_sdpa
 from lightning_efficient.attention.softmax import SOFTMAX, Follower, rows_of_softmax
 from lightning_efficient.common.eager import uncompiled
@@ -91,9 +91,9 @@ class AttentionProbe(TorchFunctionMode):
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` is {value}; expected at least 1, or None for all.")
         self.calls: list[AttentionCall] = []
-        self.unread: dict[str, str] = {}
-        self._limits = Limits(max_samples, max_queries)
         self._keep = keep or (lambda name: True)
+        self.unread: dict[str, str] = {name: w for name, w in scripted_attention(model).items() if self._keep(name)}
+        self._limits = Limits(max_samples, max_queries)
         self._owners = Owners(model)
         self._follower: Follower[AttentionCall] = Follower()
         self._unconfirmed: dict[str, str] = {}
@@ -157,7 +157,7 @@ class AttentionProbe(TorchFunctionMode):
 
     @torch.no_grad()
     def _read(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
-        site = self._owners.current or "(model)"
+        site = self._owners.current or ROOT
         if func in SOFTMAX:
             rows = rows_of_softmax(self._limits, *args, **kwargs)
             if rows is not None:

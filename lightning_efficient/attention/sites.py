@@ -19,8 +19,8 @@ from lightning_efficient.attention.knobs import (
     over_channels,
     reaches_weights,
 )
-from lightning_efficient.attention.owners import HEAD_COUNTS
-from lightning_efficient.attention.trace import ROOT, Seen, Trace
+from lightning_efficient.attention.owners import HEAD_COUNTS, ROOT
+from lightning_efficient.attention.trace import Seen, Trace
 from lightning_efficient.common.match import canonical_name
 from lightning_efficient.common.nests import mapped
 from lightning_efficient.common.running import Float64, float64_copy, forget

@@ -22,6 +22,7 @@ from lightning_efficient.attention.softmax import SOFTMAX
 
 Mode = Literal["constant", "log_n", "ssmax"]
 _MULTIHEAD = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
+_SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,42 @@ def visible(logits: Tensor) -> Tensor:
     return logits > torch.finfo(logits.dtype).min / 4
 
 
+def without_blind(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
+    """The arguments of an attention call in which every query sees a key, for checks.
+
+    What a query yields that sees none (left padding under a causal mask) is NaN or the mean of all values, whatever its
+    logits are, and autograd differentiates it wrongly: it carries no information, and would hide that of the rest.
+
+    Args:
+        func: The torch function.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+
+    Returns:
+        The arguments, and which queries saw a key, ``(..., queries, 1)``: the results of the others are to be put to
+        zero. None, if all did.
+    """
+    if func is F.scaled_dot_product_attention:
+        call = dict(zip(_SDPA, args, strict=False)) | dict(kwargs)
+        mask = call.get("attn_mask")
+        if mask is None or call["query"].is_nested:
+            return args, dict(kwargs), None
+        sees = _keys_seen(call["query"], call["key"], mask, call.get("is_causal", False)) > 0
+        if not bool(sees.all()):
+            mask = mask | ~sees if mask.dtype == torch.bool else torch.where(sees, mask, 0.0)
+            return (), call | {"attn_mask": mask}, sees
+    elif func in SOFTMAX and (logits := logits_of_softmax(args, kwargs)) is not None:
+        sees = visible(logits).any(-1, keepdim=True)
+        # NaN is no mask.
+        sees = sees | logits.isnan().any(-1, keepdim=True)
+        if not bool(sees.all()):
+            rest = {name: value for name, value in kwargs.items() if name != "input"}
+            return (torch.where(sees, logits, 0.0), *args[1:]), rest, sees
+    return args, dict(kwargs), None
+
+
 def _times(logits: Tensor, factor: Tensor | float) -> Tensor:
     """What masks stays as it is: ``finfo.min`` would overflow, and times ``log 1`` it would mask no more."""
     seen = visible(logits)
@@ -156,7 +193,11 @@ def _sdpa(
 ) -> dict[str, Any]:
     factor = law.of(None if law.mode == "constant" else _keys_seen(query, key, attn_mask, is_causal))
     if isinstance(factor, Tensor):
-        query = _product(query, factor)
+        scaled = _product(query, factor)
+        if factor.requires_grad and attn_mask is not None and attn_mask.is_floating_point():
+            # Not of a query that sees no key: finfo.min swallows its logits, and their gradient would go on.
+            scaled = torch.where(visible(attn_mask).any(-1, keepdim=True), scaled, query)
+        query = scaled
     else:
         scale = (query.shape[-1] ** -0.5 if scale is None else scale) * factor
     if attn_mask is not None and attn_mask.is_floating_point():
