@@ -22,6 +22,8 @@ from lightning_efficient.attention.softmax import SOFTMAX
 
 Mode = Literal["constant", "log_n", "ssmax"]
 _MULTIHEAD = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
+# As in `visible_keys`, which also has the content to look at.
+_MASK_GAP = 87.0
 _SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
@@ -108,8 +110,8 @@ def tempered(law: Law, func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     if func in SOFTMAX and (logits := logits_of_softmax(args, kwargs)) is not None:
         if (dtype := kwargs.get("dtype")) is not None:
             logits = logits.to(dtype)
-        keys = None if law.mode == "constant" else visible(logits).sum(-1, keepdim=True)
-        return func(_times(logits, law.of(keys)), *args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
+        rest = {name: value for name, value in kwargs.items() if name != "input"}
+        return func(logits_under(law, logits), *args[1:], **rest)
     return func(*args, **kwargs)
 
 
@@ -125,6 +127,33 @@ def logits_of_softmax(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tenso
 def visible(logits: Tensor) -> Tensor:
     """Which keys an additive mask, or logits with one in them, leaves."""
     return logits > torch.finfo(logits.dtype).min / 4
+
+
+def logits_under(law: Law, logits: Tensor) -> Tensor:
+    """Logits that were written out, multiplied; what hides a key stays.
+
+    Args:
+        law: By how much.
+        logits: ``(..., heads, queries, keys)``, masks among them.
+    """
+    by_length = law.mode != "constant"
+    return _times(logits, law.of(keys_seen(logits) if by_length else None), by_length)
+
+
+def keys_seen(logits: Tensor) -> Tensor:
+    """How many keys each query sees, ``(..., queries, 1)``: also masks of -100 or -1e4 hide one.
+
+    Args:
+        logits: Or what is added to them.
+    """
+    return _near(logits).sum(-1, keepdim=True)
+
+
+def _near(logits: Tensor) -> Tensor:
+    """What a finite mask leaves, too: such a mask lies far below the largest of its row."""
+    left = visible(logits)
+    top = logits.masked_fill(~left, -torch.inf).amax(-1, keepdim=True)
+    return left & (logits >= top - _MASK_GAP)
 
 
 def without_blind(
@@ -163,9 +192,9 @@ def without_blind(
     return args, dict(kwargs), None
 
 
-def _times(logits: Tensor, factor: Tensor | float) -> Tensor:
-    """What masks stays as it is: ``finfo.min`` would overflow, and times ``log 1`` it would mask no more."""
-    seen = visible(logits)
+def _times(logits: Tensor, factor: Tensor | float, by_length: bool = False) -> Tensor:
+    """What masks stays as it is: ``finfo.min`` would overflow, and times ``log 1`` any mask would mask no more."""
+    seen = _near(logits) if by_length else visible(logits)
     if isinstance(factor, Tensor) and factor.requires_grad:
         # Not what is masked: the gradient of the factor would be 0 times -inf.
         return torch.where(seen, _product(torch.where(seen, logits, 0.0), factor), logits)
@@ -201,7 +230,7 @@ def _sdpa(
     else:
         scale = (query.shape[-1] ** -0.5 if scale is None else scale) * factor
     if attn_mask is not None and attn_mask.is_floating_point():
-        attn_mask = _times(attn_mask, factor)
+        attn_mask = _times(attn_mask, factor, law.mode != "constant")
     call = {"query": query, "key": key, "value": value, "attn_mask": attn_mask, "dropout_p": dropout_p}
     return call | {"is_causal": is_causal, "scale": scale} | others
 
@@ -212,9 +241,11 @@ def _keys_seen(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool)
     seen = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
     if is_causal:
         seen = seen.tril()
-    if mask is not None:
-        seen = seen & (mask if mask.dtype == torch.bool else visible(mask))
-    return seen.sum(-1, keepdim=True)
+    if mask is None:
+        return seen.sum(-1, keepdim=True)
+    if mask.dtype == torch.bool:
+        return (seen & mask).sum(-1, keepdim=True)
+    return keys_seen(torch.where(seen, mask, -torch.inf))
 
 
 def _multihead(law: Law, call: dict[str, Any]) -> Any:
@@ -257,8 +288,7 @@ def _multihead_written_out(law: Law, call: dict[str, Any]) -> tuple[Tensor, Tens
     mask = mask_of_multihead(c, batch=query.shape[1], keep=query.shape[1], extra=k.shape[2] - key.shape[0])
     logits = q @ k.mT * q.shape[-1] ** -0.5
     logits = logits if mask is None else logits + mask.to(logits.dtype)
-    factor = law.of(visible(logits).sum(-1, keepdim=True))
-    attention = F.dropout(torch.softmax(_times(logits, factor), -1), c.dropout_p, c.training)
+    attention = F.dropout(torch.softmax(logits_under(law, logits), -1), c.dropout_p, c.training)
     out = F.linear((attention @ v).permute(2, 0, 1, 3).flatten(2), c.out_proj_weight, c.out_proj_bias)
     attention = attention.mean(1) if c.average_attn_weights else attention
     if unbatched:

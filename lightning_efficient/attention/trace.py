@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_efficient.attention.multihead import arguments_of_multihead, mask_of_multihead, project
 from lightning_efficient.attention.owners import ROOT, Owners, scripted_attention
 from lightning_efficient.attention.softmax import SOFTMAX, Follower
-from lightning_efficient.attention.temper import Law, logits_of_softmax, tempered, visible, without_blind
+from lightning_efficient.attention.temper import Law, logits_of_softmax, logits_under, tempered, visible, without_blind
 from lightning_efficient.common.eager import uncompiled
 from lightning_efficient.common.nests import mapped, tensors_in
 
@@ -157,7 +157,7 @@ class Trace(TorchFunctionMode):
             self.others.setdefault(call.site, set()).add(tuple(call.logits.shape))
         else:
             seen = visible(call.logits) if sees is None else visible(call.logits) & sees
-            call.logits = torch.where(seen, call.logits * law.of(seen.sum(-1, keepdim=True)), -torch.inf)
+            call.logits = torch.where(seen, logits_under(law, call.logits), -torch.inf)
             self.calls.append(call)
 
     def _softmax(self, site: str, out: Tensor, logits: Tensor) -> Seen:

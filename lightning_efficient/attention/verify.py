@@ -13,7 +13,7 @@ from lightning_efficient.attention.adapter import install
 from lightning_efficient.attention.knobs import MASK_GAP
 from lightning_efficient.attention.owners import ROOT
 from lightning_efficient.attention.sites import perturbed, run_float64
-from lightning_efficient.attention.temper import Law
+from lightning_efficient.attention.temper import Law, keys_seen
 from lightning_efficient.attention.trace import Seen, Trace
 from lightning_efficient.common.comparing import gap
 from lightning_efficient.common.match import canonical_name, modules_by_name
@@ -133,7 +133,7 @@ def _entropies(verdict: Verdict, laws: Mapping[str, Law], calls: Sequence[Seen])
     for site, law in laws.items():
         before, after = [], []
         for call in (c for c in calls if c.site == site):
-            factor = law.of((call.logits > -torch.inf).sum(-1, keepdim=True))
+            factor = law.of(keys_seen(call.logits))
             factor = factor.clamp(min=1e-9) if isinstance(factor, Tensor) else factor
             after.append(_entropy(call.logits))
             before.append(_entropy(call.logits / factor))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import lightning_efficient.functional as LF
 from lightning_efficient.attention import AttentionProbe
+from lightning_efficient.attention.temper import Law, Temper
 from lightning_efficient.attention.temperature import TempScaleConfig, TempScaleError, check_gradients, find_targets
 from lightning_efficient.common.running import Float64
 
@@ -167,3 +168,21 @@ def test_scripted_modules_are_named() -> None:
     with AttentionProbe(model) as probe:
         model(x)
     assert "1: attends in TorchScript" in probe.report
+
+
+@pytest.mark.parametrize("mode", ["log_n", "ssmax"])
+def test_the_number_of_keys_does_not_depend_on_the_number_that_masks(mode: Any) -> None:
+    q, k, v = torch.randn(3, 2, 4, 6, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    hidden = ~(torch.ones(6, 6, dtype=torch.bool).tril())
+
+    def outputs(number: float, fused: bool) -> Tensor:
+        mask = torch.zeros(6, 6, dtype=torch.float64).masked_fill(hidden, number)
+        with Temper(Law(0.8, mode)):
+            if fused:
+                return F.scaled_dot_product_attention(q, k, v, mask, scale=0.3)
+            return (q @ k.mT * 0.3 + mask).softmax(-1) @ v
+
+    expected = outputs(-math.inf, True)
+    for number in (-1e9, -1e4, torch.finfo(torch.float32).min / 2):
+        for fused in (True, False):
+            torch.testing.assert_close(outputs(number, fused), expected)
