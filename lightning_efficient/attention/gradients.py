@@ -8,19 +8,19 @@ adapter is repeated as well.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_efficient.attention.adapter import install
+from lightning_efficient.attention.owners import ROOT
 from lightning_efficient.attention.sites import perturbed
-from lightning_efficient.attention.temper import Law
-from lightning_efficient.attention.trace import ROOT
+from lightning_efficient.attention.temper import Law, without_blind
 from lightning_efficient.common.match import modules_by_name
 from lightning_efficient.common.nests import mapped, tensors_behind
-from lightning_efficient.common.running import float64_copy, forget
+from lightning_efficient.common.running import Float64, float64_copy, forget
 from lightning_efficient.folding.probes import Probe
 
 _STEP = 1e-2  # of log tau; the error of a central difference is its square
@@ -51,8 +51,9 @@ def wrong_gradients(model: nn.Module, probe: Probe, sites: Sequence[str]) -> dic
     for site, log_tau in taus.items():
         install(twin, modules["" if site == ROOT else site], Law(log_tau=log_tau))
     try:
-        total = _weighted(twin, probe)
-        total.backward()  # type: ignore[no-untyped-call]
+        with _Checked():  # also while checkpointing repeats a forward, which `Tensor.backward` would switch it off for
+            total = _weighted(twin, probe)
+            torch.autograd.backward([total])
     except Exception as why:  # torch notices that it repeats something else
         text = str(why).strip().splitlines() or [""]
         return dict.fromkeys(sites, f"backward fails: {type(why).__name__}: {text[0]}")
@@ -71,6 +72,18 @@ def wrong_gradients(model: nn.Module, probe: Probe, sites: Sequence[str]) -> dic
     return wrong
 
 
+class _Checked(Float64):
+    """In float64, queries that see no key left out."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """The call, without them."""
+        args, kwargs, sees = without_blind(func, args, kwargs or {})
+        out = super().__torch_function__(func, types, args, kwargs)
+        return out if sees is None else torch.where(sees, out, 0.0)
+
+
 def _weighted(twin: nn.Module, probe: Probe) -> Tensor:
     """A number that depends on all outputs; the same random numbers are drawn every time."""
 
@@ -79,7 +92,7 @@ def _weighted(twin: nn.Module, probe: Probe) -> Tensor:
         return value.double().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
 
     forget(twin)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _Checked():
         torch.manual_seed(0)
         result = twin(*mapped(probe.args, double), **mapped(probe.kwargs, double))
     random = torch.Generator().manual_seed(1)

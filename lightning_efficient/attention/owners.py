@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -15,6 +15,12 @@ from lightning_efficient.common.match import canonical_name
 
 # The attributes in which modules keep their number of heads. What attends is read off what runs, never off these.
 HEAD_COUNTS = ("num_heads", "n_heads", "num_attention_heads", "n_head", "nhead", "heads")
+
+# What stands for the model itself among the names of modules that attend.
+ROOT = "(model)"
+_FUSED = {"aten::scaled_dot_product_attention", "aten::_native_multi_head_attention"}
+_SOFTMAX = {"aten::softmax", "aten::_softmax"}
+_PRODUCTS = {"aten::matmul", "aten::bmm", "aten::einsum", "aten::baddbmm"}
 
 
 def head_count(module: object) -> int | None:
@@ -87,6 +93,33 @@ class Owners(AbstractContextManager["Owners"]):
     def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
         if self._stack:
             self._stack.pop()
+
+
+def scripted_attention(model: nn.Module) -> dict[str, str]:
+    """Outermost TorchScript modules that seem to attend, and why that cannot be read: no Python runs in them.
+
+    Args:
+        model: Names are relative to it; ``"(model)"`` for itself.
+    """
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.jit.ScriptModule) or any(_inside(name, n) or n == ROOT for n in found):
+            continue
+        kinds = {node.kind().removesuffix("_") for node in _nodes(module)}
+        if kinds & _FUSED or (kinds & _SOFTMAX and kinds & _PRODUCTS):
+            found[canonical_name(name) or ROOT] = (
+                "attends in TorchScript, which cannot be read: use the module that it was made from"
+            )
+    return found
+
+
+def _nodes(module: torch.jit.ScriptModule) -> Iterator[Any]:
+    # Traced and scripted modules have a graph; what has a method of another name instead has none.
+    blocks: list[Any] = [module.inlined_graph] if hasattr(module, "inlined_graph") else []
+    while blocks:
+        for node in blocks.pop().nodes():
+            yield node
+            blocks.extend(node.blocks())
 
 
 def _inside(name: str, parent: str) -> bool:

@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_efficient.attention.biases import Biases
 from lightning_efficient.attention.multihead import rows_of_multihead
-from lightning_efficient.attention.owners import Owners
+from lightning_efficient.attention.owners import ROOT, Owners, scripted_attention
 from lightning_efficient.attention.sdpa import Limits, rows_of_sdpa
 from lightning_efficient.attention.softmax import SOFTMAX, Follower, rows_of_softmax
 from lightning_efficient.common.eager import uncompiled
@@ -91,11 +92,12 @@ class AttentionProbe(TorchFunctionMode):
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` is {value}; expected at least 1, or None for all.")
         self.calls: list[AttentionCall] = []
-        self.unread: dict[str, str] = {}
-        self._limits = Limits(max_samples, max_queries)
         self._keep = keep or (lambda name: True)
+        self.unread: dict[str, str] = {name: w for name, w in scripted_attention(model).items() if self._keep(name)}
+        self._limits = Limits(max_samples, max_queries)
         self._owners = Owners(model)
         self._follower: Follower[AttentionCall] = Follower()
+        self._biases = Biases()
         self._unconfirmed: dict[str, str] = {}
         self._reading = True
         self._visits: Counter[str] = Counter()
@@ -118,7 +120,7 @@ class AttentionProbe(TorchFunctionMode):
         """Stop reading and remove the hooks, for a caller that cannot leave the context just now."""
         self._reading = False
         self._owners.release()
-        self._follower = Follower()
+        self._follower, self._biases = Follower(), Biases()
 
     def __torch_function__(
         self,
@@ -135,6 +137,8 @@ class AttentionProbe(TorchFunctionMode):
                 self._read(func, args, kwargs, out)
         elif (call := self._follower.see(func, args, out)) is not None:
             self._add(call)
+        elif self._reading:
+            self._biases.see(func, args, kwargs, out)
         return out
 
     @property
@@ -150,19 +154,19 @@ class AttentionProbe(TorchFunctionMode):
         if not parts:
             return ""
         return (
-            f"{'; '.join(parts)}. Readable are F.scaled_dot_product_attention (3-D and 4-D), "
+            f"{'; '.join(parts)}. Readable are F.scaled_dot_product_attention, "
             "nn.MultiheadAttention, and softmax over the last axis followed by a matrix product; not "
             "flex_attention, custom kernels or exp/sum written by hand."
         )
 
     @torch.no_grad()
     def _read(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
-        site = self._owners.current or "(model)"
+        site = self._owners.current or ROOT
         if func in SOFTMAX:
-            rows = rows_of_softmax(self._limits, *args, **kwargs)
+            rows = rows_of_softmax(self._limits, self._biases, *args, **kwargs)
             if rows is not None:
                 self._follower.start(out, AttentionCall(site, "softmax", rows))
-                if out.dim() == 4:
+                if out.dim() >= 4:
                     shape = tuple(out.shape)
                     self._unconfirmed[site] = f"a softmax of shape {shape} is not a product's left factor"
             return

@@ -23,17 +23,18 @@ def rows_of_sdpa(limits: Limits, *args: Any, **kwargs: Any) -> AttentionRows:
     q, k, mask, is_causal, scale = _arguments(*args, **kwargs)
     if q.is_nested or k.is_nested:
         raise UnknownAttentionError("scaled_dot_product_attention on nested tensors")
-    if q.dim() == 3:  # (batch, length, dim): one head
-        q, k = q.unsqueeze(1), k.unsqueeze(1)
-        mask = mask if mask is None or mask.dim() < 3 else mask.unsqueeze(1)
-    if q.dim() != 4 or k.dim() != 4:
+    if q.dim() < 3 or k.dim() != q.dim():
         raise UnknownAttentionError(
-            f"scaled_dot_product_attention on queries of shape {tuple(q.shape)}: which axis holds the heads?"
+            f"scaled_dot_product_attention on queries of shape {tuple(q.shape)}, keys {tuple(k.shape)}"
         )
-    n = limits.samples(q.shape[0])
-    if mask is not None and mask.dim() == 4 and mask.shape[0] > 1:
-        mask = mask[:n]
-    return attention_rows(q[:n], k[:n], mask=mask, is_causal=is_causal, scale=scale, max_queries=limits.max_queries)
+    if q.dim() > 4 and mask is not None:
+        mask = mask.expand(*q.shape[:-2], *mask.shape[-2:])
+    if mask is not None and mask.dim() == q.dim() != 4:
+        mask = limits.by_head(mask)
+    elif mask is not None and mask.dim() == 4 and mask.shape[0] > 1:
+        mask = mask[: limits.samples(q.shape[0])]
+    q, k = limits.by_head(q), limits.by_head(k)
+    return attention_rows(q, k, mask=mask, is_causal=is_causal, scale=scale, max_queries=limits.max_queries)
 
 
 def _arguments(
@@ -63,6 +64,20 @@ class Limits(NamedTuple):
 
     max_samples: int | None = None
     max_queries: int | None = None
+
+    def by_head(self, tensor: Tensor) -> Tensor:
+        """The samples that are measured, as ``(samples, heads, length, ...)``.
+
+        Three axes may have batch and heads merged in the first, in either order, and more than four hold heads and
+        windows in either order. Nothing says which, and a mean over heads would hide a collapsed one: every entry of
+        the leading axes counts as a head then, and of three axes all are measured.
+
+        Args:
+            tensor: ``(batch, heads, length, ...)``; or another number of leading axes.
+        """
+        if tensor.dim() == 3:
+            return tensor.unsqueeze(0)
+        return tensor[: self.samples(tensor.shape[0])].flatten(1, -3)
 
     def samples(self, batch: int) -> int:
         """How many samples of a batch of this size are measured."""

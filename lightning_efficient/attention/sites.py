@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_efficient.attention.knobs import (
+    MASK_GAP,
     Graph,
     Knob,
     NoKnobError,
@@ -19,8 +20,8 @@ from lightning_efficient.attention.knobs import (
     over_channels,
     reaches_weights,
 )
-from lightning_efficient.attention.owners import head_count
-from lightning_efficient.attention.trace import ROOT, Seen, Trace
+from lightning_efficient.attention.owners import ROOT, head_count
+from lightning_efficient.attention.trace import Seen, Trace
 from lightning_efficient.common.match import canonical_name
 from lightning_efficient.common.nests import mapped
 from lightning_efficient.common.running import Float64, float64_copy, forget
@@ -254,7 +255,8 @@ def _projections(model: nn.Module) -> dict[str, int]:
 
 def _is_causal(calls: Sequence[Seen]) -> bool:
     """No query sees a key after its own, and some key is hidden that way."""
-    seen = [call.logits > -torch.inf for call in calls if call.logits.shape[-1] == call.logits.shape[-2] > 1]
+    square = [call.logits for call in calls if call.logits.shape[-1] == call.logits.shape[-2] > 1]
+    seen = [logits > logits.amax(-1, keepdim=True) - MASK_GAP for logits in square]
     return bool(seen) and not any(bool(mask.triu(1).any()) for mask in seen)
 
 

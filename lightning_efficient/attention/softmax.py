@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_efficient.attention.biases import Biases
 from lightning_efficient.attention.sdpa import Limits
 from lightning_efficient.metrics.functional import AttentionRows, query_indices, rows_from_logits
 
@@ -37,27 +38,26 @@ _KEEPS_KEYS = frozenset(
 T = TypeVar("T")
 
 
-def rows_of_softmax(limits: Limits, *args: Any, **kwargs: Any) -> AttentionRows | None:
+def rows_of_softmax(limits: Limits, biases: Biases, *args: Any, **kwargs: Any) -> AttentionRows | None:
     """Attention rows of a softmax call, or ``None`` if its shape or axis rules attention out.
-
-    A 3-D softmax is taken as one head: if batch and heads were merged into its first axis, the mean over rows
-    is over the heads as well. ``-inf`` and ``finfo.min`` count as masks; a finite mask such as ``-1e4`` is an
-    ordinary logit.
 
     Args:
         limits: How much of the call is measured.
+        biases: What was added to the product of queries and keys: it says which keys are hidden. Where there was no
+            product, ``-inf`` and ``finfo.min`` are masks, and any other number is an ordinary logit.
         args: Positional arguments of the call.
         kwargs: Keyword arguments of the call.
     """
     logits = args[0] if args else kwargs["input"]
     axis = args[1] if len(args) > 1 else kwargs.get("dim")
-    if not isinstance(logits, Tensor) or logits.dim() not in (3, 4) or axis not in (-1, logits.dim() - 1):
+    if not isinstance(logits, Tensor) or logits.dim() < 3 or axis not in (-1, logits.dim() - 1):
         return None
     if not logits.is_floating_point() or not logits.numel():
         return None
-    logits = logits.unsqueeze(1) if logits.dim() == 3 else logits
-    index = query_indices(logits.shape[2], limits.max_queries).to(logits.device)
-    return rows_from_logits(logits[: limits.samples(logits.shape[0]), :, index])
+    index = query_indices(logits.shape[-2], limits.max_queries).to(logits.device)
+    bias = biases.of(logits)
+    parts = [None if t is None else limits.by_head(t)[:, :, index] for t in (logits, bias)]
+    return rows_from_logits(cast(Tensor, parts[0]), bias=parts[1])
 
 
 class Follower(Generic[T]):

@@ -22,6 +22,9 @@ from lightning_efficient.attention.softmax import SOFTMAX
 
 Mode = Literal["constant", "log_n", "ssmax"]
 _MULTIHEAD = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
+# As in `visible_keys`, which also has the content to look at.
+_MASK_GAP = 87.0
+_SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,8 @@ def tempered(law: Law, func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     if func in SOFTMAX and (logits := logits_of_softmax(args, kwargs)) is not None:
         if (dtype := kwargs.get("dtype")) is not None:
             logits = logits.to(dtype)
-        keys = None if law.mode == "constant" else visible(logits).sum(-1, keepdim=True)
-        return func(_times(logits, law.of(keys)), *args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
+        rest = {name: value for name, value in kwargs.items() if name != "input"}
+        return func(logits_under(law, logits), *args[1:], **rest)
     return func(*args, **kwargs)
 
 
@@ -126,9 +129,72 @@ def visible(logits: Tensor) -> Tensor:
     return logits > torch.finfo(logits.dtype).min / 4
 
 
-def _times(logits: Tensor, factor: Tensor | float) -> Tensor:
-    """What masks stays as it is: ``finfo.min`` would overflow, and times ``log 1`` it would mask no more."""
-    seen = visible(logits)
+def logits_under(law: Law, logits: Tensor) -> Tensor:
+    """Logits that were written out, multiplied; what hides a key stays.
+
+    Args:
+        law: By how much.
+        logits: ``(..., heads, queries, keys)``, masks among them.
+    """
+    by_length = law.mode != "constant"
+    return _times(logits, law.of(keys_seen(logits) if by_length else None), by_length)
+
+
+def keys_seen(logits: Tensor) -> Tensor:
+    """How many keys each query sees, ``(..., queries, 1)``: also masks of -100 or -1e4 hide one.
+
+    Args:
+        logits: Or what is added to them.
+    """
+    return _near(logits).sum(-1, keepdim=True)
+
+
+def _near(logits: Tensor) -> Tensor:
+    """What a finite mask leaves, too: such a mask lies far below the largest of its row."""
+    left = visible(logits)
+    top = logits.masked_fill(~left, -torch.inf).amax(-1, keepdim=True)
+    return left & (logits >= top - _MASK_GAP)
+
+
+def without_blind(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
+    """The arguments of an attention call in which every query sees a key, for checks.
+
+    What a query yields that sees none (left padding under a causal mask) is NaN or the mean of all values, whatever its
+    logits are, and autograd differentiates it wrongly: it carries no information, and would hide that of the rest.
+
+    Args:
+        func: The torch function.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+
+    Returns:
+        The arguments, and which queries saw a key, ``(..., queries, 1)``: the results of the others are to be put to
+        zero. None, if all did.
+    """
+    if func is F.scaled_dot_product_attention:
+        call = dict(zip(_SDPA, args, strict=False)) | dict(kwargs)
+        mask = call.get("attn_mask")
+        if mask is None or call["query"].is_nested:
+            return args, dict(kwargs), None
+        sees = _keys_seen(call["query"], call["key"], mask, call.get("is_causal", False)) > 0
+        if not bool(sees.all()):
+            mask = mask | ~sees if mask.dtype == torch.bool else torch.where(sees, mask, 0.0)
+            return (), call | {"attn_mask": mask}, sees
+    elif func in SOFTMAX and (logits := logits_of_softmax(args, kwargs)) is not None:
+        sees = visible(logits).any(-1, keepdim=True)
+        # NaN is no mask.
+        sees = sees | logits.isnan().any(-1, keepdim=True)
+        if not bool(sees.all()):
+            rest = {name: value for name, value in kwargs.items() if name != "input"}
+            return (torch.where(sees, logits, 0.0), *args[1:]), rest, sees
+    return args, dict(kwargs), None
+
+
+def _times(logits: Tensor, factor: Tensor | float, by_length: bool = False) -> Tensor:
+    """What masks stays as it is: ``finfo.min`` would overflow, and times ``log 1`` any mask would mask no more."""
+    seen = _near(logits) if by_length else visible(logits)
     if isinstance(factor, Tensor) and factor.requires_grad:
         # Not what is masked: the gradient of the factor would be 0 times -inf.
         return torch.where(seen, _product(torch.where(seen, logits, 0.0), factor), logits)
@@ -156,11 +222,15 @@ def _sdpa(
 ) -> dict[str, Any]:
     factor = law.of(None if law.mode == "constant" else _keys_seen(query, key, attn_mask, is_causal))
     if isinstance(factor, Tensor):
-        query = _product(query, factor)
+        scaled = _product(query, factor)
+        if factor.requires_grad and attn_mask is not None and attn_mask.is_floating_point():
+            # Not of a query that sees no key: finfo.min swallows its logits, and their gradient would go on.
+            scaled = torch.where(visible(attn_mask).any(-1, keepdim=True), scaled, query)
+        query = scaled
     else:
         scale = (query.shape[-1] ** -0.5 if scale is None else scale) * factor
     if attn_mask is not None and attn_mask.is_floating_point():
-        attn_mask = _times(attn_mask, factor)
+        attn_mask = _times(attn_mask, factor, law.mode != "constant")
     call = {"query": query, "key": key, "value": value, "attn_mask": attn_mask, "dropout_p": dropout_p}
     return call | {"is_causal": is_causal, "scale": scale} | others
 
@@ -171,9 +241,11 @@ def _keys_seen(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool)
     seen = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
     if is_causal:
         seen = seen.tril()
-    if mask is not None:
-        seen = seen & (mask if mask.dtype == torch.bool else visible(mask))
-    return seen.sum(-1, keepdim=True)
+    if mask is None:
+        return seen.sum(-1, keepdim=True)
+    if mask.dtype == torch.bool:
+        return (seen & mask).sum(-1, keepdim=True)
+    return keys_seen(torch.where(seen, mask, -torch.inf))
 
 
 def _multihead(law: Law, call: dict[str, Any]) -> Any:
@@ -216,8 +288,7 @@ def _multihead_written_out(law: Law, call: dict[str, Any]) -> tuple[Tensor, Tens
     mask = mask_of_multihead(c, batch=query.shape[1], keep=query.shape[1], extra=k.shape[2] - key.shape[0])
     logits = q @ k.mT * q.shape[-1] ** -0.5
     logits = logits if mask is None else logits + mask.to(logits.dtype)
-    factor = law.of(visible(logits).sum(-1, keepdim=True))
-    attention = F.dropout(torch.softmax(_times(logits, factor), -1), c.dropout_p, c.training)
+    attention = F.dropout(torch.softmax(logits_under(law, logits), -1), c.dropout_p, c.training)
     out = F.linear((attention @ v).permute(2, 0, 1, 3).flatten(2), c.out_proj_weight, c.out_proj_bias)
     attention = attention.mean(1) if c.average_attn_weights else attention
     if unbatched:

@@ -8,6 +8,7 @@ included, where that is exact, and into a forward adapter where not; it is prove
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_efficient.attention.adapter import install, installed, remove
+from lightning_efficient.attention.adapter import allow_saving, install, installed, refuse_saving, remove
 from lightning_efficient.attention.temper import Law, Mode
 from lightning_efficient.attention.temperature_targets import (
     MARK,
@@ -42,6 +43,7 @@ __all__ = [
     "check_gradients",
     "find_targets",
     "install_targets",
+    "keep_saving_honest",
     "make_transforms",
     "remove_temp_scale",
 ]
@@ -98,7 +100,25 @@ def install_targets(model: nn.Module, targets: Targets, weights: bool = True) ->
     for site in adapters:
         install(model, module_at(model, site), targets.laws[site])
     setattr(model, MARK, {"originals": originals, "adapters": adapters})
+    keep_saving_honest(model, originals)
     forget(model)
+
+
+def keep_saving_honest(model: nn.Module, scaled: Collection[str]) -> None:
+    """Have ``save_pretrained`` of PEFT's models refuse, which writes adapters alone, if that loses a scaled weight.
+
+    Args:
+        model: The model.
+        scaled: Names of the parameters that hold a temperature.
+    """
+    if (peft := sys.modules.get("peft")) is None or not scaled:
+        return
+    parameters = {canonical_name(name): p for name, p in model.named_parameters()}
+    ours = {id(parameters[name]): parameters[name].data_ptr() for name in scaled}
+    for owner in (module for module in model.modules() if isinstance(module, peft.PeftModel)):
+        written = {t.data_ptr() for t in peft.get_peft_model_state_dict(owner, save_embedding_layers=False).values()}
+        if any(ours.get(id(p)) not in written | {None} for p in owner.parameters()):
+            refuse_saving(model, MARK, [owner])
 
 
 @torch.no_grad()
@@ -131,7 +151,8 @@ def remove_temp_scale(model: nn.Module) -> None:
     for now, original in restored:
         now.copy_(original)
     for module in modules:
-        remove(module)
+        remove(model, module)
+    allow_saving(model, MARK)
     delattr(model, MARK)
     forget(model)
 

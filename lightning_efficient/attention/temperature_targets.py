@@ -114,7 +114,8 @@ class Targets:
             names = ", ".join(knob.parameter.removeprefix(f"{name}.") for knob in self.sites[name].knobs)
             how = f"by a forward adapter ({self.adapters[name]})" if name in self.adapters else f"in {names}"
             amount = f"tau = {law.tau:g}" if law.mode == "constant" else f"{law.mode}, tau = {law.tau:g}"
-            change.targets[name] = f"{amount}, {how}"
+            unjudged = ", not checked for queries that see no key" if name in self.verdict.blind else ""
+            change.targets[name] = f"{amount}, {how}{unjudged}"
         return change
 
 

@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_efficient.attention.multihead import arguments_of_multihead, mask_of_multihead, project
-from lightning_efficient.attention.owners import Owners
+from lightning_efficient.attention.owners import ROOT, Owners, scripted_attention
 from lightning_efficient.attention.softmax import SOFTMAX, Follower
-from lightning_efficient.attention.temper import Law, logits_of_softmax, tempered, visible
+from lightning_efficient.attention.temper import Law, logits_of_softmax, logits_under, tempered, visible, without_blind
 from lightning_efficient.common.eager import uncompiled
 from lightning_efficient.common.nests import mapped, tensors_in
 
-ROOT = "(model)"
 _PRODUCTS = frozenset(
     {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.einsum, torch.baddbmm, Tensor.baddbmm}
 )
@@ -73,7 +72,8 @@ class Trace(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.calls: list[Seen] = []
-        self.unread: dict[str, str] = {}
+        self.unread: dict[str, str] = scripted_attention(model)
+        self.blind: dict[str, None] = {}  # sites with queries that see no key, whose results are zero here
         self.others: dict[str, set[tuple[int, ...]]] = {}  # softmax calls that are not attention, by site
         self.aliases: list[tuple[Tensor, Tensor]] = []  # (leaf, what it stands for)
         self._laws, self._cut, self._products = dict(laws or {}), frozenset(cut), products
@@ -120,7 +120,11 @@ class Trace(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         site = self._owners.current or ROOT
         law = self._laws.get(site, Law())
+        args, kwargs, sees = without_blind(func, args, kwargs)
         out = tempered(law, func, args, kwargs) if site in self._laws else func(*args, **kwargs)
+        if sees is not None:
+            self.blind.setdefault(site)
+            out = torch.where(sees, out, 0.0)
         call: Seen | str | None = None
         if func is F.scaled_dot_product_attention:
             call = _sdpa(site, out, *args, **kwargs)
@@ -129,7 +133,7 @@ class Trace(TorchFunctionMode):
         elif func in SOFTMAX and (logits := logits_of_softmax(args, kwargs)) is not None:
             call = self._softmax(site, out, logits)
         if call is not None:
-            self._keep(call, law)
+            self._keep(call, law, sees)
             if self._products:
                 out = mapped(out, lambda t: t.detach() if isinstance(t, Tensor) else t)
             if self._products and isinstance(call, Seen) and func in SOFTMAX:
@@ -146,14 +150,14 @@ class Trace(TorchFunctionMode):
         if (call := self._follower.see(func, args, out)) is not None:
             call.v = next((t for t in tensors_in(args) if t.requires_grad), None)
 
-    def _keep(self, call: Seen | str, law: Law) -> None:
+    def _keep(self, call: Seen | str, law: Law, sees: Tensor | None) -> None:
         if isinstance(call, str):
             self.unread[self._owners.current or ROOT] = call
         elif call.q is None and self._products:
             self.others.setdefault(call.site, set()).add(tuple(call.logits.shape))
         else:
-            seen = visible(call.logits)
-            call.logits = torch.where(seen, call.logits * law.of(seen.sum(-1, keepdim=True)), -torch.inf)
+            seen = visible(call.logits) if sees is None else visible(call.logits) & sees
+            call.logits = torch.where(seen, logits_under(law, call.logits), -torch.inf)
             self.calls.append(call)
 
     def _softmax(self, site: str, out: Tensor, logits: Tensor) -> Seen:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from lightning_efficient.attention.adapter import install
 from lightning_efficient.attention.knobs import MASK_GAP
+from lightning_efficient.attention.owners import ROOT
 from lightning_efficient.attention.sites import perturbed, run_float64
-from lightning_efficient.attention.temper import Law
-from lightning_efficient.attention.trace import ROOT, Seen, Trace
+from lightning_efficient.attention.temper import Law, keys_seen
+from lightning_efficient.attention.trace import Seen, Trace
 from lightning_efficient.common.comparing import gap
 from lightning_efficient.common.match import canonical_name, modules_by_name
 from lightning_efficient.common.nests import tensors_behind
@@ -35,11 +36,13 @@ class Verdict:
         wrong: Site (or ``"output"``) -> what differs.
         error: Largest relative difference.
         entropy: Site -> mean entropy of its attention in nats, at temperature 1 and at its own, on the same inputs.
+        blind: Sites some of whose queries see no key on the example; these were not judged.
     """
 
     wrong: dict[str, str] = field(default_factory=dict)
     error: float = 0.0
     entropy: dict[str, tuple[float, float]] = field(default_factory=dict)
+    blind: list[str] = field(default_factory=list)
 
 
 @torch.inference_mode(False)
@@ -59,13 +62,13 @@ def verify(
     """
     verdict = Verdict()
     for twin in (perturbed(float64_copy(model)), float64_copy(model)):
-        expected = _run(twin, probe, laws)
+        calls, outputs, verdict.blind = _run(twin, probe, laws)
         scale_blocks({canonical_name(n): p for n, p in twin.named_parameters()}, factors)
         modules = modules_by_name(twin)
         for site in adapters:
             install(twin, modules["" if site == ROOT else site], laws[site])
-        _compare(verdict, expected, _run(twin, probe, {}))
-    _entropies(verdict, laws, expected[0])
+        _compare(verdict, (calls, outputs), _run(twin, probe, {})[:2])
+    _entropies(verdict, laws, calls)
     return verdict
 
 
@@ -88,10 +91,10 @@ def module_at(model: nn.Module, site: str) -> nn.Module:
 
 
 @torch.no_grad()
-def _run(twin: nn.Module, probe: Probe, laws: Mapping[str, Law]) -> tuple[list[Seen], list[Tensor]]:
+def _run(twin: nn.Module, probe: Probe, laws: Mapping[str, Law]) -> tuple[list[Seen], list[Tensor], list[str]]:
     with Trace(twin, laws) as trace:
         result = run_float64(twin, probe)
-    return trace.calls, [t.detach().clone() for t in tensors_behind(result)]
+    return trace.calls, [t.detach().clone() for t in tensors_behind(result)], list(trace.blind)
 
 
 def _compare(verdict: Verdict, expected: Any, found: Any) -> None:
@@ -130,7 +133,7 @@ def _entropies(verdict: Verdict, laws: Mapping[str, Law], calls: Sequence[Seen])
     for site, law in laws.items():
         before, after = [], []
         for call in (c for c in calls if c.site == site):
-            factor = law.of((call.logits > -torch.inf).sum(-1, keepdim=True))
+            factor = law.of(keys_seen(call.logits))
             factor = factor.clamp(min=1e-9) if isinstance(factor, Tensor) else factor
             after.append(_entropy(call.logits))
             before.append(_entropy(call.logits / factor))

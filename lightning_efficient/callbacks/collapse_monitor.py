@@ -47,7 +47,7 @@ class CollapseMonitor(EfficientCallback):
             all.
         exclude: Globs over module names, applied after ``include``.
         every_n_steps: Measure on every so many optimizer steps; the first micro-batch of an accumulated step counts.
-        max_samples: Samples of the batch that are measured, from the first.
+        max_samples: Samples of the batch that are measured, from the first; all where heads are merged into them.
         max_queries: Queries of a call that are measured; up to this many exactly, beyond evenly spaced ones. ``None``:
             all.
         threshold: A head is collapsed when its mean entropy divided by log of the visible keys is below this. A

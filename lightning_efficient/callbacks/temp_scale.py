@@ -27,6 +27,7 @@ from lightning_efficient.attention.temperature import (
     check_gradients,
     find_targets,
     install_targets,
+    keep_saving_honest,
     make_transforms,
     remove_temp_scale,
 )
@@ -216,6 +217,7 @@ class TempScale(WeightSpaceCallback):
 
     def _begin(self, pl_module: LightningModule, boundary: Boundary) -> None:
         super()._begin(pl_module, boundary)
+        keep_saving_honest(pl_module, [name for name in self._transforms if name not in self._carriers.values()])
         self._adapt(pl_module)
 
     def _adapt(self, pl_module: LightningModule) -> None:
@@ -227,7 +229,7 @@ class TempScale(WeightSpaceCallback):
                 transform = cast(ScaleTransform, self._transforms[self._carriers[site]])
                 law = replace(law, tau=1.0, log_tau=transform.temperature.log_tau)
             if installed(module) is not None:
-                remove(module)
+                remove(pl_module, module)
             if law != Law() or law.log_tau is not None:
                 install(pl_module, module, law, saved=True)
 

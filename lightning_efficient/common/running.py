@@ -217,6 +217,8 @@ def forget(model: nn.Module) -> None:
 
 _LOW = (torch.float32, torch.float16, torch.bfloat16)
 _CASTS = (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16)
+# Products of mixtures of experts, whose kernels have no float64; older versions of torch have one of them or none.
+_GROUPED = {f for f in (getattr(torch.nn.functional, "grouped_mm", None), getattr(torch, "_grouped_mm", None)) if f}
 
 
 class Float64(TorchFunctionMode):
@@ -231,20 +233,37 @@ class Float64(TorchFunctionMode):
         """The same call with every lower floating dtype among its arguments raised."""
         func = torch.Tensor.double if func in _CASTS else func
         args, kwargs = (mapped(part, _raised) for part in (args, dict(kwargs or {})))
-        out = func(*args, **kwargs)
+        out = (_grouped_product if func in _GROUPED else func)(*args, **kwargs)
         made = isinstance(out, Tensor) and out.dtype in _LOW and next(tensors_in((args, kwargs)), None) is None
         return out.double() if made else out
 
 
 def float64_copy(model: nn.Module) -> nn.Module:
     """A deep copy in float64 and evaluation mode, to try things on."""
-    twin = copy.deepcopy(model).double().eval()
+    with torch.no_grad():  # copies of scripted modules would have a history
+        twin = copy.deepcopy(model).double().eval()
     for module in twin.modules():
         # A compiled function is copied by reference, so that it would run the original.
         original = getattr(vars(module).get("forward"), "_torchdynamo_orig_callable", None)
-        if getattr(original, "__func__", None) is type(module).forward:
+        if original is not None and getattr(original, "__func__", None) is type(module).forward:
             del module.forward
     return twin
+
+
+def _grouped_product(
+    one: Tensor, two: Tensor, *, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
+) -> Tensor:
+    """``F.grouped_mm`` written out: rows of ``one`` up to each offset, times the matrix of their group."""
+    if offs is None:
+        out = one @ two
+    elif one.dim() == 2 and two.dim() == 3:
+        ends = offs.tolist()
+        parts = [one[a:b] @ m for a, b, m in zip([0, *ends], ends, two, strict=False)]
+        # Rows of no group: the kernel leaves them undefined.
+        out = torch.cat([*parts, one.new_zeros(len(one) - ends[-1], two.shape[-1])])
+    else:
+        raise NotImplementedError(f"grouped_mm of shapes {tuple(one.shape)} and {tuple(two.shape)} in float64")
+    return out if bias is None else out + bias
 
 
 def _raised(value: Any) -> Any:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lightning_efficient.attention.adapter import set_laws, take_laws, write_laws
 from lightning_efficient.attention.linear import LinearAttentionConfig
+from lightning_efficient.attention.owners import ROOT
 from lightning_efficient.attention.temper import Law
-from lightning_efficient.attention.trace import ROOT
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.match import NoMatchError, canonical_name
 from lightning_efficient.common.registry import METHODS

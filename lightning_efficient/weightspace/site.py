@@ -127,7 +127,7 @@ class Site:
 
     @property
     def _tolerance(self) -> float:
-        # Above what another device or a file in fewer bits rounds; weights of another run, or an average, are off by more.
+        # Above what another device or fewer bits in a file round; weights of another run or an average are off by more.
         return max(1e-3, 8 * torch.finfo(self.param.dtype).eps)
 
     def _fits(self) -> bool:

@@ -238,12 +238,12 @@ def test_the_adapter_can_be_copied_pickled_and_taken_off() -> None:
         twin.qkv.weight.data.zero_()
         assert not torch.allclose(twin(x), sharp), "the copy runs the original's weights"
     torch.testing.assert_close(module(x), sharp, rtol=0, atol=0)
-    remove(module)
+    remove(module, module)
     assert installed(module) is None
     assert "forward" not in vars(module)
     assert torch.equal(module(x), before)
     with pytest.raises(ValueError, match="no attention adapter"):
-        remove(module)
+        remove(module, module)
 
 
 def test_the_adapter_keeps_a_forward_that_was_put_on_the_instance() -> None:
@@ -253,7 +253,7 @@ def test_the_adapter_keeps_a_forward_that_was_put_on_the_instance() -> None:
     before = module(x)
     install(module, module, Law(1.0))
     torch.testing.assert_close(module(x), before)
-    remove(module)
+    remove(module, module)
     assert module.forward is theirs
 
 
@@ -280,7 +280,7 @@ def test_padded_encoder_in_inference_attends_as_in_training() -> None:
     torch.testing.assert_close(fast, slow)
     assert not torch.allclose(slow, plain)
     for one in encoder.layers:
-        remove(one.self_attn)
+        remove(encoder, one.self_attn)
     assert encoder.use_nested_tensor
     assert not any(len(m._forward_pre_hooks) for m in encoder.modules())
     torch.testing.assert_close(encoder(x, src_key_padding_mask=padding), plain)

@@ -9,6 +9,7 @@ from lightning_efficient.metrics.functional.attention_entropy import (
     query_indices,
     row_logit_norm,
     rows_from_logits,
+    visible_keys,
 )
 from lightning_efficient.metrics.functional.embedding_spread import (
     alignment,
@@ -43,6 +44,7 @@ __all__ = [
     "rankme",
     "row_logit_norm",
     "rows_from_logits",
+    "visible_keys",
     "sparsity",
     "spectral_norms",
     "uniformity",

@@ -17,9 +17,10 @@ from torch import Tensor
 
 # Largest block of logits held at once (float32: 16 MiB), whatever the number of queries.
 _BLOCK = 2**22
-# exp(-87) is float32's smallest normal number: an additive term that far below the best one of its row is a
-# mask.
+# exp(-87) is float32's smallest normal number: an additive term that far below the best one of its row is a mask,
+# unless the content makes up for it: weights below 2**-24 of the largest vanish in a sum in float32.
 _MASK_GAP = 87.0
+_NO_WEIGHT = 24 * math.log(2)
 
 
 class AttentionRows(NamedTuple):
@@ -59,8 +60,7 @@ def attention_entropy(
             repeated.
         scale: Factor on ``q @ k.T``. ``None``: ``1 / sqrt(dim)``.
         mask: Broadcastable to ``(batch, heads, queries, keys)``. Boolean: ``True`` = may attend. Floating
-            point: added to the logits; a key whose term lies 87 or more below the largest of its row counts
-                as masked.
+            point: added to the logits; see :func:`visible_keys` for which keys it hides.
         is_causal: Query ``i`` sees keys ``0..i`` only; together with ``mask``, both apply.
         max_queries: Use at most this many queries, evenly spaced and always the same ones (first and last
             included). The result is then a sample: entropies of those queries, themselves exact. ``None``:
@@ -163,17 +163,43 @@ def logit_blocks(
         yield chosen, logits, seen
 
 
-def rows_from_logits(logits: Tensor, visible: Tensor | None = None) -> AttentionRows:
+def rows_from_logits(logits: Tensor, visible: Tensor | None = None, bias: Tensor | None = None) -> AttentionRows:
     """The same from the logits themselves, for attention that writes them out.
 
     Args:
         logits: ``(batch, heads, queries, keys)``, scaled, with biases and masks added.
-        visible: Broadcastable boolean, ``True`` = may attend. ``None``: every key whose logit is above half
-            of the most negative number of its dtype, which is what masks of ``-inf`` and ``finfo.min`` leave.
+        visible: Broadcastable boolean, ``True`` = may attend.
+        bias: What of the logits is added to the product of queries and keys, masks among it, broadcastable: see
+            :func:`visible_keys`. Without both, every key is visible whose logit is above half of the most negative
+            number of its dtype, which is what masks of ``-inf`` and ``finfo.min`` leave.
     """
-    if visible is None:
+    if bias is not None:
+        visible = visible_keys(logits, bias)
+    elif visible is None:
         visible = ~(logits <= torch.finfo(logits.dtype).min / 2)  # a NaN is no mask
     return _masked_rows(logits.to(_wide(logits)), visible)
+
+
+def visible_keys(logits: Tensor, bias: Tensor) -> Tensor:
+    """Which keys a query sees, whatever number hides the others: the definition for fused and written-out attention.
+
+    A key is hidden if what is added to its logit lies 87 or more below the largest such term of its row, and it carries
+    no weight (2^-24 of the row's largest, which is nothing to a sum in float32). A key without weight that no mask has
+    taken is seen: so a collapsed head sees all keys, and looks at one.
+
+    Args:
+        logits: ``(..., queries, keys)``, the bias among them.
+        bias: What is added to the product of queries and keys, broadcastable; ``-inf`` and the most negative numbers
+            of its dtype hide a key in every case.
+
+    Returns:
+        Boolean, of the shape of ``logits``.
+    """
+    lowest = torch.finfo(bias.dtype if bias.dtype == torch.float16 else torch.float32).min / 4
+    left = ~(bias <= lowest)  # a NaN is no mask
+    top = bias.masked_fill(~left, -torch.inf).amax(-1, keepdim=True)
+    weighs = logits >= logits.masked_fill(~left, -torch.inf).amax(-1, keepdim=True) - _NO_WEIGHT
+    return left & ((bias >= top - _MASK_GAP) | weighs)
 
 
 def _plain_rows(logits: Tensor) -> AttentionRows:
@@ -293,10 +319,8 @@ def _wide(tensor: Tensor) -> torch.dtype:
 def _apply_mask(logits: Tensor, visible: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     if mask.dtype == torch.bool:
         return logits, visible & mask
-    bias = mask.to(logits.dtype).masked_fill(~visible, -torch.inf)
-    top = bias.amax(-1, keepdim=True)
-    visible = (bias >= top - _MASK_GAP) & (bias > -torch.inf)
-    return logits + bias, visible
+    total = logits + mask.to(logits.dtype)
+    return total, visible_keys(total.masked_fill(~visible, -torch.inf), mask.masked_fill(~visible, -torch.inf))
 
 
 def _check(q: Tensor, k: Tensor, mask: Tensor | None) -> None:
