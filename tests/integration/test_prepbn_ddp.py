@@ -54,3 +54,14 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     assert one["lams"][-1] == 0.0
     for name, value in one["tensors"].items():
         torch.testing.assert_close(two["tensors"][name], value, rtol=0, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_a_run_of_one_process_goes_on_in_two(tmp_path: Path) -> None:
+    train(tmp_path, "--target", "dyt", processes=1)
+    whole = left(tmp_path, "dyt", 1, 0)
+    train(tmp_path, "--target", "dyt", "--resume")
+    resumed = left(tmp_path, "dyt", 2, 0)
+    assert resumed["lams"] == whole["lams"][33:]
+    for name, value in whole["tensors"].items():
+        torch.testing.assert_close(resumed["tensors"][name], value, rtol=0, atol=1e-9)
