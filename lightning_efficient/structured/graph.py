@@ -32,7 +32,6 @@ from lightning_efficient.common.weights import check_weight
 from lightning_efficient.folding.probes import Probe
 from lightning_efficient.structured.cost import Cost
 from lightning_efficient.structured.groups import Groups, UnitGroup, check_rounding, rounded
-from lightning_efficient.structured.slim import tensors_by_name
 from lightning_efficient.structured.trial import Trial
 from lightning_efficient.structured.widths import Role, Width, find_widths
 
@@ -355,10 +354,12 @@ def _bad_tensors(model: nn.Module) -> dict[str, str]:
     """Tensor → what is wrong with it."""
     bad: dict[str, str] = {}
     names: dict[int, str] = {}
-    for name, tensor in tensors_by_name(model).items():
-        other = names.setdefault(id(tensor), name)
-        if other != name:
-            bad[name], bad[other] = f"the same tensor as {other!r} (tied)", f"the same tensor as {name!r} (tied)"
+    for path, module in model.named_modules():  # each once: a second name for a module ties nothing
+        for attribute, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            name = canonical_name(f"{path}.{attribute}" if path else attribute)
+            other = names.setdefault(id(tensor), name)
+            if other != name:
+                bad[name], bad[other] = f"the same tensor as {other!r} (tied)", f"the same tensor as {name!r} (tied)"
     for name, module in modules_by_name(model).items():
         own = [f"{name}.{n}" if name else n for n, _ in module.named_parameters(recurse=False)]
         if parametrize.is_parametrized(module):

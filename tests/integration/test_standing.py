@@ -259,7 +259,7 @@ class Aliased(Classifier):
 
 
 def test_an_alias_is_no_tied_weight(tmp_path: Path) -> None:
-    for make in (SigmaReparam, partial(MagnitudePruning, amount=0.5), partial(TempScale, tau=0.5)):
+    for make in (SigmaReparam, partial(MagnitudePruning, amount=0.5), HESSOPruning, partial(TempScale, tau=0.5)):
         states = []
         for cls in (partial(Classifier, "timm_vit"), Aliased):
             module = cls()
