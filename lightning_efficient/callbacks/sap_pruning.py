@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_efficient.common.match import canonical_name
 from lightning_efficient.common.schema import Int, ListOf, MapOf, Number, OneOf, OrNone, Record, TensorOf, Text
 from lightning_efficient.lifecycle.masks import PruningCallback
 from lightning_efficient.lifecycle.standing import is_smoke_run
@@ -284,7 +285,8 @@ class SAPPruning(PruningCallback):
         present = self._present()
         chosen = {name: target.param.detach() for name, target in present.items()}
         if self._best is not None:
-            chosen = {name: self._best.model[self._own_name(pl_module, name)] for name in present}
+            best = {canonical_name(name): tensor for name, tensor in self._best.model.items()}
+            chosen = {name: best[name] for name in present}
         kept = self.masks
         step = sap_step(
             {name: target.canonical(chosen[name]) for name, target in present.items()},

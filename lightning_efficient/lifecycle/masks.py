@@ -18,7 +18,7 @@ from lightning_efficient.lifecycle.state import attachment
 from lightning_efficient.lifecycle.weights import Plan, WeightSpaceCallback
 from lightning_efficient.metrics.functional import sparsity
 from lightning_efficient.pruning.targets import PrunableWeight, find_targets
-from lightning_efficient.trainer.averages import averaged_copies, averages
+from lightning_efficient.trainer.averages import averages, prune_copies
 from lightning_efficient.weightspace import Boundary, Site, Transform
 from lightning_efficient.weightspace.mask import MaskTransform, forget, pack_mask, set_mask, unpack_mask
 from lightning_efficient.weightspace.snapshot import Snapshot, rewind, take
@@ -106,23 +106,9 @@ class PruningCallback(WeightSpaceCallback):
             set_mask(self._sites()[name], transforms[name], mask, advance=advance)
         if changed:
             forget(trainer.optimizers, {self._targets[name].param: transforms[name].dropped for name in changed})
-            self._mask_copies(trainer, pl_module)
+            prune_copies(trainer, pl_module, {name: mask.dropped for name, mask in transforms.items()})
             self._measure()
         return bool(changed)
-
-    @torch.no_grad()
-    def _mask_copies(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """An average over time forgets what was pruned too slowly to be zero; averages of zeros stay zero."""
-        for copy in averaged_copies(trainer, pl_module):
-            params = dict(copy.named_parameters())
-            for name, transform in self._mask_transforms().items():
-                if (param := params.get(self._own_name(pl_module, name))) is not None:
-                    param.masked_fill_(transform.dropped.to(param.device), 0)
-
-    def _own_name(self, pl_module: LightningModule, name: str) -> str:
-        """The parameter's name with the wrappers in it."""
-        param = self._targets[name].param
-        return next(own for own, other in pl_module.named_parameters() if other is param)
 
     def _measure(self) -> None:
         self._sparsity = float(sparsity(target.param.detach() for target in self._present().values()))

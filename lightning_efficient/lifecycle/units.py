@@ -22,7 +22,7 @@ from lightning_efficient.structured.cost import Cost
 from lightning_efficient.structured.graph import find_groups
 from lightning_efficient.structured.groups import GROUPS, Groups, check_rounding, groups_as_plain, groups_from_plain
 from lightning_efficient.structured.slim import zero_units
-from lightning_efficient.trainer.averages import averaged_copies
+from lightning_efficient.trainer.averages import prune_copies
 from lightning_efficient.trainer.example import all_steps_of, example_of, first_batch
 from lightning_efficient.weightspace import Boundary, Site
 from lightning_efficient.weightspace.mask import UnitMask, drop_entries, forget
@@ -142,23 +142,11 @@ class UnitPruningCallback(WeightSpaceCallback):
         entries = self._entries(units)
         for name, axes in entries.items():
             drop_entries(self._sites()[name], cast(UnitMask, self._transforms[name]), axes)
-        dropped = {
-            self._params[name]: cast(UnitMask, self._transforms[name]).dropped(self._params[name].detach())
-            for name in entries
-        }
-        forget(trainer.optimizers, dropped)
-        self._mask_copies(trainer, pl_module)
+        masks = {name: cast(UnitMask, transform) for name, transform in self._transforms.items()}
+        dropped = {name: mask.dropped(self._params[name].detach()) for name, mask in masks.items()}
+        forget(trainer.optimizers, {self._params[name]: dropped[name] for name in entries})
+        prune_copies(trainer, pl_module, dropped)
         mark_zeroed(pl_module, self.keep, self.groups)
-
-    @torch.no_grad()
-    def _mask_copies(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """An average over time forgets what was pruned too slowly to be zero; averages of zeros stay zero."""
-        for copy in averaged_copies(trainer, pl_module):
-            params = parameters_by_name(copy)
-            for name, transform in self._transforms.items():
-                if (param := params.get(name)) is not None:
-                    mask = cast(UnitMask, transform).dropped(self._params[name].detach())
-                    param.masked_fill_(mask.to(param.device), 0)
 
     def _begin(self, pl_module: LightningModule, boundary: Boundary) -> None:
         super()._begin(pl_module, boundary)

@@ -9,7 +9,9 @@ the same, for optimizers that keep their memory elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -55,17 +57,39 @@ def unpack_mask(packed: Tensor, shape: Iterable[int]) -> Tensor:
     return bits.view(-1)[: size.numel()].bool().view(size)
 
 
-class MaskTransform(Transform):
-    """``Ŵ = M ∘ W`` for one parameter.
+class Mask(Transform):
+    """``Ŵ = M ∘ W`` for one parameter: what masks of single weights and of whole units share.
 
-    First in the chain, so that what follows (a spectral norm) sees the pruned weight. Starts with everything kept.
-
-    Args:
-        shape: Of the parameter.
+    First in the chain, so that what follows (a spectral norm) sees the pruned weight. A parameter takes one of them, of
+    either sort; it starts with everything kept.
     """
 
     kind = "mask"
     order = 10
+
+    @abstractmethod
+    def write(self, tensor: Tensor) -> None:
+        """Zeros where the weight is pruned, in place."""
+
+    def pull(self, weight: Tensor, grad: Tensor | None) -> None:
+        """Mask the gradient; what is pruned in ``Ŵ`` is zero in ``W``."""
+        if grad is not None:
+            self.write(grad)
+
+    def advance(self, weight: Tensor) -> None:
+        """Masks change between steps only, see :func:`set_mask` and :func:`drop_entries`."""
+
+    def push(self, weight: Tensor) -> None:
+        """Write the zeros."""
+        self.write(weight)
+
+
+class MaskTransform(Mask):
+    """A mask of single weights.
+
+    Args:
+        shape: Of the parameter.
+    """
 
     def __init__(self, shape: Iterable[int]) -> None:
         # All bits set where a weight is kept: `and` with the bits of a float is ten times faster than `masked_fill_`,
@@ -88,7 +112,13 @@ class MaskTransform(Transform):
         """True where the weight is pruned."""
         return self._bits == 0
 
-    def _zero(self, tensor: Tensor) -> None:
+    def write(self, tensor: Tensor) -> None:
+        """Zeros where the weight is pruned, in place."""
+        if not self._any:
+            return
+        if tensor.element_size() < 4:  # of a narrow parameter, between two steps
+            tensor.masked_fill_(self.dropped, 0)
+            return
         bits = torch.int64 if tensor.dtype == torch.float64 else torch.int32
         if self._bits.dtype != bits:
             self._bits = self._bits.to(bits)
@@ -97,19 +127,6 @@ class MaskTransform(Transform):
     def start(self, weight: Tensor) -> None:
         """Keep everything, zeros included."""
         self.mask = torch.ones_like(weight, dtype=torch.bool)
-
-    def pull(self, weight: Tensor, grad: Tensor | None) -> None:
-        """Mask the gradient; what is pruned in ``Ŵ`` is zero in ``W``."""
-        if grad is not None and self._any:
-            self._zero(grad)
-
-    def advance(self, weight: Tensor) -> None:
-        """Masks change between steps only, see :func:`set_mask`."""
-
-    def push(self, weight: Tensor) -> None:
-        """Write the zeros."""
-        if self._any:
-            self._zero(weight)
 
     def fits(self, weight: Tensor, tolerance: float) -> bool:
         """Whether everything pruned is zero."""
@@ -126,6 +143,20 @@ class MaskTransform(Transform):
         self.mask = unpack_mask(state["mask"].to(weight.device), weight.shape)
 
 
+@contextmanager
+def _changed(site: Site, transform: Mask, advance: bool) -> Iterator[None]:
+    """A mask that changes inside; then ``W``, ``Ŵ`` and the gradient have its zeros."""
+    window = site.pulled  # the parameter holds W already, and will be pushed after the step
+    if not window:
+        site.pull(None)
+    yield
+    transform.write(site.param.data)
+    if site.param.grad is not None:
+        transform.write(site.param.grad)
+    if not window:
+        site.push(advance=False, follow=advance)
+
+
 @torch.no_grad()
 def set_mask(site: Site, transform: MaskTransform, mask: Tensor, *, advance: bool = False) -> None:
     """Put a new mask on a weight, now: ``W`` and ``Ŵ`` become zero where it is False.
@@ -137,15 +168,8 @@ def set_mask(site: Site, transform: MaskTransform, mask: Tensor, *, advance: boo
         advance: Let the other transforms of the weight follow (a power iteration on what is left). For changes outside
             the optimizer's step; inside, the step itself does.
     """
-    window = site.pulled  # the parameter holds W already, and will be pushed after the step
-    if not window:
-        site.pull(None)
-    transform.mask = mask
-    site.param.data.masked_fill_(transform.dropped, 0)
-    if site.param.grad is not None:
-        site.param.grad.masked_fill_(transform.dropped, 0)
-    if not window:
-        site.push(advance=False, follow=advance)
+    with _changed(site, transform, advance):
+        transform.mask = mask
 
 
 def forget(optimizers: Iterable[Optimizer], dropped: Mapping[nn.Parameter, Tensor]) -> None:
@@ -162,15 +186,8 @@ def forget(optimizers: Iterable[Optimizer], dropped: Mapping[nn.Parameter, Tenso
                     value.masked_fill_(where, 0)
 
 
-class UnitMask(Transform):
-    """``Ŵ = M ∘ W`` where ``M`` is zero along whole entries of some axes.
-
-    Of the same kind as :class:`~lightning_efficient.weightspace.mask.MaskTransform`: a parameter takes one of them.
-    Starts with everything kept.
-    """
-
-    kind = "mask"
-    order = 10
+class UnitMask(Mask):
+    """A mask that is zero along whole entries of some axes."""
 
     def __init__(self) -> None:
         self._kept: dict[int, Tensor] = {}  # axis → bool, what is kept of it
@@ -199,7 +216,8 @@ class UnitMask(Transform):
             gone = gone | ~kept.to(weight.device).view([-1 if axis == dim else 1 for axis in range(weight.ndim)])
         return gone.expand(weight.shape)
 
-    def _zero(self, tensor: Tensor) -> None:
+    def write(self, tensor: Tensor) -> None:
+        """Zeros where the weight is pruned, in place."""
         for dim, index in self._index.items():
             if len(index):
                 tensor.index_fill_(dim, index, 0)
@@ -207,18 +225,6 @@ class UnitMask(Transform):
     def start(self, weight: Tensor) -> None:
         """Keep everything, zeros included."""
         self._kept, self._index = {}, {}
-
-    def pull(self, weight: Tensor, grad: Tensor | None) -> None:
-        """Mask the gradient; what is pruned in ``Ŵ`` is zero in ``W``."""
-        if grad is not None:
-            self._zero(grad)
-
-    def advance(self, weight: Tensor) -> None:
-        """Masks change between steps only."""
-
-    def push(self, weight: Tensor) -> None:
-        """Write the zeros."""
-        self._zero(weight)
 
     def fits(self, weight: Tensor, tolerance: float) -> bool:
         """Whether everything pruned is zero."""
@@ -250,16 +256,9 @@ def drop_entries(site: Site, transform: UnitMask, entries: Mapping[int, Tensor],
         advance: Let the other transforms of the weight follow (a power iteration on what is left). For changes outside
             the optimizer's step; inside, the step itself does.
     """
-    window = site.pulled  # the parameter holds W already, and will be pushed after the step
-    if not window:
-        site.pull(None)
-    for dim, where in entries.items():
-        transform.drop(dim, where, site.param)
-    transform.push(site.param.data)
-    if site.param.grad is not None:
-        transform.push(site.param.grad)
-    if not window:
-        site.push(advance=False, follow=advance)
+    with _changed(site, transform, advance):
+        for dim, where in entries.items():
+            transform.drop(dim, where, site.param)
 
 
 @torch.no_grad()
