@@ -1,4 +1,4 @@
-"""``SigmaReparam``: spectral reparametrization of every weight matrix, from outside the LightningModule."""
+"""``SigmaReparam``: spectral reparametrization of weight matrices, from outside the LightningModule."""
 
 from __future__ import annotations
 
@@ -11,26 +11,33 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_efficient.common.change import Change
+from lightning_efficient.common.running import as_call
 from lightning_efficient.lifecycle.state import Request
 from lightning_efficient.lifecycle.structural import install_before_averaging, rebind_optimizers
 from lightning_efficient.lifecycle.weights import Plan, WeightSpaceCallback
 from lightning_efficient.norms import remove as remove_norms
+from lightning_efficient.trainer.example import example_of, first_batch
 from lightning_efficient.weightspace import SpectralTransform, Transform
 from lightning_efficient.weightspace.sigma_reparam import (
     METHOD,
     SigmaReparamConfig,
     describe,
+    find_loose,
     find_targets,
+    find_uses,
     make_transform,
 )
+from lightning_efficient.weightspace.used import Use
 
 
 class SigmaReparam(WeightSpaceCallback):
-    """Train every weight matrix as ``Ŵ = γ W / σ(W)`` (Zhai et al., ICML 2023, arXiv 2303.06296).
+    """Train weight matrices as ``Ŵ = γ W / σ(W)`` (Zhai et al., ICML 2023, arXiv 2303.06296).
 
     Bounds the attention logits through the spectral norms, which guards against attention-entropy collapse and widens
     the range of learning rates that train. The module keeps holding ``Ŵ`` under its own names, so checkpoints, EMA,
-    ``torch.compile`` and export see an ordinary model; the optimizer moves ``W`` and the gains ``γ``. Logs
+    ``torch.compile`` and export see an ordinary model; the optimizer moves ``W`` and the gains ``γ``. The weights of known
+    layers, and what else multiplies as a matrix in a forward on the first batch (experts: one gain each); the report
+    says which share of the parameters that is, and what is not bounded. Low-rank updates (LoRA) are refused. Logs
     ``efficient/sigma_reparam/{sigma_max,gain_min,gain_mean,gain_max}``.
 
     Args:
@@ -64,6 +71,7 @@ class SigmaReparam(WeightSpaceCallback):
     ) -> None:
         super().__init__(enabled, include, exclude)
         self.remove_norms = remove_norms
+        self._trainer: Trainer | None = None
         self.options = SigmaReparamConfig(init, qkv, monitor_only, embeddings, learnable_gain)
 
     def config(self) -> dict[str, Any]:
@@ -87,17 +95,37 @@ class SigmaReparam(WeightSpaceCallback):
         """Drop removed norms from the optimizers, then put the transforms on."""
         if self.enabled and self.remove_norms:
             rebind_optimizers(trainer, pl_module, remove_norms.METHOD, self.state_key)
-        super().on_fit_start(trainer, pl_module)
+        self._trainer = trainer
+        try:
+            super().on_fit_start(trainer, pl_module)
+        finally:
+            self._trainer = None
 
     def plan(self, pl_module: LightningModule) -> Plan:
         """Choose and check the weights, without changing anything."""
-        targets = find_targets(pl_module, self.options, self.include, self.exclude)
-        change = Change(method=METHOD, skipped=dict(targets.skipped))
+        targets = find_targets(pl_module, self.options, self.include, self.exclude, self._uses(pl_module))
+        change = Change(method=METHOD, skipped=dict(targets.skipped), notes=[targets.coverage])
         plan = Plan(change=change)
         for name, (param, blocks) in targets.matched.items():
             plan.sites[name] = (param, partial(make_transform, self.options, blocks))
             change.targets[name] = describe(param, blocks, targets.notes.get(name))
         return plan
+
+    def _uses(self, pl_module: LightningModule) -> Mapping[str, Use] | None:
+        """How the parameters of modules of no known kind are used: as when their state was saved, or from one batch."""
+        loose = find_loose(pl_module)
+        if not loose:
+            return {}
+        if saved := self._saved(pl_module):
+            return {name: "matrix" if p.dim() == 2 else "stack" for name, p in loose.items() if name in saved}
+        if self._trainer is None:  # asked before any training: `lightning-efficient targets`
+            given = getattr(pl_module, "example_input_array", None)
+            return None if given is None else find_uses(pl_module, lambda: as_call(given).run(pl_module))
+        try:
+            example = example_of(self._trainer, pl_module, "fit", first_batch(self._trainer))
+        except ValueError:  # a step that cannot be repeated: these parameters are left alone, and named
+            return None
+        return find_uses(example.model, lambda: example.model(*example.args))
 
     def quantities(self, transforms: Mapping[str, Transform]) -> dict[str, Tensor]:
         """Largest spectral norm of the raw weights, and the spread of the gains (the norms of the network's)."""

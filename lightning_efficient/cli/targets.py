@@ -100,6 +100,8 @@ def show_targets(args: Sequence[str], console: Console | None = None) -> None:
             console.print(Text(f"  {error}"))
             continue
         console.print(_table(change))
+        for note in change.notes:
+            console.print(f"  {note}", highlight=False)
         console.print(f"  {len(change.targets)} matched, {len(change.skipped)} left alone", highlight=False)
     if refused:
         raise ValueError(f"{', '.join(refused)}: switched on, and would refuse this model.")

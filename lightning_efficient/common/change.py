@@ -20,6 +20,7 @@ class Change:
         replaced: (old parameter, new parameter) in the same role: the optimizer's state moves from one to the other.
         added: (new parameter, the weight whose learning rate it follows). ``None``: no weight to follow.
         removed: Parameters the model no longer uses.
+        notes: Lines for people on the whole of it.
         cuts: Parameter that was made smaller, in place -> axis -> bool over the axis as it was: True where an entry
             stayed.
     """
@@ -31,6 +32,7 @@ class Change:
     replaced: list[tuple[nn.Parameter, nn.Parameter]] = field(default_factory=list)
     added: list[tuple[nn.Parameter, nn.Parameter | None]] = field(default_factory=list)
     removed: list[nn.Parameter] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     cuts: dict[nn.Parameter, dict[int, Tensor]] = field(default_factory=dict)
 
     def report(self, examples: int = 3) -> str:
@@ -43,6 +45,7 @@ class Change:
             Counts of modules by action, of skipped modules by reason, and of parameters.
         """
         lines = [f"{self.method}: {len(self.targets)} modules changed, {len(self.skipped)} skipped"]
+        lines += [f"  {line}" for line in self.notes]
         lines += [f"  {line}" for line in _group(self.targets, examples)]
         lines += [f"  skipped, {line}" for line in _group(self.skipped, examples)]
         counts = {"replaced": len(self.replaced), "added": len(self.added), "removed": len(self.removed)}

@@ -8,20 +8,32 @@ float32 rather than in every forward, and no module is replaced.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_efficient.common.change import Change
-from lightning_efficient.common.match import canonical_name, select_modules
+from lightning_efficient.common.match import (
+    NoMatchError,
+    Selection,
+    canonical_name,
+    covers,
+    modules_by_name,
+    references,
+    select_modules,
+)
+from lightning_efficient.common.running import Inputs, as_call, evaluating
 from lightning_efficient.common.weights import check_weight, is_transposed, trained_by, weight_attributes, weight_layers
 from lightning_efficient.surgery.optimizer import add_parameters
 from lightning_efficient.surgery.schedulers import Scheduler
 from lightning_efficient.weightspace import Block, Boundary, SpectralTransform
+from lightning_efficient.weightspace.transform import as_matrices
+from lightning_efficient.weightspace.used import Use, low_rank, matrices_used
 
 METHOD = "sigma_reparam"
 
@@ -60,11 +72,13 @@ class SigmaReparamConfig:
 
 @dataclass
 class Targets:
-    """The weights sigmaReparam works on: parameter name → (parameter, its matrices), and why others are left alone."""
+    """The weights sigmaReparam works on: parameter name → (parameter, its matrices), why others are left alone,
+    and in one line which share of the trained parameters that is."""
 
     matched: dict[str, tuple[nn.Parameter, tuple[Block, ...]]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    coverage: str = ""
 
 
 def find_targets(
@@ -72,28 +86,32 @@ def find_targets(
     config: SigmaReparamConfig | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
+    uses: Mapping[str, Use] | None = None,
 ) -> Targets:
     """Choose the weights, and check every one of them, without changing anything.
 
     Targets are the weights of ``nn.Linear``, ``nn.Conv1d/2d/3d`` (a grouped kernel counts as one flattened matrix,
     as in ``torch.nn.utils.spectral_norm``), ``nn.MultiheadAttention`` (``in_proj_weight`` or the three separate
-    projections, and ``out_proj``), Hugging Face ``Conv1D`` and, on request, ``nn.Embedding``.
+    projections, and ``out_proj``), Hugging Face ``Conv1D`` and, on request, ``nn.Embedding``; and what other modules
+    hold and multiply with, a stack of matrices (experts) among it, as ``uses`` says.
 
     Args:
         model: The model.
         config: Hyper-parameters; only ``qkv`` and ``embeddings`` matter here.
         include: Globs over module names; None: all.
         exclude: Globs over module names left alone.
+        uses: What :func:`find_uses` saw in a forward; None: parameters of other modules are left alone, and named.
 
     Raises:
         NoMatchError: No module matches.
-        ValueError: A matched weight is complex, sparse, quantized, uninitialized, not finite or beyond 1e15, or does
-            not divide by three under ``qkv="split"``; or every matched weight has to be left alone.
+        ValueError: A matched weight is a factor of a low-rank update of a frozen one (LoRA), complex, sparse,
+            quantized, uninitialized, not finite or beyond 1e15, or does not divide by three under ``qkv="split"``; or
+            every matched weight has to be left alone.
     """
     config = config or SigmaReparamConfig()
-    selection = select_modules(
-        model, types=weight_layers(config.embeddings), include=include, exclude=exclude, method="SigmaReparam"
-    )
+    loose = _covered(find_loose(model), include, exclude)
+    used = {name: use for name, use in (uses or {}).items() if name in loose and use != "other"}
+    selection = _layers(model, weight_layers(config.embeddings), include, exclude, bool(used))
     found = Targets(skipped=dict(selection.skipped))
     users = _users(model)
     seen: dict[int, str] = {}
@@ -114,10 +132,152 @@ def find_targets(
                 found.matched[name] = (param, blocks(param))
                 if others := [user for user in users[id(param)] if user != name]:
                     found.notes[name] = f"tied: also used as {', '.join(others)}"
+    for name, param in loose.items():
+        cut = (Block(0, param.shape[0], stack=used.get(name) == "stack"),)
+        if name not in used:
+            if uses is None or name in uses:
+                found.skipped[name] = _LOOSE if uses is None else "multiplied in another shape than its own"
+        elif reason := check_weight(name, param, "sigmaReparam") or _vanishes(name, param, cut):
+            found.skipped[name] = reason
+        elif id(param) not in seen:
+            found.matched[name] = (param, cut)
+    _refuse_low_rank(model, found)
+    found.coverage = _coverage(model, found, uses)
     if not found.matched:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(found.skipped.items())[:8])
         raise ValueError(f"SigmaReparam found modules but no weight it can work on ({reasons}).")
     return found
+
+
+_LOOSE = "held by no layer: whether it multiplies as a matrix shows when the model runs (give an `example`)"
+
+
+def find_loose(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Trained parameters that may be matrices, or stacks of them, and belong to no layer that is known.
+
+    Args:
+        model: The model.
+    """
+    layers = weight_layers(embeddings=True) + (nn.EmbeddingBag,)
+    known = {id(p) for m in model.modules() if isinstance(m, layers) for p in m.parameters(recurse=False)}
+    idle = references(model)
+    found = {}
+    for name, param in model.named_parameters():
+        name = canonical_name(name)
+        if isinstance(param, nn.parameter.UninitializedParameter):
+            continue
+        # (1, tokens, width) and (width, 1, 1): added or multiplied.
+        many = param.dim() > 1 and min(param.shape[-2:]) > 1 and (param.dim() == 2 or param.shape[0] > 1)
+        real = param.is_floating_point() and param.requires_grad
+        if many and real and id(param) not in known and name.rpartition(".")[0] not in idle:
+            found[name] = param
+    return found
+
+
+def find_uses(model: nn.Module, run: Callable[[], Any]) -> dict[str, Use]:
+    """How the parameters that no known layer holds take part in matrix products.
+
+    Args:
+        model: Evaluated, and as before afterwards.
+        run: Makes a forward of it.
+    """
+    loose = find_loose(model)
+    if not loose:
+        return {}
+    with evaluating(model):
+        return matrices_used(loose, run)
+
+
+def _layers(
+    model: nn.Module,
+    types: tuple[type[nn.Module], ...],
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    others: bool,
+) -> Selection:
+    """The layers, by the globs that are not about other parameters; perhaps none, where those are enough."""
+    layers = [name for name, module in modules_by_name(model).items() if isinstance(module, types)]
+    loose = find_loose(model)
+
+    def of_layers(globs: Sequence[str] | None) -> Sequence[str] | None:
+        if globs is None or isinstance(globs, str):
+            return globs
+        return [g for g in globs if any(covers(g, n) for n in layers) or not any(covers(g, n) for n in loose)]
+
+    try:
+        return select_modules(
+            model, types=types, include=of_layers(include), exclude=of_layers(exclude), method="SigmaReparam"
+        )
+    except NoMatchError:
+        if not others:
+            raise
+        return Selection({})
+
+
+def _covered(
+    loose: Mapping[str, nn.Parameter], include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> dict[str, nn.Parameter]:
+    def named(globs: Sequence[str], name: str) -> bool:
+        return any(covers(canonical_name(glob), name) for glob in globs)
+
+    return {
+        name: param
+        for name, param in loose.items()
+        if (include is None or named(include, name)) and not named(exclude or (), name)
+    }
+
+
+def _refuse_low_rank(model: nn.Module, found: Targets) -> None:
+    factors = {canonical_name(name): canonical_name(base) for name, base in low_rank(model)}
+    if mine := [name for name in found.matched if name in factors]:
+        bases = list(dict.fromkeys(factors[name] for name in mine))
+        raise ValueError(
+            f"SigmaReparam: {_some(mine)} are factors of low-rank updates of frozen weights (LoRA, in {_some(bases)}): "
+            "the norm of one factor bounds nothing that the network multiplies with. Train the weights themselves "
+            f"(merge the updates first: `model.merge_and_unload()`), or exclude={bases}."
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (" ..." if len(names) > 3 else "")
+
+
+def _coverage(model: nn.Module, found: Targets, uses: Mapping[str, Use] | None) -> str:
+    """Which share of the trained parameters is reparametrized, and what of the rest is why not."""
+    tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) for p in m.parameters()}
+    owners = {canonical_name(name): type(module).__name__ for name, module in model.named_modules()}
+    mine = {id(param) for param, _ in found.matched.values()}
+    shares: dict[str, int] = {}
+    total = 0
+    for name, param in model.named_parameters():
+        if not param.requires_grad or isinstance(param, nn.parameter.UninitializedParameter):
+            continue
+        name, total = canonical_name(name), total + param.numel()
+        if id(param) in mine:
+            kind = ""
+        elif id(param) in tables:
+            kind = "embedding tables"
+        elif param.dim() < 2 or max(param.shape) == param.numel():
+            kind = "vectors"
+        elif why := found.skipped.get(name) or found.skipped.get(name.rpartition(".")[0]):
+            kind = f"{name} ({why.partition(':')[0]})"
+        elif uses is not None and param.dim() > 1 and owners[name.rpartition(".")[0]] not in _PRODUCT_LAYERS:
+            kind = "in no matrix product"
+        else:
+            kind = f"of {owners[name.rpartition('.')[0]]}"
+        shares[kind] = shares.get(kind, 0) + param.numel()
+    covered = shares.pop("", 0)
+    rest = sorted(shares.items(), key=lambda item: -item[1])
+    listed = ", ".join(f"{kind} {size / total:.2%}" for kind, size in rest[:6])
+    more = f", {len(rest) - 6} more {sum(size for _, size in rest[6:]) / total:.2%}" if len(rest) > 6 else ""
+    left = f"; not bounded: {listed}{more}" if rest else ""
+    return f"{covered / max(total, 1):.2%} of {total:,} trained parameters{left}"
+
+
+# Layers that multiply, and that sigmaReparam does not know.
+_PRODUCT_LAYERS = frozenset(
+    {"LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell", "Bilinear"} | {f"ConvTranspose{n}d" for n in (1, 2, 3)}
+)
 
 
 def _users(model: nn.Module) -> dict[int, list[str]]:
@@ -154,7 +314,8 @@ def _weights(
 
 def _vanishes(name: str, param: nn.Parameter, blocks: Sequence[Block]) -> str | None:
     """A reason to leave alone what cannot be divided by its norm, or an error if it has none."""
-    largest = [torch.linalg.vector_norm(block.of(param.detach()), ord=float("inf")) for block in blocks]
+    matrices = [matrix for block in blocks for matrix in as_matrices(block, param.detach())]
+    largest = [torch.linalg.vector_norm(matrix, ord=float("inf")) for matrix in matrices]
     magnitudes: list[float] = torch.stack(largest).tolist()
     if not all(value <= _LARGEST for value in magnitudes):  # false for NaN
         raise ValueError(
@@ -178,6 +339,7 @@ def apply_sigma_reparam(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     schedulers: Sequence[Scheduler] = (),
+    example: Inputs | Callable[[], Any] | None = None,
 ) -> tuple[Change, Boundary]:
     """sigmaReparam in a training loop of your own; inside a Lightning Trainer use the callback.
 
@@ -193,6 +355,8 @@ def apply_sigma_reparam(
         include: Globs over module names; None: all.
         exclude: Globs over module names left alone.
         schedulers: Learning-rate schedulers of ``optimizer``, grown by the new group.
+        example: Arguments of the model, or a function that runs it: shows which parameters outside of known layers are
+            matrices (experts). None: such are left alone.
 
     Returns:
         What was done, and the boundary that does it.
@@ -202,12 +366,15 @@ def apply_sigma_reparam(
             gains. The weights are unchanged then.
     """
     config = config or SigmaReparamConfig()
-    targets = find_targets(model, config, include, exclude)
+    uses = None
+    if example is not None:
+        uses = find_uses(model, example if callable(example) else partial(as_call(example).run, model))
+    targets = find_targets(model, config, include, exclude, uses)
     trained = trained_by(optimizer)
     if missing := [name for name, (param, _) in targets.matched.items() if id(param) not in trained]:
         raise ValueError(f"not in the optimizer, so they would never be trained: {missing}. Exclude them.")
     boundary = Boundary()
-    change = Change(method=METHOD, skipped=targets.skipped)
+    change = Change(method=METHOD, skipped=targets.skipped, notes=[targets.coverage])
     for name, (param, blocks) in targets.matched.items():
         boundary.add(name, param, make_transform(config, blocks))
         change.targets[name] = describe(param, blocks, targets.notes.get(name))
@@ -223,5 +390,9 @@ def apply_sigma_reparam(
 def describe(param: nn.Parameter, blocks: Sequence[Block], note: str | None = None) -> str:
     """One line on a target, for reports."""
     shape = "×".join(map(str, param.shape))
-    text = f"{shape}, {len(blocks)} gain{'s' if len(blocks) > 1 else ''}"
+    gains = sum(block.length if block.stack else 1 for block in blocks)
+    text = f"{shape}, {gains} gain{'s' if gains > 1 else ''}"
+    if param.dim() > 2 and not blocks[0].stack and max(param.shape[2:]) > 1:
+        # The norm of a convolution is up to sqrt(k_h k_w) times that of its flattened kernel.
+        text += ", of the flattened kernel: no bound of the convolution"
     return f"{text} ({note})" if note else text

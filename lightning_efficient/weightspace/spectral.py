@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_efficient.weightspace.transform import Block, Transform, as_matrix, compute_dtype
+from lightning_efficient.weightspace.transform import Block, Transform, as_matrices, as_matrix, compute_dtype
 
 # Up to this many rows or columns the eigenvectors of the Gram matrix are cheaper than Lanczos steps.
 _EXACT_UP_TO = 256
@@ -84,11 +84,19 @@ def _power_step(matrix: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u, sigma, v
 
 
+def _power_steps(stack: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for a stack ``(matrices, m, n)`` at once."""
+    u = nn.functional.normalize(torch.einsum("kmn,kn->km", stack, right), dim=1, eps=torch.finfo(stack.dtype).tiny)
+    v = torch.einsum("kmn,km->kn", stack, u)
+    sigma = torch.linalg.vector_norm(v, dim=1)
+    return u, sigma, v / sigma.clamp_min(torch.finfo(stack.dtype).tiny).unsqueeze(1)
+
+
 class SpectralTransform(Transform):
-    """``Ŵ = γ W / σ(W)`` for each block of a parameter.
+    """``Ŵ = γ W / σ(W)`` for each matrix of a parameter.
 
     Args:
-        blocks: The matrices inside the parameter, each with its own gain.
+        blocks: The matrices inside the parameter, each with its own gain; or one block that is a stack of them.
         init: ``"preserve"`` starts with ``γ = σ(W)``, which leaves the function unchanged; ``"one"`` starts with
             ``γ = 1``, the paper's pseudo-code.
         learnable: Whether ``γ`` is trained; False is plain spectral normalization at the initial gain.
@@ -109,20 +117,24 @@ class SpectralTransform(Transform):
         self.blocks = tuple(blocks)
         self.init = init
         self.monitor = monitor
-        self.gain = nn.Parameter(torch.ones(len(self.blocks)), requires_grad=learnable and not monitor)
-        self.sigma = torch.ones(len(self.blocks))
+        self.stack = any(block.stack for block in self.blocks)
+        if self.stack and len(self.blocks) != 1:
+            raise ValueError(f"a stack of matrices is the whole of its parameter; got {self.blocks}.")
+        count = self.blocks[0].length if self.stack else len(self.blocks)
+        self.gain = nn.Parameter(torch.ones(count), requires_grad=learnable and not monitor)
+        self.sigma = torch.ones(count)
         self.left: list[Tensor] = []
         self.right: list[Tensor] = []
-        self._scale = torch.ones(len(self.blocks))
+        self._scale = torch.ones(count)
 
     @property
     def theta(self) -> nn.Parameter | None:
-        """The gains ``γ``, shape ``(len(blocks),)``, or None when they are not trained."""
+        """The gains ``γ``, one a matrix, or None when they are not trained."""
         return self.gain if self.gain.requires_grad else None
 
     def start(self, weight: Tensor) -> None:
         """Accurate singular vectors of every block, and the first gain."""
-        triplets = [leading_singular_triplet(as_matrix(block.of(weight))) for block in self.blocks]
+        triplets = [leading_singular_triplet(matrix) for matrix in self._matrices(weight)]
         self.left = [u for u, _, _ in triplets]
         self.right = [v for _, _, v in triplets]
         self.sigma = torch.stack([sigma for _, sigma, _ in triplets])
@@ -132,6 +144,9 @@ class SpectralTransform(Transform):
     def pull(self, weight: Tensor, grad: Tensor | None) -> None:
         """Divide by ``c``; project the gradient; leave ``∂L/∂γ`` in ``gain.grad``."""
         if self.monitor:
+            return
+        if self.stack:
+            self._pull_stack(weight, grad)
             return
         if grad is not None:
             rates = []
@@ -147,8 +162,26 @@ class SpectralTransform(Transform):
         for block, c in zip(self.blocks, self._scale, strict=True):
             block.of(weight).div_(c)
 
+    def _pull_stack(self, weight: Tensor, grad: Tensor | None) -> None:
+        c = self._scale.view(-1, 1, 1)
+        if grad is not None:
+            rates = (grad * weight).sum((1, 2)) / (self._scale * self.sigma)
+            u, v = torch.stack(self.left), torch.stack(self.right)
+            grad.addcmul_((rates[:, None] * u).unsqueeze(2), v.unsqueeze(1), value=-1).mul_(c)
+            if self.theta is not None:
+                self.theta.grad = rates
+        weight.div_(c)
+
+    def _matrices(self, weight: Tensor) -> list[Tensor]:
+        return [matrix for block in self.blocks for matrix in as_matrices(block, weight)]
+
     def advance(self, weight: Tensor) -> None:
         """One power iteration on the new weights."""
+        if self.stack:
+            u, self.sigma, v = _power_steps(weight, torch.stack(self.right))
+            self.left, self.right = list(u), list(v)
+            self._rescale()
+            return
         for i, block in enumerate(self.blocks):
             self.left[i], self.sigma[i], self.right[i] = _power_step(as_matrix(block.of(weight)), self.right[i])
         self._rescale()
@@ -160,9 +193,13 @@ class SpectralTransform(Transform):
     def push(self, weight: Tensor) -> None:
         """Multiply by ``c = γ / σ``."""
         self._rescale()
-        if not self.monitor:
-            for block, c in zip(self.blocks, self._scale, strict=True):
-                block.of(weight).mul_(c)
+        if self.monitor:
+            return
+        if self.stack:
+            weight.mul_(self._scale.view(-1, 1, 1))
+            return
+        for block, c in zip(self.blocks, self._scale, strict=True):
+            block.of(weight).mul_(c)
 
     def fits(self, weight: Tensor, tolerance: float) -> bool:
         """``uᵀ Ŵ v`` is ``γ`` by construction; weights from elsewhere miss it."""
@@ -170,8 +207,8 @@ class SpectralTransform(Transform):
             return True
         found = torch.stack(
             [
-                torch.dot(u, torch.mv(as_matrix(block.of(weight)), v))
-                for block, u, v in zip(self.blocks, self.left, self.right, strict=True)
+                torch.dot(u, torch.mv(matrix, v))
+                for matrix, u, v in zip(self._matrices(weight), self.left, self.right, strict=True)
             ]
         )
         return bool(torch.allclose(found, self.gain.detach(), rtol=tolerance, atol=1e-6))
@@ -182,7 +219,7 @@ class SpectralTransform(Transform):
         self.start(weight)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """``gain`` and ``sigma`` of shape ``(blocks,)``, and ``left.i``/``right.i`` of each block."""
+        """``gain`` and ``sigma`` of shape ``(matrices,)``, and ``left.i``/``right.i`` of each matrix."""
         state = {"gain": self.gain.detach().clone(), "sigma": self.sigma.clone()}
         for i, (u, v) in enumerate(zip(self.left, self.right, strict=True)):
             state |= {f"left.{i}": u.clone(), f"right.{i}": v.clone()}
@@ -190,7 +227,7 @@ class SpectralTransform(Transform):
 
     def load_state_dict(self, state: Mapping[str, Tensor], weight: Tensor) -> None:
         """Take over gains, norms and vectors; the matrices must be of the same number and shapes."""
-        matrices = [block.of(weight) for block in self.blocks]
+        matrices = self._matrices(weight)
         expected = {"gain": (len(matrices),), "sigma": (len(matrices),)}
         for i, matrix in enumerate(matrices):
             expected |= {f"left.{i}": (matrix.shape[0],), f"right.{i}": (matrix[0].numel(),)}

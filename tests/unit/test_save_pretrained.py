@@ -139,7 +139,14 @@ def test_a_callback_that_only_evaluates_leaves_nothing(tmp_path: Path) -> None:
     assert "save_pretrained" not in vars(model)
 
 
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"bias": "lora_only"}])
+def test_what_peft_writes_may_hold_it(tmp_path: Path) -> None:
+    model = lora(llama(), use_dora=True)  # the magnitudes scale the queries
+    LF.apply_temp_scale(model, 0.5, example={"input_ids": TOKENS})
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(peft.PeftModel.from_pretrained(llama(), tmp_path).eval()), logits(model))
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": "lora_only"}])
 def test_lora(tmp_path: Path, options: dict[str, Any]) -> None:
     model = lora(llama(), **options)
     before = logits(model)
