@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, cast
 from weakref import ref
 
@@ -93,9 +94,24 @@ class UnitPruningCallback(WeightSpaceCallback):
 
     def _find(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Groups, dict[str, Any] | None]:
         batch = first_batch(trainer)
+        find = partial(
+            find_groups, include=self.include, exclude=self.exclude, inexact=self.inexact, round_to=self.round_to
+        )
         steps = all_steps_of(trainer, pl_module, batch)
-        chosen = (self.include, self.exclude)
-        groups = find_groups(steps.model, steps.args, *chosen, inexact=self.inexact, round_to=self.round_to)
+        try:
+            groups = find(steps.model, steps.args)
+        except ValueError as error:
+            # A step that takes gradients or steps an optimizer itself cannot be followed. The calls that it makes of
+            # the networks can: what one of them returns then counts as an output, and keeps its width.
+            example = example_of(trainer, pl_module, "fit", batch)
+            try:
+                groups = find(example.model, example.args)
+            except ValueError:
+                raise error from None
+            rank_zero_info(
+                f"{type(self).__name__}: the steps of {type(pl_module).__name__} cannot be followed as a whole, so "
+                "widths between its networks are left alone."
+            )
         if not self.wants_macs():
             return groups, None
         example = example_of(trainer, pl_module, "fit", batch)

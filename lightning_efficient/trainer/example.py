@@ -138,7 +138,8 @@ class AllSteps(WholeStep):
         results = []
         for stage, batch in zip(self.stages, batches, strict=True):
             self.stage = stage
-            results.append(super().forward(batch))
+            with torch.set_grad_enabled(stage == "fit" or torch.is_grad_enabled()):  # a training step may ask for some
+                results.append(super().forward(batch))
         return results
 
 
