@@ -37,12 +37,18 @@ class Owners(AbstractContextManager["Owners"]):
         self.ran: set[str] = set()
         self.modules: dict[str, nn.Module] = {}
         self._stack: list[str] = []
+        self._shapes: list[tuple[int, ...]] = []
         self._handles: list[RemovableHandle] = []
 
     @property
     def current(self) -> str:
         """Name of the innermost running module."""
         return self._stack[-1] if self._stack else ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the first tensor that the innermost running module was given by position; empty: none."""
+        return self._shapes[-1] if self._shapes else ()
 
     def __enter__(self) -> Owners:
         for name, module in self.model.named_modules():
@@ -66,6 +72,7 @@ class Owners(AbstractContextManager["Owners"]):
             handle.remove()
         self._handles.clear()
         self._stack.clear()
+        self._shapes.clear()
 
     def silent(self, sites: Iterable[str]) -> list[str]:
         """Innermost modules that ran and have a number of heads, but are not related to any of ``sites``."""
@@ -81,6 +88,7 @@ class Owners(AbstractContextManager["Owners"]):
     def _entering(self, name: str) -> Any:
         def enter(module: nn.Module, args: Any) -> None:
             self._stack.append(name)
+            self._shapes.append(next((tuple(a.shape) for a in args if isinstance(a, torch.Tensor)), ()))
             self.ran.add(name)
 
         return enter
@@ -88,6 +96,7 @@ class Owners(AbstractContextManager["Owners"]):
     def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
         if self._stack:
             self._stack.pop()
+            self._shapes.pop()
 
 
 def scripted_attention(model: nn.Module) -> dict[str, str]:

@@ -147,7 +147,7 @@ class Trace(TorchFunctionMode):
         if func in _PRODUCTS:
             factors = _factors((*args, *kwargs.values()))
             self._made += [(site, out, *pair) for pair in factors if out.requires_grad]
-        if (call := self._follower.see(func, args, out)) is not None:
+        if (call := self._follower.see(func, args, kwargs, out)) is not None:
             call.v = next((t for t in tensors_in(args) if t.requires_grad), None)
 
     def _keep(self, call: Seen | str, law: Law, sees: Tensor | None) -> None:
