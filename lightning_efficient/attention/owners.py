@@ -47,7 +47,7 @@ class Owners(AbstractContextManager["Owners"]):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the first tensor that the innermost running module was given by position; empty: none."""
+        """Shape of the first tensor that the innermost running module was given; empty: none."""
         return self._shapes[-1] if self._shapes else ()
 
     def __enter__(self) -> Owners:
@@ -56,7 +56,7 @@ class Owners(AbstractContextManager["Owners"]):
             if isinstance(module, (torch.jit.ScriptModule, *self.transparent)):
                 continue  # its forward does not run in Python: what happens inside belongs to its caller
             self.modules[name] = module
-            self._handles.append(module.register_forward_pre_hook(self._entering(name)))
+            self._handles.append(module.register_forward_pre_hook(self._entering(name), with_kwargs=True))
             # always_call: a forward that raises must leave the stack, too, as its caller may catch and go on.
             self._handles.append(module.register_forward_hook(self._leave, always_call=True))
         return self
@@ -86,9 +86,10 @@ class Owners(AbstractContextManager["Owners"]):
         return [name for name in quiet if not any(other != name and _inside(other, name) for other in quiet)]
 
     def _entering(self, name: str) -> Any:
-        def enter(module: nn.Module, args: Any) -> None:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             self._stack.append(name)
-            self._shapes.append(next((tuple(a.shape) for a in args if isinstance(a, torch.Tensor)), ()))
+            given = (*args, *kwargs.values())
+            self._shapes.append(next((tuple(a.shape) for a in given if isinstance(a, torch.Tensor)), ()))
             self.ran.add(name)
 
         return enter

@@ -150,7 +150,7 @@ class AttentionProbe(TorchFunctionMode):
         if self.calls or self.unread or self._unconfirmed:
             silent = [name for name in silent if name]  # the model itself, which attends as "(model)"
         if silent:
-            parts.append(f"no attention call was seen in {_some(silent)}")
+            parts.append(f"no attention call was seen in {_some([name or ROOT for name in silent])}")
         if not parts and not self.calls:
             parts.append("no attention call was seen at all")
         if not parts:

@@ -162,7 +162,9 @@ class Trace(TorchFunctionMode):
 
     def _softmax(self, site: str, out: Tensor, logits: Tensor) -> Seen:
         call = Seen(site, "softmax", logits, out)
-        made = [entry[1:] for entry in self._made if entry[0] == site]
+        own = [entry[1:] for entry in self._made if entry[0] == site]
+        # A product may be a module of its own (SqueezeBERT): then the last one that the logits depend on.
+        made = own or [entry[1:] for entry in reversed(self._made)]
         if made and logits.requires_grad:
             grads = torch.autograd.grad(
                 logits, [m[0] for m in made], torch.ones_like(logits), retain_graph=True, allow_unused=True

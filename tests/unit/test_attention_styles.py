@@ -122,9 +122,24 @@ SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attenti
             ),
             1,
         ),
+        (
+            # A norm that feeds values and biases, and no queries.
+            lambda: hf.LongT5EncoderModel(
+                hf.LongT5Config(
+                    vocab_size=40, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4, local_radius=3,
+                    encoder_attention_type="transient-global", global_block_size=4,
+                )
+            ),
+            1,
+        ),
+        (
+            # Products that are modules of their own.
+            lambda: hf.SqueezeBertModel(hf.SqueezeBertConfig(**SIZES, intermediate_size=32, embedding_size=16)),
+            1,
+        ),
     ],
-    ids=["sinks", "local"],
-)
+    ids=["sinks", "local", "transient global", "products apart"],
+)  # fmt: skip
 def test_hugging_face(make: Callable[[], nn.Module], calls: int) -> None:
     torch.manual_seed(0)
     model = make().eval()
@@ -132,6 +147,14 @@ def test_hugging_face(make: Callable[[], nn.Module], calls: int) -> None:
         model(input_ids=torch.arange(3, 27).view(2, 12))
     assert len(probe.calls) == calls
     assert probe.report == ""
+    assert len(LF.apply_temp_scale(model, 0.5, example={"input_ids": torch.arange(3, 27).view(2, 12)}).targets) == 1
+
+
+def test_channels_are_named_whatever_the_way_the_input_is_given() -> None:
+    model = Written(channels)
+    with AttentionProbe(model) as probe:
+        model(x=torch.randn(2, 12, 16))
+    assert "over channels" in probe.report
 
 
 def test_cross_covariance_of_timm_is_named_by_the_monitor() -> None:
