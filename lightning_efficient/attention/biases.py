@@ -7,8 +7,8 @@ So beside the product, and whatever is made of it up to the softmax, the same is
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,13 @@ PRODUCTS = frozenset(
 _LONGEST = 16
 
 
+class _Entry(NamedTuple):
+    of: weakref.ref[Tensor]
+    twin: Tensor
+    age: int
+    summed: int | None
+
+
 class Biases:
     """Follows products of two activations, and holds for each what it would be if the queries were zero.
 
@@ -29,28 +36,35 @@ class Biases:
     """
 
     def __init__(self) -> None:
-        self._open: dict[int, tuple[weakref.ref[Tensor], Tensor, int]] = {}
+        self._open: dict[int, _Entry] = {}
 
     def of(self, logits: Tensor) -> Tensor | None:
         """What the logits would be if the queries were zero, of the same shape; None: no product was seen."""
-        entry = self._open.get(id(logits))
-        return entry[1] if entry is not None and entry[0]() is logits and entry[1].shape == logits.shape else None
+        entry = self._entry(logits)
+        return entry.twin if entry is not None and entry.twin.shape == logits.shape else None
+
+    def summed(self, logits: Tensor) -> int | None:
+        """The length of the axis that the product summed over: a head's width; None: not known."""
+        entry = self._entry(logits)
+        return None if entry is None else entry.summed
 
     def see(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         """Look at a torch call that was made."""
         with torch.no_grad():
-            if func in PRODUCTS and isinstance(out, Tensor) and _of_activations(args):
-                self._keep(out, torch.zeros_like(out) if len(args) < 3 else _without(func, args, kwargs, out), 0)
+            factors = list(tensors_in((args, kwargs)))[-2:]
+            if func in PRODUCTS and isinstance(out, Tensor) and _of_activations(factors):
+                twin = torch.zeros_like(out) if len(args) < 3 else _without(func, args, kwargs, out)
+                self._keep(out, twin, 0, None if func is torch.einsum else factors[0].shape[-1])
             elif self._open:
                 self._follow(func, args, dict(kwargs), out)
 
     def _follow(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        known = [e for t in tensors_in((args, kwargs)) if (e := self._open.get(id(t))) is not None and e[0]() is t]
-        age = max((entry[2] for entry in known), default=0) + 1
-        if not known or age > _LONGEST or not _safe(func, args, kwargs, self._is_open):
+        known = [entry for t in tensors_in((args, kwargs)) if (entry := self._entry(t)) is not None]
+        age = max((entry.age for entry in known), default=0) + 1
+        if not known or age > _LONGEST or not _safe(func, args, kwargs, lambda t: self._entry(t) is not None):
             return
-        made = out if isinstance(out, Tensor) else (list(out) if isinstance(out, list | tuple) else [])
-        if not len(made) and func is not Tensor.__setitem__:
+        made = list(tensors_in(out))
+        if not made and func is not Tensor.__setitem__:
             return  # a shape, a dtype
         try:
             # What draws random numbers draws them from here.
@@ -58,23 +72,23 @@ class Biases:
                 twin = func(*mapped(args, self._twin), **mapped(kwargs, self._twin))
         except Exception:  # the user's call went through; that this one does not only means that nothing is known
             return
-        for one, other in zip(*(list(tensors_in(x)) for x in (out, twin)), strict=False):
-            self._keep(one, other, age)
+        for one, other in zip(made, list(tensors_in(twin)), strict=False):
+            self._keep(one, other, age, known[0].summed)
 
     def _twin(self, value: Any) -> Any:
-        return self._open[id(value)][1] if self._is_open(value) else value
+        entry = self._entry(value)
+        return value if entry is None else entry.twin
 
-    def _is_open(self, value: Any) -> bool:
+    def _entry(self, value: Any) -> _Entry | None:
         entry = self._open.get(id(value))
-        return entry is not None and entry[0]() is value
+        return entry if entry is not None and entry.of() is value else None
 
-    def _keep(self, tensor: Tensor, twin: Tensor, age: int) -> None:
-        self._open = {key: entry for key, entry in self._open.items() if entry[0]() is not None}
-        self._open[id(tensor)] = (weakref.ref(tensor), twin, age)
+    def _keep(self, tensor: Tensor, twin: Tensor, age: int, summed: int | None) -> None:
+        self._open = {key: entry for key, entry in self._open.items() if entry.of() is not None}
+        self._open[id(tensor)] = _Entry(weakref.ref(tensor), twin, age, summed)
 
 
-def _of_activations(args: tuple[Any, ...]) -> bool:
-    factors = list(tensors_in(args))[-2:]
+def _of_activations(factors: Sequence[Tensor]) -> bool:
     return len(factors) == 2 and all(t.dim() >= 3 and not isinstance(t, nn.Parameter) for t in factors)
 
 

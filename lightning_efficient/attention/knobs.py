@@ -201,7 +201,7 @@ def _candidates(
         others = [g[name] for g in (of_theirs, of_v) if name in g]
         if not others:
             found[name] = (Block(0, parameter.shape[0]),) if parameter.dim() else ()
-        elif cut := _own_blocks(of_mine[name], others):
+        elif cut := _own_blocks(of_mine.get(name, of_logits[name]), others):
             found[name] = cut
     return {name: cut for name, cut in found.items() if cut}
 

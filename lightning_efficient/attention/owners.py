@@ -46,6 +46,7 @@ class Owners(AbstractContextManager["Owners"]):
         self.ran: set[str] = set()
         self.modules: dict[str, nn.Module] = {}
         self._stack: list[str] = []
+        self._shapes: list[tuple[int, ...]] = []
         self._handles: list[RemovableHandle] = []
 
     @property
@@ -53,13 +54,18 @@ class Owners(AbstractContextManager["Owners"]):
         """Name of the innermost running module."""
         return self._stack[-1] if self._stack else ""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the first tensor that the innermost running module was given; empty: none."""
+        return self._shapes[-1] if self._shapes else ()
+
     def __enter__(self) -> Owners:
         for name, module in self.model.named_modules():
             name = canonical_name(name)  # a wrapper and what it wraps share one
             if isinstance(module, (torch.jit.ScriptModule, *self.transparent)):
                 continue  # its forward does not run in Python: what happens inside belongs to its caller
             self.modules[name] = module
-            self._handles.append(module.register_forward_pre_hook(self._entering(name)))
+            self._handles.append(module.register_forward_pre_hook(self._entering(name), with_kwargs=True))
             # always_call: a forward that raises must leave the stack, too, as its caller may catch and go on.
             self._handles.append(module.register_forward_hook(self._leave, always_call=True))
         return self
@@ -75,6 +81,7 @@ class Owners(AbstractContextManager["Owners"]):
             handle.remove()
         self._handles.clear()
         self._stack.clear()
+        self._shapes.clear()
 
     def silent(self, sites: Iterable[str]) -> list[str]:
         """Innermost modules that ran and have a number of heads, but are not related to any of ``sites``."""
@@ -84,8 +91,10 @@ class Owners(AbstractContextManager["Owners"]):
         return [name for name in quiet if not any(other != name and _inside(other, name) for other in quiet)]
 
     def _entering(self, name: str) -> Any:
-        def enter(module: nn.Module, args: Any) -> None:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             self._stack.append(name)
+            given = (*args, *kwargs.values())
+            self._shapes.append(next((tuple(a.shape) for a in given if isinstance(a, torch.Tensor)), ()))
             self.ran.add(name)
 
         return enter
@@ -93,6 +102,7 @@ class Owners(AbstractContextManager["Owners"]):
     def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
         if self._stack:
             self._stack.pop()
+            self._shapes.pop()
 
 
 def scripted_attention(model: nn.Module) -> dict[str, str]:

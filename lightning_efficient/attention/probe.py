@@ -135,7 +135,7 @@ class AttentionProbe(TorchFunctionMode):
         if func in _READERS or func in SOFTMAX:
             if self._reading and self._keep(self._owners.current):
                 self._read(func, args, kwargs, out)
-        elif (call := self._follower.see(func, args, out)) is not None:
+        elif (call := self._follower.see(func, args, kwargs, out)) is not None:
             self._add(call)
         elif self._reading:
             self._biases.see(func, args, kwargs, out)
@@ -147,8 +147,10 @@ class AttentionProbe(TorchFunctionMode):
         sites = [call.site.partition("#")[0] for call in self.calls]
         silent = [name for name in self._owners.silent([*sites, *self.unread, *self._unconfirmed]) if self._keep(name)]
         parts = [f"{site}: {why}" for site, why in (self.unread | self._unconfirmed).items()]
+        if self.calls or self.unread or self._unconfirmed:
+            silent = [name for name in silent if name]  # the model itself, which attends as "(model)"
         if silent:
-            parts.append(f"no attention call was seen in {_some(silent)}")
+            parts.append(f"no attention call was seen in {_some([name or ROOT for name in silent])}")
         if not parts and not self.calls:
             parts.append("no attention call was seen at all")
         if not parts:
@@ -163,6 +165,10 @@ class AttentionProbe(TorchFunctionMode):
     def _read(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         site = self._owners.current or ROOT
         if func in SOFTMAX:
+            logits = args[0] if args else kwargs["input"]
+            if _over_channels(logits, self._biases.summed(logits), self._owners.shape):
+                self.unread[site] = "attends over channels, not tokens (cross-covariance)"
+                return
             rows = rows_of_softmax(self._limits, self._biases, *args, **kwargs)
             if rows is not None:
                 self._follower.start(out, AttentionCall(site, "softmax", rows))
@@ -183,6 +189,17 @@ class AttentionProbe(TorchFunctionMode):
         if (visit := self._visits[call.site]) > 1:
             call = replace(call, site=f"{call.site}#{visit}")
         self.calls.append(call)
+
+
+def _over_channels(logits: Any, summed: int | None, given: tuple[int, ...]) -> bool:
+    """Whether the product before a softmax summed over the tokens, and left a head's channels against each other."""
+    if summed is None or logits.dim() != 4 or logits.shape[-1] != logits.shape[-2] or len(given) not in (3, 4):
+        return False
+    width, heads = logits.shape[-1], logits.shape[1]
+    layouts = [(given[1], given[2])] if len(given) == 3 else []
+    if len(given) == 4:
+        layouts = [(given[1] * given[2], given[3]), (given[2] * given[3], given[1])]
+    return width != summed and any((summed, heads * width) == layout for layout in layouts)
 
 
 def _some(names: list[str], count: int = 5) -> str:

@@ -8,7 +8,7 @@ over values.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -71,16 +71,19 @@ class Follower(Generic[T]):
         self._open = {key: entry for key, entry in self._open.items() if entry[0]() is not None}
         self._open[id(result)] = (weakref.ref(result), record)
 
-    def see(self, func: Callable[..., Any], args: Sequence[Any], out: Any) -> T | None:
+    def see(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> T | None:
         """Look at a torch call; return the record that it confirms, if any."""
         if not self._open:
             return None
-        if func in _KEEPS_KEYS:
+        if func in _KEEPS_KEYS or func is torch.Tensor.__getitem__:
             record = self._find(args[0] if args else None)
-            if record is not None and isinstance(out, Tensor) and out.shape[-1:] == args[0].shape[-1:]:
-                self.start(out, record)
+            if record is not None and isinstance(out, Tensor):
+                # A slice may only drop keys: an attention sink, which has no value.
+                sliced = func is torch.Tensor.__getitem__ and out.shape[:-1] == args[0].shape[:-1]
+                if sliced or (func in _KEEPS_KEYS and out.shape[-1:] == args[0].shape[-1:]):
+                    self.start(out, record)
         elif func in _PRODUCTS:
-            weights = _weights_of_product(func, args)
+            weights = _weights_of_product(func, (*args, *kwargs.values()))
             if (record := self._find(weights)) is not None:
                 self._open = {key: e for key, e in self._open.items() if e[1] is not record}
                 return record
@@ -96,10 +99,13 @@ def _weights_of_product(func: Callable[..., Any], args: Sequence[Any]) -> Any:
     if func is not torch.einsum:
         return args[0] if args else None
     operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
-    if not isinstance(args[0], str) or len(operands) != 2 or "." in args[0]:
+    if not isinstance(args[0], str) or len(operands) != 2:
         return None
-    inputs, _, output = args[0].replace(" ", "").partition("->")
+    # What "..." stands for is in both terms, or broadcast, and never summed: one letter of its own will do.
+    inputs, _, output = args[0].replace(" ", "").replace("...", ".").partition("->")
     terms = inputs.split(",")
+    if "." in inputs and not all("." in part for part in (*terms, output)):
+        return None
     for term, other, operand in ((*terms, operands[0]), (*reversed(terms), operands[1])):
         # "bhqk,bhkd->bhqd": k is summed, q belongs to this term alone, the rest is shared.
         shared = all(letter in other and letter in output for letter in term[:-2])

@@ -147,7 +147,7 @@ class Trace(TorchFunctionMode):
         if func in _PRODUCTS:
             factors = _factors((*args, *kwargs.values()))
             self._made += [(site, out, *pair) for pair in factors if out.requires_grad]
-        if (call := self._follower.see(func, args, out)) is not None:
+        if (call := self._follower.see(func, args, kwargs, out)) is not None:
             call.v = next((t for t in tensors_in(args) if t.requires_grad), None)
 
     def _keep(self, call: Seen | str, law: Law, sees: Tensor | None) -> None:
@@ -162,7 +162,9 @@ class Trace(TorchFunctionMode):
 
     def _softmax(self, site: str, out: Tensor, logits: Tensor) -> Seen:
         call = Seen(site, "softmax", logits, out)
-        made = [entry[1:] for entry in self._made if entry[0] == site]
+        own = [entry[1:] for entry in self._made if entry[0] == site]
+        # A product may be a module of its own (SqueezeBERT): then the last one that the logits depend on.
+        made = own or [entry[1:] for entry in reversed(self._made)]
         if made and logits.requires_grad:
             grads = torch.autograd.grad(
                 logits, [m[0] for m in made], torch.ones_like(logits), retain_graph=True, allow_unused=True

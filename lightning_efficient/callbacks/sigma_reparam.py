@@ -35,10 +35,10 @@ class SigmaReparam(WeightSpaceCallback):
 
     Bounds the attention logits through the spectral norms, which guards against attention-entropy collapse and widens
     the range of learning rates that train. The module keeps holding ``Ŵ`` under its own names, so checkpoints, EMA,
-    ``torch.compile`` and export see an ordinary model; the optimizer moves ``W`` and the gains ``γ``. The weights of
-    known layers, and what else multiplies as a matrix in a forward on the first batch (experts: one gain each); the
-    report says which share of the parameters that is, and what is not bounded. Low-rank updates (LoRA) are refused.
-    Logs ``efficient/sigma_reparam/{sigma_max,gain_min,gain_mean,gain_max}``.
+    ``torch.compile`` and export see an ordinary model; the optimizer moves ``W`` and the gains ``γ``. Covered are the
+    weights of known layers, and what else multiplies as a matrix in a forward on the first batch (experts: one gain
+    each); the report says which share of the parameters that is, and what is not bounded. LoRA is refused. Logs
+    ``efficient/sigma_reparam/{sigma_max,gain_min,gain_mean,gain_max}``.
 
     Args:
         enabled: ``False`` leaves the run bit-identical to one without the callback.

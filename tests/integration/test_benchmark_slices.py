@@ -139,3 +139,28 @@ def test_step_time_measures_every_variant(script: Any, monkeypatch: pytest.Monke
         assert row["model"] == "tiny, batch 2"
         assert row["step_ms"] > 0
         assert row["ratio"] == sorted(row["ratios"])[1]
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("mixtral", {"temperature": "exact, weights", "padded": "exact", "save": "kept", "monitor": "2 read"}),
+        ("mpt", {"temperature": "exact, 2 of 2 by an adapter", "padded": "exact", "save": "refused by name"}),
+        ("by hand: mask -100", {"temperature": "exact, weights", "monitor": "1 read"}),
+        ("fnet", {"temperature": "nothing to do"}),
+    ],
+)
+def test_the_zoo_of_methods(script: Any, family: str, expected: dict[str, str]) -> None:
+    row = script("methods_zoo").row_of(family)
+    assert {key: row[key] for key in expected} == expected
+    assert all(value < 1e-9 for key, value in row.items() if key.endswith("error"))
+    assert "not bounded" in row["sigma"]
+
+
+def test_the_table_of_methods_has_no_silent_cell() -> None:
+    rows = json.loads((BENCHMARKS / "results" / "methods_zoo.json").read_text())["rows"]
+    assert len(rows) >= 60
+    for row in rows:
+        assert row["temperature"].startswith(("exact", "refused by name", "nothing to do")), row["family"]
+        assert row["monitor"].endswith(" read") or "named: " in row["monitor"], row["family"]
+        assert row.get("save", "kept") in ("kept", "refused by name", "no such method"), row["family"]
