@@ -150,6 +150,8 @@ def find_targets(
     attention = find_attention(model, probe)
     names, skipped = _select(attention, include, exclude)
     idle = references(model)
+    if not model.training and idle.issuperset(names):
+        idle = set()  # evaluated as a whole, and nothing beside it that attends: the network itself (prompt tuning)
     skipped |= {name: REFERENCE for name in names if name in idle}
     names = [name for name in names if name not in idle]
     if not names:

@@ -168,3 +168,11 @@ def test_lora_in_training(tmp_path: Path) -> None:
     merged = model.merge_and_unload()
     with pytest.raises(RuntimeError, match=LOSES):
         merged.save_pretrained(tmp_path / "no")
+
+
+def test_a_frozen_network_that_is_evaluated_is_no_reference(tmp_path: Path) -> None:
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(llama(), config).eval()
+    assert len(LF.apply_temp_scale(model, 0.5, example={"input_ids": TOKENS}).targets) == 2
+    with pytest.raises(RuntimeError, match=LOSES):
+        model.save_pretrained(tmp_path)
