@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from lightning_efficient.deploy.semi_structured import to_semi_structured
     from lightning_efficient.lifecycle.base import EfficientCallback
     from lightning_efficient.lifecycle.cuts import cut
+    from lightning_efficient.lifecycle.files import CheckpointError
     from lightning_efficient.lifecycle.load import load_from_checkpoint
     from lightning_efficient.lifecycle.methods import register_method
+    from lightning_efficient.lifecycle.recipe import RecipeError
     from lightning_efficient.lifecycle.structural import StructuralCallback
     from lightning_efficient.lifecycle.weights import Plan, WeightSpaceCallback
     from lightning_efficient.surgery.replace import replace_modules
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 # importing the one never hides the other.
 _HOMES = {
     "Change": "common.change",
+    "CheckpointError": "lifecycle.files",
     "CollapseMonitor": "callbacks.collapse_monitor",
     "EfficientCLI": "cli.efficient_cli",
     "EfficientCallback": "lifecycle.base",
@@ -55,6 +58,7 @@ _HOMES = {
     "PAGCPPruning": "callbacks.pagcp_pruning",
     "PRepBN": "callbacks.prepbn",
     "Plan": "lifecycle.weights",
+    "RecipeError": "lifecycle.recipe",
     "RunCost": "callbacks.run_cost",
     "SAPPruning": "callbacks.sap_pruning",
     "SigmaReparam": "callbacks.sigma_reparam",
@@ -84,6 +88,7 @@ _HOMES = {
 
 __all__ = [
     "Change",
+    "CheckpointError",
     "CollapseMonitor",
     "EfficientCLI",
     "EfficientCallback",
@@ -92,6 +97,7 @@ __all__ = [
     "PAGCPPruning",
     "PRepBN",
     "Plan",
+    "RecipeError",
     "RunCost",
     "SAPPruning",
     "SigmaReparam",

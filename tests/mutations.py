@@ -87,8 +87,8 @@ def _number(value: float, rng: random.Random) -> Any:
     return rng.choice([-5, -value - 1, math.nan, math.inf, -math.inf, 10**12, 10**400, 1e300, str(value), [value]])
 
 
-def mutated(data: Any, rng: random.Random, swaps: bool = True) -> tuple[str, Any]:
-    """What was done where, and the data with it done.
+def mutation(data: Any, rng: random.Random, swaps: bool = True) -> tuple[Path, str, Any]:
+    """Where, what was done there, and the data with it done.
 
     Args:
         data: Plain data and tensors.
@@ -107,4 +107,10 @@ def mutated(data: Any, rng: random.Random, swaps: bool = True) -> tuple[str, Any
     name = rng.choice(list(ways))
     made = ways[name](value, rng)
     text = repr(made) if not isinstance(made, Tensor) else f"{made.dtype} {tuple(made.shape)}"
-    return f"{'/'.join(map(str, path))}: {name}, {text[:80]}", replaced(data, path, lambda _: made)
+    return path, f"{name}, {text[:80]}", replaced(data, path, lambda _: made)
+
+
+def mutated(data: Any, rng: random.Random, swaps: bool = True) -> tuple[str, Any]:
+    """The same, where and what in one text."""
+    path, what, changed = mutation(data, rng, swaps)
+    return f"{'/'.join(map(str, path))}: {what}", changed

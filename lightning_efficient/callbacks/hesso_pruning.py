@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_efficient.common.schema import MapOf, OrNone, Record, TensorOf, Text
+from lightning_efficient.common.schema import MapOf, OrNone, Record, TensorOf, Text, check
 from lightning_efficient.common.weights import trained_by
+from lightning_efficient.lifecycle.recipe import RecipeError
 from lightning_efficient.lifecycle.units import FOUND, UnitPruningCallback
 from lightning_efficient.lifecycle.weights import Plan as WeightPlan
 from lightning_efficient.structured.cost import Cost
@@ -28,7 +29,7 @@ from lightning_efficient.structured.hesso import (
     shrink_factor,
 )
 from lightning_efficient.structured.saliency import all_sums, saliency
-from lightning_efficient.trainer.cycles import CYCLES, Cycles
+from lightning_efficient.trainer.cycles import CYCLES, Cycles, cycles_schema
 from lightning_efficient.weightspace import Boundary, Transform
 from lightning_efficient.weightspace.mask import scale_entries
 
@@ -135,6 +136,28 @@ class HESSOPruning(UnitPruningCallback):
         if progress["cycles"] is not None and self.standing.schedule is not None:
             self._cycles = Cycles.from_plain(CricPlan(*self.standing.schedule), progress["cycles"])
 
+    def check_progress(self, state: Mapping[str, Any], step: int) -> None:
+        """What is known of units is of the groups' units, and no further than the steps that are done."""
+        super().check_progress(state, step)
+        hesso, cycles, schedule = state["hesso"], state["cycles"], state["standing"]["schedule"]
+        found = state["groups"]["found"]
+        where = f"the checkpoint's state of {self.state_key}, field"
+        units = {name: TensorOf(torch.int8, shape=(group["units"],)) for name, group in found.items()}
+        check(hesso["status"], Record(units), f"{where} ['hesso']['status']", RecipeError)
+        made = {part["name"] for group in found.values() for part in group["slices"]}
+        if strangers := [name for name in state["sums"] if name not in made]:
+            self.refuse("['sums']", "of parameters of the groups", strangers[0])
+        periods = schedule[2] if schedule else 0
+        if hesso["chosen"] > periods:
+            self.refuse("['hesso']['chosen']", f"up to {periods} periods", hesso["chosen"])
+        if hesso["shrunk"] > step:
+            self.refuse("['hesso']['shrunk']", f"up to step {step}", hesso["shrunk"])
+        if (cycles is not None) != (self.cric and schedule is not None):
+            self.refuse("['cycles']", "there" if self.cric else "null", cycles)
+        if cycles is not None:
+            sizes = {name: group["units"] for name, group in found.items()}
+            check(cycles, cycles_schema(CricPlan(*schedule), sizes, step), f"{where} ['cycles']", RecipeError)
+
     def restart(self) -> None:
         """Begin the schedule anew; units that the model has lost stay gone."""
         super().restart()
@@ -158,7 +181,20 @@ class HESSOPruning(UnitPruningCallback):
             self._pruner.check(self.options.target)
             if not self.standing.resumed:
                 self.hesso = HessoState.of(self.groups, self.gone(pl_module))
+            else:
+                self._check_status()
         return plan
+
+    def _check_status(self) -> None:
+        """As many units are gone or going as the periods until now ask for."""
+        assert self._pruner is not None
+        chosen, periods = self.hesso.chosen, self.standing.schedule[2] if self.standing.schedule else 1
+        moving = any(bool(where.any()) for where in self.hesso.marked(SHRINKING).values())
+        share, lost = self.options.target * chosen / periods, self.hesso.lost()
+        right = self._pruner.fewest(lost, share) if moving else self._pruner.reached(lost, share)
+        if not right:
+            expected = f"of {share:.1%} of the {self.options.unit} that are gone or going, after {chosen} period(s)"
+            self.refuse("['hesso']['status']", expected, lost)
 
     def _cost(self, pl_module: LightningModule) -> Cost | None:
         if self.options.unit == "groups":
@@ -175,6 +211,9 @@ class HESSOPruning(UnitPruningCallback):
         super().on_train_start(trainer, pl_module)
         if not self.enabled:
             return
+        if self._cycles is not None and self._boundary is not None:  # of a run that is resumed
+            where = f"the checkpoint's state of {self.state_key}, field"
+            self._cycles.check(trainer, pl_module, self._sites(), where, RecipeError)
         self._plan = Plan(*self.standing.fix(trainer, type(self).__name__, self._resolve, lambda s: s[0] + s[1]))
         if self.cric:
             self._cycles = self._cycles or Cycles(CricPlan(self._plan.first, self._plan.span, self._plan.periods))

@@ -137,6 +137,20 @@ class MagnitudePruning(PruningCallback):
         """Go on with the schedule of the run that is resumed."""
         self._snapshot, self._back = restore_snapshot(progress["snapshot"]), progress["back"]
 
+    def check_progress(self, state: Mapping[str, Any], step: int) -> None:
+        """There is something to go back to where the schedule does that, and it is due only between two steps."""
+        super().check_progress(state, step)
+        schedule, there = state["standing"]["schedule"], state["snapshot"] is not None
+        if schedule and self._returns and step > schedule[3] and not there:
+            self.refuse("['snapshot']", f"there after step {schedule[3]}", state["snapshot"])
+        if state["back"] and not (self._returns and there and self.criterion in ("taylor", "wanda")):
+            self.refuse("['back']", "false", state["back"])
+
+    @property
+    def _returns(self) -> bool:
+        """Whether the schedule goes back to an earlier step."""
+        return self.schedule.kind == "iterative" and self.rewind != "none"
+
     def restart(self) -> None:
         """Begin the schedule anew; masks that the model has stay on."""
         super().restart()
@@ -144,8 +158,11 @@ class MagnitudePruning(PruningCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fix the schedule, before anything is pruned."""
+        resumed = self.standing.resumed
         super().on_train_start(trainer, pl_module)
         if self.enabled:
+            if resumed:
+                self._check_snapshot(trainer, pl_module, self._snapshot, "['snapshot']", whole=True)
             self._steps = self.standing.fix(trainer, type(self).__name__, self._resolve, self.schedule.end)
 
     def _resolve(self, total: int | None) -> tuple[int, ...]:
@@ -153,7 +170,7 @@ class MagnitudePruning(PruningCallback):
         if total == 0:
             return 0, 0, 1, 0
         first, span, every = self.schedule.steps(total)
-        if self.schedule.kind != "iterative" or self.rewind == "none":
+        if not self._returns:
             return first, span, every, 0
         back, _ = transition_steps(total, hold=self.rewind_to, length=0)
         if back >= first:
@@ -169,8 +186,7 @@ class MagnitudePruning(PruningCallback):
         if self._boundary is None:
             return
         self._step = step = self.step(trainer)
-        returns = self.schedule.kind == "iterative" and self.rewind != "none"
-        if returns and self._snapshot is None and step >= self._steps[3]:
+        if self._returns and self._snapshot is None and step >= self._steps[3]:
             self._snapshot = self._take(trainer, pl_module)
         if not self._back and self._due(step):
             if self.criterion in ("magnitude", "random"):
@@ -271,7 +287,7 @@ class MagnitudePruning(PruningCallback):
             masks |= {name: target.canonical(chosen[name]) for name, target in targets.items()}
         changed = self._set_masks(trainer, pl_module, masks, advance)
         self._applied |= due
-        self._back = changed and self.schedule.kind == "iterative" and self.rewind != "none"
+        self._back = changed and self._returns
 
     def _go_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._snapshot is not None

@@ -14,7 +14,8 @@ from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from lightning_efficient.common.schedule import moments
-from lightning_efficient.common.schema import Int, ListOf, MapOf, Plain, Record, TensorOf, Text
+from lightning_efficient.common.schema import Flag, Int, ListOf, MapOf, Number, Record, TensorOf, Text, check
+from lightning_efficient.lifecycle.recipe import RecipeError
 from lightning_efficient.lifecycle.units import FOUND, UnitPruningCallback
 from lightning_efficient.lifecycle.weights import Plan
 from lightning_efficient.structured.budgets import read_budgets
@@ -30,6 +31,20 @@ from lightning_efficient.structured.pagcp import (
 )
 from lightning_efficient.trainer.validation import ValidationOracle
 from lightning_efficient.weightspace import Transform
+
+_VALUES = MapOf(Text(), Number(finite=False))
+_LAYER = Record(
+    {
+        "name": Text(), "units": Int(low=0), "dropped": Int(low=0), "chosen": Flag(), "spent": Number(finite=False),
+        "saved": Number(finite=False), "trials": Int(low=0),
+    }
+)  # fmt: skip
+_ROUND = Record(
+    {
+        "step": Int(low=0), "rows": ListOf(_LAYER), "baseline": _VALUES, "values": _VALUES, "spent": _VALUES,
+        "saved": Number(finite=False), "kept": Flag(), "given_back": ListOf(Text()), "evaluations": Int(low=0),
+    }
+)  # fmt: skip
 
 
 class PAGCPPruning(UnitPruningCallback):
@@ -74,7 +89,7 @@ class PAGCPPruning(UnitPruningCallback):
     progress_schema = Record(
         {
             **FOUND, "done": Int(low=0), "gone": MapOf(Text(), TensorOf(torch.bool, ndim=1)),
-            "history": ListOf(MapOf(Text(), Plain())),
+            "history": ListOf(_ROUND),
         }
     )  # fmt: skip
     resume_may_change = frozenset({"enabled"})
@@ -137,6 +152,15 @@ class PAGCPPruning(UnitPruningCallback):
         super().resume(progress)
         self._done, self._gone = progress["done"], dict(progress["gone"])
         self.history = [dict(row) for row in progress["history"]]
+
+    def check_progress(self, state: Mapping[str, Any], step: int) -> None:
+        """As many rounds are done as the history tells of, and the marks are of the groups' units."""
+        super().check_progress(state, step)
+        rounds = len(state["standing"]["schedule"] or ())
+        if not state["done"] == len(state["history"]) <= rounds:
+            self.refuse("['done']", f"the number of rounds in `history`, up to {rounds}", state["done"])
+        units = {name: TensorOf(torch.bool, shape=(g["units"],)) for name, g in state["groups"]["found"].items()}
+        check(state["gone"], Record(units), f"the checkpoint's state of {self.state_key}, field ['gone']", RecipeError)
 
     def restart(self) -> None:
         """Begin the rounds anew; units that the model has lost stay gone."""

@@ -182,7 +182,7 @@ class PRepBN(StructuralCallback):
         if self._total == 0:
             return
         way, name = self.transition, type(self).__name__
-        way.fix(*self.standing.fix(trainer, name, way.resolve, sum))
+        way.fix(*self.standing.fix(trainer, name, self._resolve, sum))
         self._norms = list(blend_norms(pl_module).values())
         if fresh:  # a further fit, or one of a model from a file, goes on from where the norms are
             way.restart(max(float(norm.lam) for norm in self._norms))
@@ -197,6 +197,18 @@ class PRepBN(StructuralCallback):
             # They evaluate, or train, with running statistics from the first step on.
             self._look(trainer, pl_module, first_batch(trainer), 0)
             recalibrate_in(trainer, pl_module, self.recalibrate, name)
+
+    def _resolve(self, total: int | None) -> tuple[int, int]:
+        return self.transition.resolve(total)
+
+    def check_progress(self, state: Mapping[str, Any], step: int) -> None:
+        """The schedule is two numbers, and a pause of the guard is not longer than it makes them."""
+        schedule = state["standing"]["schedule"]
+        if schedule is not None and len(schedule) != 2:
+            self.refuse("['standing']['schedule']", "two numbers of steps", schedule)
+        held = step + self.transition.pause(sum(schedule or (0,)))
+        if not state["clock"]["time"] <= state["clock"]["step"] <= held:
+            self.refuse("['clock']", f"a time up to its step, and that up to {held}", state["clock"])
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the blend for this step; before the first, look at what the model does with such a batch."""

@@ -11,23 +11,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_efficient.common.match import canonical_name
-from lightning_efficient.common.schema import Int, ListOf, MapOf, Number, OneOf, OrNone, Record, TensorOf, Text
 from lightning_efficient.lifecycle.masks import PruningCallback
 from lightning_efficient.lifecycle.standing import is_smoke_run
-from lightning_efficient.pruning.sap import SapConfig, SapStep, phase, sap_step
+from lightning_efficient.pruning.sap import SAP_STATE, SapConfig, SapStep, phase, sap_step
 from lightning_efficient.trainer.tensorboard import log_curve
 from lightning_efficient.weightspace import Boundary
 from lightning_efficient.weightspace.mask import pack_mask, set_mask, unpack_mask
-from lightning_efficient.weightspace.snapshot import SNAPSHOT, Snapshot, restore_snapshot, rewind, take
-
-_MASKS = MapOf(Text(), TensorOf(torch.uint8, ndim=1))
-_ROW = Record(
-    {
-        "iteration": Int(low=0), "step": Int(low=0), "left": Number(low=0, high=1), "pqi": Number(finite=False),
-        "pqi_scope": Number(finite=False), "score": OrNone(Number(finite=False)), "next_pruned": Int(low=0),
-        "phase": Text(),
-    }
-)  # fmt: skip
+from lightning_efficient.weightspace.snapshot import Snapshot, restore_snapshot, rewind, take
 
 
 class SAPPruning(PruningCallback):
@@ -67,13 +57,7 @@ class SAPPruning(PruningCallback):
     """
 
     method = "sap_pruning"
-    progress_schema = Record(
-        {
-            "history": ListOf(_ROW), "stopped": OneOf((None, "collapse", "stalled")), "closed_step": Int(low=0),
-            "next": OrNone(_MASKS), "score": OrNone(Number(finite=False)), "snapshot": OrNone(SNAPSHOT),
-            "keep": OrNone(Record({"snapshot": SNAPSHOT, "masks": _MASKS})), "best": OrNone(SNAPSHOT),
-        }
-    )  # fmt: skip
+    progress_schema = SAP_STATE
 
     def __init__(
         self,
@@ -131,9 +115,7 @@ class SAPPruning(PruningCallback):
 
     def config(self) -> dict[str, Any]:
         """The arguments of this callback as plain data."""
-        names = (
-            "iterations", "epochs_per_iteration", "monitor", "mode", "select", "stop_at", "tolerance",
-        )  # fmt: skip
+        names = ("iterations", "epochs_per_iteration", "monitor", "mode", "select", "stop_at", "tolerance")
         return super().config() | vars(self.options) | {name: getattr(self, name) for name in names}
 
     # -- life cycle ------------------------------------------------------------------------------------------------
@@ -155,6 +137,32 @@ class SAPPruning(PruningCallback):
         keep = progress["keep"]
         self._keep = keep and (Snapshot(**keep["snapshot"]), keep["masks"])
 
+    def check_progress(self, state: Mapping[str, Any], step: int) -> None:
+        """The history is whole, and there is something to go back to."""
+        super().check_progress(state, step)
+        rows = state["history"]
+        closed = [row["step"] for row in rows]
+        if [row["iteration"] for row in rows] != list(range(len(rows))) or closed != sorted(closed):
+            self.refuse("['history']", "a row for each iteration, in their order", rows)
+        if (self.iterations and state["closed_step"] != (closed[-1] if closed else 0)) or state["closed_step"] > step:
+            self.refuse("['closed_step']", "that of the last row of `history`", state["closed_step"])
+        if step > 0 and state["stopped"] is None and state["snapshot"] is None:
+            self.refuse("['snapshot']", "there after the first step", None)
+
+    def _check_resumed(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What a file says to go back to, and to do next, is about this run."""
+        snapshots = {"snapshot": self._snapshot, "best": self._best, "keep": self._keep and self._keep[0]}
+        for field, snapshot in snapshots.items():
+            whole = field == "snapshot" and (self.iterations > 0 or self.epochs_per_iteration is not None)
+            self._check_snapshot(trainer, pl_module, snapshot, f"['{field}']", whole)
+        for field, packed in {"keep": self._keep and self._keep[1], "next": self._next}.items():
+            self._check_masks(packed, f"['{field}']")
+        if self._next is not None:
+            kept = self.masks
+            going = sum(int((kept[n] & ~unpack_mask(m, kept[n].shape)).sum()) for n, m in self._next.items())
+            if not self.history or going != self.history[-1]["next_pruned"]:
+                self.refuse("['next']", "masks that drop `next_pruned` of the last row more", f"{going} more")
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier run, unless this ``fit`` is its next iteration."""
         goes_on = stage == "fit" and self.iterations == 0 and self._trained() is pl_module
@@ -171,8 +179,11 @@ class SAPPruning(PruningCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the run has iterations, before anything is pruned."""
+        resumed = self.standing.resumed
         super().on_train_start(trainer, pl_module)
         if self.enabled:
+            if resumed:
+                self._check_resumed(trainer, pl_module)
             total, by_steps = self.standing.length(trainer), self.iterations and self.epochs_per_iteration is None
             self._check_epochs(trainer)
             if by_steps:  # which divide the run that began, whatever its length is now
@@ -206,8 +217,7 @@ class SAPPruning(PruningCallback):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._boundary is None or self.stopped is not None:
             return
-        if self._snapshot is None:
-            self._snapshot = self._take(trainer, pl_module)
+        self._snapshot = self._snapshot or self._take(trainer, pl_module)
         if self._over(trainer, trainer.current_epoch):  # resumed from a file of the validation, before the epoch's end
             self._close(trainer, pl_module)
         if self._next is not None and not self._done():
@@ -218,8 +228,7 @@ class SAPPruning(PruningCallback):
         return bool(self.iterations) and self.epochs_per_iteration is None and len(self.history) > self.iterations
 
     def _go_on(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self._next is not None
-        assert self._snapshot is not None
+        assert self._next is not None and self._snapshot is not None  # noqa: PT018
         params = {name: target.param for name, target in self._targets.items()}
         masks = {n: unpack_mask(packed.to(params[n].device), params[n].shape) for n, packed in self._next.items()}
         self._set_masks(trainer, pl_module, masks, advance=True)

@@ -55,6 +55,7 @@ class SigmaReparam(WeightSpaceCallback):
     """
 
     method = METHOD
+    transform = SpectralTransform
     resume_may_change = frozenset({"enabled", "init"})
 
     def __init__(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -33,7 +32,7 @@ from lightning_efficient.attention.temperature import (
 )
 from lightning_efficient.attention.verify import module_at
 from lightning_efficient.common.match import parameters_by_name
-from lightning_efficient.common.schedule import transition, transition_steps
+from lightning_efficient.common.schedule import transition_steps
 from lightning_efficient.common.weights import trained_by
 from lightning_efficient.lifecycle import recipe
 from lightning_efficient.lifecycle.base import peers
@@ -43,6 +42,7 @@ from lightning_efficient.lifecycle.weights import Plan, WeightSpaceCallback
 from lightning_efficient.trainer.example import Example, example_of, first_batch
 from lightning_efficient.trainer.replay import Stage
 from lightning_efficient.weightspace import Block, Boundary, ScaleTransform, Temperature, Transform
+from lightning_efficient.weightspace.scale import tau_at
 
 
 class TempScale(WeightSpaceCallback):
@@ -77,6 +77,7 @@ class TempScale(WeightSpaceCallback):
     """
 
     method = METHOD
+    transform = ScaleTransform
 
     def __init__(
         self,
@@ -248,12 +249,7 @@ class TempScale(WeightSpaceCallback):
                 theta.grad = grad.clone()
 
     def _schedule(self, tau: float) -> Callable[[int], float]:
-        def at(step: int) -> float:
-            if step == 0 or self._steps is None:  # on_fit_start, when the length of the run is not known yet
-                return 1.0
-            return math.exp(math.log(tau) * (1.0 - transition(step, None, length=self._steps)))
-
-        return at
+        return lambda step: tau_at(step, tau, self._steps)
 
     def quantities(self, transforms: Mapping[str, Transform]) -> dict[str, Tensor]:
         """The temperatures' spread, where they move."""

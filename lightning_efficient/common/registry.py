@@ -13,7 +13,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from importlib.metadata import entry_points
 from itertools import combinations
 from pkgutil import resolve_name
@@ -44,6 +44,8 @@ class Method:
         replay: ``function(model, config, names) -> Change``, or where it is: replaces the modules ``names`` of a new
             model as the callback did, before :func:`lightning_efficient.load_from_checkpoint` loads weights. None: the
             method replaces no modules.
+        config: A dataclass, or where it is: its fields are what ``replay`` reads of ``config``, all of which a file has
+            to give. None: nothing is asked of it before ``replay`` sees it.
         excludes: Method that cannot be used on the same model → why, and what to do instead.
         charts: Title of a TensorBoard chart → regular expression for the names of the scalars in it.
         prunes: What it makes zero, which stays so only while it runs: no run may then resume without it. None: nothing.
@@ -56,6 +58,7 @@ class Method:
     after: str | None = None
     before: str | None = None
     replay: str | Callable[..., Any] | None = None
+    config: str | type[Any] | None = None
     excludes: Mapping[str, str] = field(default_factory=dict)
     charts: Mapping[str, str] = field(default_factory=dict)
     prunes: Literal["weights", "units"] | None = None
@@ -69,7 +72,7 @@ class Method:
                 f"a method cannot be called {self.name!r}: `name` is a key in YAML and a word of the command line, so "
                 f"it should be a Python identifier other than {', '.join(sorted(_RESERVED))}."
             )
-        for argument in ("callback", "replay"):
+        for argument in ("callback", "replay", "config"):
             place = getattr(self, argument)
             if isinstance(place, str) and not _PLACE.fullmatch(place):
                 raise ValueError(f"`{argument}` of {self.name} is {place!r}; expected 'package.module:name'.")
@@ -81,20 +84,26 @@ class Method:
 
     def same_as(self, other: Method) -> bool:
         """Whether both are one record, made twice: a class that a notebook defines again counts as the same."""
-        one, two = (replace(m, callback=_place(m.callback), replay=_place(m.replay)) for m in (self, other))
+        one, two = (
+            replace(m, callback=_place(m.callback), replay=_place(m.replay), config=_place(m.config))
+            for m in (self, other)
+        )
         return one == two
 
     def find(self, argument: str) -> Any:
-        """The thing itself that ``callback`` or ``replay`` names, imported.
+        """The thing itself that ``callback``, ``replay`` or ``config`` names, imported.
 
         Raises:
-            ValueError: It is not there.
+            ValueError: It is not there, or ``config`` is no dataclass.
         """
         place = getattr(self, argument)
         try:
-            return resolve_name(place) if isinstance(place, str) else place
+            found = resolve_name(place) if isinstance(place, str) else place
         except (ImportError, AttributeError) as error:
             raise ValueError(f"`{argument}` of the method {self.name} is {place!r}: {error}.") from error
+        if argument == "config" and found is not None and not is_dataclass(found):
+            raise ValueError(f"`config` of the method {self.name} is {found!r}; expected a dataclass.")
+        return found
 
 
 def _place(thing: Any) -> str | None:
@@ -262,6 +271,7 @@ METHODS = Registry(
             "norm_swap",
             "prepbn:PRepBN",
             replay=_core("norms.swap:apply_norm_swap"),
+            config=_core("norms.swap:NormSwapConfig"),
             charts={
                 "lambda, share of the old norm": "efficient/norm_swap/lam",
                 "validation loss: blend, and finished form": "(efficient/norm_swap/finished/)?val.*loss",
@@ -272,6 +282,7 @@ METHODS = Registry(
             "linear_attention",
             "linear_attention:SimplifiedLinearAttention",
             replay=_core("attention.linear:apply_linear_attention"),
+            config=_core("attention.linear:LinearAttentionConfig"),
         ),
         _ours(
             "sigma_reparam",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -15,7 +15,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_efficient.common.registry import METHODS
-from lightning_efficient.common.schema import OneOf, Record, check
+from lightning_efficient.common.schema import OneOf, Record, check, short
 from lightning_efficient.lifecycle import recipe
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
 from lightning_efficient.lifecycle.standing import STANDING, Standing
@@ -105,6 +105,48 @@ class EfficientCallback(Callback):
         fields = {**self.progress_schema.fields, "method": OneOf((self.method,)), "standing": STANDING}
         check(state, Record(fields), f"the checkpoint's state of {self.state_key}", RecipeError)
 
+    def check_progress(self, state: Mapping[str, Any], step: int) -> None:
+        """Refuse a state whose fields contradict each other, before anything is loaded, by :meth:`refuse`.
+
+        Args:
+            state: Fits :attr:`progress_schema`, and holds ``standing``, as plain data.
+            step: Optimizer steps of that fit done.
+        """
+
+    def refuse(self, field: str, expected: str, found: Any) -> NoReturn:
+        """Refuse a state for the value of a field.
+
+        Args:
+            field: Its path, such as ``['hesso']['chosen']``.
+            expected: What it should be.
+            found: What it is.
+
+        Raises:
+            RecipeError: Says so.
+        """
+        raise RecipeError(
+            f"the checkpoint's state of {self.state_key}, field {field}, should be {expected}; got {short(found)}."
+        )
+
+    def _resolve(self, total: int | None) -> Sequence[int] | None:
+        """The schedule in steps in a run of ``total``, as :meth:`Standing.fix` takes it; None: there is none."""
+        return None
+
+    def _check_standing(self, standing: Mapping[str, Any], step: int, entry: Entry | None) -> None:
+        """The schedule that a file holds follows from its arguments."""
+        if step < 0:
+            self.refuse("['standing']['start']", f"at most the checkpoint's step, {step + standing['start']}", standing)
+        changed = entry is None or any(entry.config.get(name) != value for name, value in self.config().items())
+        if standing["schedule"] is None or changed:
+            return
+        try:
+            made = self._resolve(standing["total"])
+        except ValueError:
+            made = ()
+        if made is not None and list(made) != list(standing["schedule"]):
+            expected = f"{list(made)}, by its arguments in a run of {standing['total']} steps (`total`)"
+            self.refuse("['standing']['schedule']", expected if made else "one for `total`", standing["schedule"])
+
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def entry(self, pl_module: LightningModule) -> Entry | None:
@@ -124,9 +166,16 @@ class EfficientCallback(Callback):
         Raises:
             RecipeError: Says which callback, what the file has and what was expected.
         """
-        state = checkpoint.get("callbacks", {}).get(self.state_key)
-        if self.enabled and pl_module.trainer.state.fn == "fit" and state:
-            self._check_state(state)
+        states = checkpoint.get("callbacks", {})
+        if not self.enabled or pl_module.trainer.state.fn != "fit" or self.state_key not in states:
+            return
+        state = states[self.state_key]
+        self._check_state(state)
+        entry = next((e for e in entries if (e.method, e.key) == (self.method, self.state_key)), None)
+        if type(done := checkpoint.get("global_step")) is int:
+            step = done - state["standing"]["start"]
+            self._check_standing(state["standing"], step, entry)
+            self.check_progress(state, step)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note whether a fit resumes. What is on has been asked by the module's hook already."""

@@ -12,29 +12,17 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from lightning_efficient.attention.adapter import set_laws, take_laws, write_laws
-from lightning_efficient.attention.linear import LinearAttentionConfig
-from lightning_efficient.attention.owners import ROOT
-from lightning_efficient.attention.temper import Law
+from lightning_efficient.attention.adapter import write_laws
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.match import NoMatchError, canonical_name
 from lightning_efficient.common.registry import METHODS
-from lightning_efficient.common.schema import Int, ListOf, MapOf, OrNone, Record, TensorOf, Text, TupleOf, check
 from lightning_efficient.lifecycle import recipe
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
-from lightning_efficient.norms.swap import NormSwapConfig
-
-# What the function of a method reads of a recipe's `config`, all of it written there.
-_CONFIGS: dict[str, type[Any]] = {"norm_swap": NormSwapConfig, "linear_attention": LinearAttentionConfig}
-
-# What is read of temp_scale's `layout` here.
-_BLOCK = TupleOf((Int(low=0), Int(low=1), Int(low=0)))
-_KNOB = TupleOf((Text(), ListOf(_BLOCK), OrNone(ListOf(Int(low=0)))))
-_SITE = Record({"heads": OrNone(Int(low=1)), "knobs": ListOf(_KNOB), "adapter": OrNone(Text())})
-_LAYOUT = MapOf(Text(), _SITE)
+from lightning_efficient.weightspace import Transform
+from lightning_efficient.weightspace.site import check_state
 
 # `current_model_state` is where Lightning's WeightAveraging keeps the weights being trained.
-_STATES = ("state_dict", "current_model_state")
+STATES = ("state_dict", "current_model_state")
 
 
 @runtime_checkable
@@ -63,7 +51,7 @@ def fold(model: nn.Module, requests: Sequence[StructuralRequest], checkpoint: di
         if not request.changes:
             continue
         tensors: dict[str, dict[str, Tensor]] = {name: {} for c in request.changes for name in c.swaps}
-        for state_name in _STATES:
+        for state_name in STATES:
             if state_name not in checkpoint:
                 continue
             state = checkpoint[state_name] = dict(checkpoint[state_name])
@@ -75,7 +63,7 @@ def fold(model: nn.Module, requests: Sequence[StructuralRequest], checkpoint: di
                     tensors[name] |= {f"{state_name}/{key}": value for key, value in live.items()}
                     state.update({prefix + key: value for key, value in module.fold_state(live).items()})
         recipe.write(checkpoint, Entry(request.method, request.key, request.config, tensors))
-    for state_name in _STATES:
+    for state_name in STATES:
         if state_name in checkpoint:  # an averaged copy, made earlier, knows nothing of adapters
             write_laws(model, checkpoint[state_name])
 
@@ -98,7 +86,7 @@ def unfold(
             f"configures differently (it has {[r.key for r in requests] or 'none'}). "
             "Add the same callback with the same arguments."
         )
-    states = {name: dict(checkpoint[name]) for name in _STATES if name in checkpoint}
+    states = {name: dict(checkpoint[name]) for name in STATES if name in checkpoint}
     for request in requests:
         entry = saved.get((request.method, request.key))
         changed = {name for change in request.changes for name in change.swaps}
@@ -113,92 +101,28 @@ def unfold(
     return states
 
 
-def of_weights(entries: Sequence[Entry]) -> list[Entry]:
-    """The entries that say what is in the weights, not how modules or widths were changed: a model carries them."""
-    return [entry for entry in entries if not METHODS[entry.method].replay and entry.method != "slim"]
+def of_weights(entries: Sequence[Entry], states: Mapping[str, Mapping[str, Any]]) -> list[Entry]:
+    """The entries that say what is in the weights, not how modules or widths were changed: a model carries them.
 
-
-def has_laws(checkpoint: Mapping[str, Any]) -> bool:
-    """Whether a file holds temperatures of attention adapters."""
-    return bool(_laws(checkpoint)[0])
-
-
-def adapt(model: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Give the model the attention adapters of a file, and leave its own keys in the states."""
-    laws, states = _laws(checkpoint)
-    try:
-        set_laws(model, laws)
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
-    checkpoint.update(states)
-
-
-def _laws(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Law], dict[str, dict[str, Any]]]:
-    """The temperatures of forward adapters that a file's states hold, checked, and the states without them."""
-    laws: dict[str, Law] = {}
-    states = {name: dict(checkpoint[name]) for name in _STATES if name in checkpoint}
-    try:
-        for state in states.values():
-            laws |= take_laws(state)
-        _check_laws(laws, recipe.read(checkpoint), states.get("state_dict", {}))
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
-    return laws, states
-
-
-def _check_laws(laws: Mapping[str, Law], entries: Sequence[Entry], state: Mapping[str, Any]) -> None:
-    """Refuse temperatures that are not those of the attentions in the recipe.
+    Args:
+        entries: Of a file's recipe.
+        states: The file's weights, as :func:`unfold` returns them: the entries are checked against them.
 
     Raises:
-        ValueError: Names the attention.
+        RecipeError: The state of a weight is not one of its method, or not of this weight.
     """
-    for entry in (e for e in entries if e.method == "temp_scale" and e.config.get("layout") is not None):
-        check(entry.config["layout"], _LAYOUT, "temp_scale in the checkpoint's recipe, `layout`")
-        _check_knobs(entry.config["layout"], state)
-        layout = {"" if name == ROOT else name: site for name, site in entry.config["layout"].items()}
-        sites = {name: site for name, site in layout.items() if site["adapter"] is not None}
-        tau: Any = entry.config.get("tau")  # 1 needs no adapter
-        all_move = entry.config.get("mode") != "constant" or (type(tau) in (int, float) and tau != 1)
-        if strangers := set(laws) - set(sites) or (set(sites) - set(laws) if all_move else set()):
-            raise ValueError(
-                "temp_scale in the checkpoint's recipe, `layout`, should name the attentions whose temperature the "
-                f"file's weights hold ({sorted(laws)[:4]}); it names {sorted(sites)[:4]}, and they differ in "
-                f"{sorted(strangers)[:4]}."
-            )
-        taus = tau if isinstance(tau, list | tuple) else [tau]
-        moving = [tensors["log_tau"] for tensors in entry.tensors.values() if "log_tau" in tensors]
-        check(moving, ListOf(TensorOf("floating", ndim=1)), "temp_scale in the checkpoint's recipe, its `log_tau`")
-        for name, law in laws.items():
-            same = law.mode == entry.config.get("mode")
-            same &= law.mode != "log_n" or law.length == entry.config.get("length")
-            if law.log_tau is None:
-                same &= law.tau in taus
-            elif entry.tensors:
-                here = law.log_tau.data
-                same &= any(t.shape == here.shape and torch.allclose(t.to(here), here, 1e-2, 1e-3) for t in moving)
-            if not same:
-                raise ValueError(
-                    f"the temperature of {name!r} in the file's weights ({law}) should be the one that the recipe's "
-                    "temp_scale says in `tau`, `mode`, `length` or `tensors`, and is another."
-                )
-
-
-def _check_knobs(layout: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Refuse rows of weights that the file does not have.
-
-    Raises:
-        ValueError: Names them.
-    """
-    shapes = {canonical_name(name): tensor.shape for name, tensor in state.items() if isinstance(tensor, Tensor)}
-    for site, name, blocks in ((site, knob[0], knob[1]) for site, what in layout.items() for knob in what["knobs"]):
-        for start, length, dim in blocks:
-            shape = shapes.get(name, torch.Size())
-            if dim >= len(shape) or start + length > shape[dim]:
-                raise ValueError(
-                    f"temp_scale in the checkpoint's recipe, `layout` of {site!r}: it scales {start} to "
-                    f"{start + length} of {name!r} along axis {dim}, and the file has "
-                    f"{tuple(shape) or 'no such weight'}."
-                )
+    found = [entry for entry in entries if not METHODS[entry.method].replay and entry.method != "slim"]
+    weights: dict[str, list[Tensor]] = {}
+    for name, tensor in (item for state in states.values() for item in state.items()):
+        if isinstance(tensor, Tensor):
+            weights.setdefault(canonical_name(name), []).append(tensor)
+    for entry in found:
+        where = f"{entry.method} in the checkpoint's recipe, `tensors`"
+        transform = getattr(METHODS[entry.method].find("callback"), "transform", Transform)
+        for name, state in entry.tensors.items():
+            for weight in weights.get(name, ()):
+                check_state(state, transform, weight, f"{where} of {name!r}", RecipeError)
+    return found
 
 
 def _unfold_one(
@@ -271,8 +195,8 @@ def replay_of(entry: Entry) -> Callable[[nn.Module, Collection[str]], Change] | 
     names = [name for name, raw in entry.tensors.items() if not raw]
     if not names:
         return None
-    known = fields(_CONFIGS[entry.method]) if entry.method in _CONFIGS else ()
-    apply = METHODS[entry.method].find("replay")
+    apply, config = (METHODS[entry.method].find(argument) for argument in ("replay", "config"))
+    known = () if config is None else fields(config)
 
     def replay(model: nn.Module, done: Collection[str]) -> Change:
         missing = [name for name in names if name not in done]

@@ -98,20 +98,43 @@ def read_cuts(checkpoint: Mapping[str, Any], key: str) -> Cuts | None:
     return Cuts(kept, dict(entry.config["attributes"]), dict(entry.config["units"]))
 
 
+def check_cuts(model: nn.Module, cuts: Cuts, state: Mapping[str, Any]) -> None:
+    """Refuse cuts that a model cannot take, or that would not make it as wide as the file's weights are.
+
+    Args:
+        model: Cut already, or not yet.
+        cuts: From :func:`read_cuts`.
+        state: The file's weights, under the model's names; those that it lacks are not asked about.
+
+    Raises:
+        RecipeError: The model was built with other widths, or attributes or weights do not fit them.
+    """
+    try:
+        done = is_cut(model, cuts)
+    except ValueError as error:
+        raise RecipeError(f"the checkpoint holds a smaller model: {error}") from error
+    if not done:
+        _check_attributes(model, cuts)
+    sizes = {canonical_name(name): list(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
+    for name, tensor in tensors_by_name(model).items():
+        after = list(tensor.shape)
+        for dim, mask in cuts.kept.get(name, {}).items():
+            after[dim] = int(mask.sum())
+        if sizes.get(name, after) != after:
+            raise RecipeError(
+                f"the checkpoint holds a smaller model: by slim in its recipe {name!r} should be of shape "
+                f"{tuple(after)}; in its weights it is of shape {tuple(sizes[name])}."
+            )
+
+
 def make_cuts(model: nn.Module, cuts: Cuts) -> None:
     """Cut a model as a checkpoint says, before its weights load; one that is cut already stays as it is.
 
     Raises:
-        RecipeError: The model was built with other widths, or attributes do not fit them. Nothing is changed then.
+        RecipeError: See :func:`check_cuts`. Nothing is changed then.
     """
-    try:
-        if not is_cut(model, cuts):
-            _check_cuts(model, cuts)
-        replay_slim(model, cuts)
-    except RecipeError:
-        raise
-    except ValueError as error:
-        raise RecipeError(f"the checkpoint holds a smaller model: {error}") from error
+    check_cuts(model, cuts, {})
+    replay_slim(model, cuts)
 
 
 def _check_entry(entry: Entry, state: Mapping[str, Any], cut: bool) -> None:
@@ -140,7 +163,7 @@ def _check_entry(entry: Entry, state: Mapping[str, Any], cut: bool) -> None:
                 )
 
 
-def _check_cuts(model: nn.Module, cuts: Cuts) -> None:
+def _check_attributes(model: nn.Module, cuts: Cuts) -> None:
     """Refuse attributes that do not say what the cuts make of a model's widths; nothing is changed.
 
     Args:

@@ -79,8 +79,9 @@ def cut(
 def _without_sizes(entry: Entry, cut: Container[str]) -> Entry:
     """What a method has left in the weights, without what had the old sizes: a further fit finds that anew."""
     tensors = {name: state for name, state in entry.tensors.items() if name not in cut}
-    config = entry.config if len(tensors) == len(entry.tensors) else {**entry.config, "layout": None}
-    return replace(entry, tensors=tensors, config=config)
+    if len(tensors) == len(entry.tensors):
+        return entry
+    return replace(entry, tensors=tensors, config={**entry.config, "layout": None})
 
 
 def _refuse(trainer: Trainer) -> None:

@@ -24,7 +24,8 @@ from lightning_efficient.common.match import NoMatchError
 from lightning_efficient.common.registry import METHODS
 from lightning_efficient.lifecycle import checkpoint as codec
 from lightning_efficient.lifecycle import recipe
-from lightning_efficient.lifecycle.cut_entries import CUT, ZEROED, make_cuts, read_cuts, write_cuts
+from lightning_efficient.lifecycle.cut_entries import CUT, ZEROED, check_cuts, make_cuts, read_cuts, write_cuts
+from lightning_efficient.lifecycle.laws import put_laws, read_laws
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
 from lightning_efficient.lifecycle.state import NAME, Attachment, Request, attachment, set_zeroed, without
 from lightning_efficient.surgery.optimizer import plain_view
@@ -181,14 +182,17 @@ def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
             f"the checkpoint was written before {type(self).__name__} was cut, so its weights are larger. Load it into "
             "a model that has not been cut."
         )
-    unfolded = codec.unfold(self, mine.requests, checkpoint)  # the last that may refuse: nothing has changed so far
+    unfolded = codec.unfold(self, mine.requests, checkpoint)
+    laws, states = read_laws({**checkpoint, **unfolded})
+    carried = codec.of_weights(entries, states)
+    if cut is not None:
+        check_cuts(self, cut, states.get("state_dict", {}))
+    put_laws(self, laws)
     if cut is not None:
         make_cuts(self, cut)
-    checkpoint.update(unfolded)
-    codec.adapt(self, checkpoint)
-    mine.cut = cut
+    checkpoint.update(states)
+    mine.cut, mine.entries = cut, carried
     set_zeroed(self, zeroed)
-    mine.entries = codec.of_weights(entries)
 
 
 def _leave_unattended(pl_module: LightningModule) -> None:

@@ -15,6 +15,7 @@ from lightning_efficient.lifecycle import recipe
 from lightning_efficient.lifecycle.cut_entries import CUT, ZEROED, make_cuts, read_cuts
 from lightning_efficient.lifecycle.files import File, read_checkpoint
 from lightning_efficient.lifecycle.hooks import hook_files, keep_request
+from lightning_efficient.lifecycle.laws import put_laws, read_laws
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
 from lightning_efficient.lifecycle.state import Request, attachment, set_zeroed
 
@@ -53,8 +54,10 @@ def load_from_checkpoint(
     entries = recipe.read(content)
     replays = [(e, replay) for e in entries if METHODS[e.method].replay and (replay := codec.replay_of(e))]
     cut, zeroed = read_cuts(content, CUT), read_cuts(content, ZEROED)
-    if not entries and not codec.has_laws(content):
+    laws, states = read_laws(content)
+    if not entries and not laws:
         return cls.load_from_checkpoint(path, map_location=map_location, **kwargs)
+    carried = codec.of_weights(entries, states)
     if "_class_path" in (content.get(cls.CHECKPOINT_HYPER_PARAMS_KEY) or ()):
         kwargs.setdefault("_class_path", None)  # written by a CLI; it would have to name a subclass of the loader below
     requests = [_request(entry, replay) for entry, replay in replays]
@@ -68,7 +71,9 @@ def load_from_checkpoint(
 
     def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
         cls.on_load_checkpoint(self, checkpoint)
-        codec.adapt(self, checkpoint)
+        here, plain = read_laws(checkpoint)
+        put_laws(self, here)
+        checkpoint.update(plain)
 
     def load_state_dict(self: LightningModule, *args: Any, **options: Any) -> Any:
         try:
@@ -89,7 +94,7 @@ def load_from_checkpoint(
     model = loader.load_from_checkpoint(path, map_location=map_location, **kwargs)
     model.__class__ = cls
     mine = attachment(model)
-    mine.cut, mine.entries = cut, codec.of_weights(entries)
+    mine.cut, mine.entries = cut, carried
     set_zeroed(model, zeroed)
     hook_files(model)
     for request in requests:

@@ -13,15 +13,16 @@ from torch import Tensor
 
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.registry import METHODS
-from lightning_efficient.lifecycle.recipe import Entry
+from lightning_efficient.common.schema import Record, check
+from lightning_efficient.lifecycle.recipe import Entry, RecipeError
 from lightning_efficient.lifecycle.state import attachment
 from lightning_efficient.lifecycle.weights import Plan, WeightSpaceCallback
 from lightning_efficient.metrics.functional import sparsity
 from lightning_efficient.pruning.targets import PrunableWeight, find_targets
 from lightning_efficient.trainer.averages import averages, prune_copies
 from lightning_efficient.weightspace import Boundary, Site, Transform
-from lightning_efficient.weightspace.mask import MaskTransform, forget, pack_mask, set_mask, unpack_mask
-from lightning_efficient.weightspace.snapshot import Snapshot, rewind, take
+from lightning_efficient.weightspace.mask import MaskTransform, forget, pack_mask, packed_mask, set_mask, unpack_mask
+from lightning_efficient.weightspace.snapshot import Snapshot, check_snapshot, rewind, take
 
 # Biases and layers that start at zero make some; no initialization makes this many.
 _ZEROS_TO_NAME = 0.05
@@ -40,6 +41,8 @@ class PruningCallback(WeightSpaceCallback):
         embeddings: Include ``nn.Embedding`` tables.
         keep_zeros: Hold weights that are zero when a new run begins (a model that was pruned elsewhere) at zero.
     """
+
+    transform = MaskTransform
 
     def __init__(
         self,
@@ -121,6 +124,22 @@ class PruningCallback(WeightSpaceCallback):
     def _take(self, trainer: Trainer, pl_module: LightningModule) -> Snapshot:
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         return take(pl_module, self._sites(), trainer.optimizers, schedulers)
+
+    def _check_snapshot(
+        self, trainer: Trainer, pl_module: LightningModule, snapshot: Snapshot | None, field: str, whole: bool
+    ) -> None:
+        """Refuse what a file has to go back to, if it is not of this model; ``whole``: with its optimizers."""
+        if snapshot is not None and self._boundary is not None:
+            schedulers = [config.scheduler for config in trainer.lr_scheduler_configs] if whole else []
+            optimizers = trainer.optimizers if whole else []
+            where = f"the checkpoint's state of {self.state_key}, field {field}"
+            check_snapshot(snapshot, pl_module, self._sites(), optimizers, schedulers, where, RecipeError)
+
+    def _check_masks(self, packed: Mapping[str, Tensor] | None, field: str) -> None:
+        """Refuse masks of a file that are not of this run's weights."""
+        if packed is not None:
+            masks = Record({name: packed_mask(mask.shape) for name, mask in self.masks.items()})
+            check(packed, masks, f"the checkpoint's state of {self.state_key}, field {field}", RecipeError)
 
     def _rewind(self, trainer: Trainer, pl_module: LightningModule, snapshot: Snapshot, weights: bool = True) -> None:
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]

@@ -30,6 +30,7 @@ def register_method(
     after: str | None = None,
     before: str | None = None,
     replay: str | Callable[..., Any] | None = None,
+    config: str | type[Any] | None = None,
     excludes: Mapping[str, str] | None = None,
     charts: Mapping[str, str] | None = None,
     prunes: Literal["weights", "units"] | None = None,
@@ -51,6 +52,8 @@ def register_method(
         before: The method that it precedes. Without either it comes last.
         replay: For a callback that replaces modules: ``function(model, config, names) -> Change``, or where it is. It
             replaces the modules ``names`` of a new model before weights are loaded, with the ``config`` of the recipe.
+        config: A dataclass, or where it is: a recipe whose ``config`` lacks one of its fields is refused before
+            ``replay`` is called.
         excludes: Method that cannot be used on the same model → why, and what to do instead.
         charts: Title of a TensorBoard chart → regular expression for the names of the scalars in it.
         prunes: What it makes zero, if that stays so only while it runs: no run may then resume without it.
@@ -59,11 +62,14 @@ def register_method(
 
     Raises:
         ValueError: The name is no identifier or taken, a method named here is unknown, or the class is not such a
-            callback: an ``EfficientCallback`` with ``method = name`` and the argument ``enabled``.
+            callback: an ``EfficientCallback`` with ``method = name`` and the argument ``enabled``; or ``config`` is no
+            dataclass.
     """
-    method = Method(name, callback, after, before, replay, excludes or {}, charts or {}, prunes, lasting)
+    method = Method(name, callback, after, before, replay, config, excludes or {}, charts or {}, prunes, lasting)
     if not isinstance(callback, str):
         _check_class(method, callback)
+    if not isinstance(config, str):
+        method.find("config")
     METHODS.add(method)
 
 

@@ -26,7 +26,8 @@ _ENTRY = Record(
         "key": _NAME,
         "config": MapOf(_NAME, Plain()),
         "tensors": MapOf(_NAME, MapOf(_NAME, TensorOf())),
-    }
+    },
+    optional={"count": Int(low=0)},
 )
 _RECIPE = Record({"version": Int(low=1), "methods": ListOf(MapOf(_NAME, Anything()), most=_MOST_METHODS)})
 
@@ -53,7 +54,8 @@ class Entry:
 
     def as_plain(self) -> dict[str, Any]:
         """The entry as plain data."""
-        return {"method": self.method, "key": self.key, "config": self.config, "tensors": self.tensors}
+        plain = {"method": self.method, "key": self.key, "config": self.config, "tensors": self.tensors}
+        return plain | {"count": len(self.tensors)}
 
 
 def write(checkpoint: dict[str, Any], entry: Entry) -> None:
@@ -94,4 +96,10 @@ def _entry(item: Mapping[str, Any]) -> Entry:
             f"are {', '.join(METHODS)}. Import the package that it comes from first, or upgrade lightning_efficient."
         )
     check(item, _ENTRY, f"{method} in the checkpoint's {KEY!r} recipe", RecipeError)
+    # Names that the model lacks are refused by name, where it is known; what is missing would go unnoticed.
+    if len(item["tensors"]) < item.get("count", 0):
+        raise RecipeError(
+            f"{method} in the checkpoint's recipe, `tensors`, should name {item['count']} parameters or modules, as "
+            f"its `count` says; it names {len(item['tensors'])}."
+        )
     return Entry(method, item["key"], dict(item["config"]), {n: dict(g) for n, g in item["tensors"].items()})

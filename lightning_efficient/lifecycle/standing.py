@@ -16,10 +16,19 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_efficient.common.schema import Flag, Int, ListOf, OrNone, Record
+from lightning_efficient.common.schema import Flag, Int, ListOf, OrNone, Record, Such
 from lightning_efficient.trainer.length import remaining_steps
 
-STANDING = Record({"begun": Flag(), "start": Int(low=0), "schedule": OrNone(ListOf(Int(low=0)))})
+STANDING = Such(
+    Record(
+        {
+            "begun": Flag(), "start": Int(low=0), "schedule": OrNone(ListOf(Int(low=0))),
+            "total": OrNone(Int(low=0)),
+        }
+    ),
+    lambda standing: standing["begun"] or standing["schedule"] is None,
+    "without a schedule unless it has begun",
+)  # fmt: skip
 
 
 @dataclass
@@ -31,11 +40,13 @@ class Standing:
         start: ``trainer.global_step`` when this fit's schedule was at 0; above 0 in a second fit of the same Trainer.
         schedule: In optimizer steps of this fit; fixed once, when its training begins, and kept when it resumes,
             whatever the length of the run is then. None: there is none, or not yet.
+        total: The length of a run for which the schedule was made. None: it does not depend on it.
     """
 
     begun: bool = False
     start: int = 0
     schedule: tuple[int, ...] | None = None
+    total: int | None = None
     _end: int | None = None
 
     @property
@@ -82,7 +93,8 @@ class Standing:
         """
         length = self.length(trainer)
         if self.schedule is None:
-            self.schedule = tuple(_resolved(trainer, who, resolve, length))
+            schedule, self.total = _resolved(trainer, who, resolve, length)
+            self.schedule = tuple(schedule)
             self._end = end(self.schedule)
             return self.schedule
         try:
@@ -113,13 +125,13 @@ class Standing:
     def as_plain(self) -> dict[str, Any]:
         """For a checkpoint."""
         schedule = None if self.schedule is None else list(self.schedule)
-        return {"begun": self.begun, "start": self.start, "schedule": schedule}
+        return {"begun": self.begun, "start": self.start, "schedule": schedule, "total": self.total}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Standing:
         """The inverse of :meth:`as_plain`."""
         schedule = plain["schedule"]
-        return cls(plain["begun"], plain["start"], None if schedule is None else tuple(schedule))
+        return cls(plain["begun"], plain["start"], None if schedule is None else tuple(schedule), plain["total"])
 
 
 def is_smoke_run(trainer: Trainer) -> bool:
@@ -129,9 +141,10 @@ def is_smoke_run(trainer: Trainer) -> bool:
 
 def _resolved(
     trainer: Trainer, who: str, resolve: Callable[[int | None], Sequence[int]], length: int | None
-) -> Sequence[int]:
+) -> tuple[Sequence[int], int | None]:
+    """A schedule, and the length of run that it is for."""
     if not is_smoke_run(trainer) or not length:
-        return resolve(length)
+        return resolve(length), length
     longer = length  # until one is found that the schedule fits into: its first steps are those of the smoke run
     while True:
         try:
@@ -146,7 +159,7 @@ def _resolved(
                 f"{who}: a smoke run of {length} step(s) is too short for its schedule; it does as much as fits of one "
                 f"for {longer} steps."
             )
-        return schedule
+        return schedule, longer
 
 
 _LONGEST_SMOKE = 10_000_000

@@ -14,22 +14,32 @@ from torch import Tensor, nn
 
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.match import parameters_by_name
-from lightning_efficient.common.schema import Number, OrNone, Plain, Record
+from lightning_efficient.common.schema import MapOf, Number, OrNone, Record, Schema, Text
 from lightning_efficient.common.weights import trained_by
 from lightning_efficient.lifecycle.cuts import mark_zeroed
+from lightning_efficient.lifecycle.recipe import RecipeError
 from lightning_efficient.lifecycle.state import attachment
 from lightning_efficient.lifecycle.weights import Plan, WeightSpaceCallback, no_model
 from lightning_efficient.structured.cost import Cost
 from lightning_efficient.structured.graph import find_groups
-from lightning_efficient.structured.groups import GROUPS, Groups, check_rounding, groups_as_plain, groups_from_plain
-from lightning_efficient.structured.slim import zero_units
+from lightning_efficient.structured.groups import (
+    GROUPS,
+    Groups,
+    UnitGroup,
+    check_groups,
+    check_rounding,
+    groups_as_plain,
+    groups_from_plain,
+)
+from lightning_efficient.structured.slim import tensors_by_name, zero_units
 from lightning_efficient.trainer.averages import prune_copies
 from lightning_efficient.trainer.example import all_steps_of, example_of, first_batch
-from lightning_efficient.weightspace import Boundary, Site
+from lightning_efficient.weightspace import Boundary, Site, Transform
 from lightning_efficient.weightspace.mask import UnitMask, drop_entries, forget
 
 # Of what a resumed run does not look for again.
-FOUND = {"groups": GROUPS, "cost": OrNone(Record({"amounts": Plain(), "fixed": Number(low=0)}))}
+_COST = Record({"amounts": MapOf(Text(), Number(low=0)), "fixed": Number(low=0)})
+FOUND: dict[str, Schema] = {"groups": GROUPS, "cost": OrNone(_COST)}
 
 
 class UnitPruningCallback(WeightSpaceCallback):
@@ -46,6 +56,8 @@ class UnitPruningCallback(WeightSpaceCallback):
         inexact: Also prune groups whose zeros are not gone (LayerNorm over the residual width, ...).
         round_to: Every tensor of a group that loses units keeps a multiple of so many channels.
     """
+
+    transform = UnitMask
 
     def __init__(
         self,
@@ -83,10 +95,37 @@ class UnitPruningCallback(WeightSpaceCallback):
         if self.enabled:
             shapes = _shapes(pl_module)
             known = self._found_in() is pl_module and self._shapes == shapes
-            if not (known or self.standing.resumed):
+            if self.standing.resumed:
+                self._check_groups(pl_module)
+            elif not known:
                 self.groups, self._cost_data = self._find(trainer, pl_module)
             self._shapes, self._found_in = shapes, ref(pl_module)
         super().on_fit_start(trainer, pl_module)
+
+    def _check_groups(self, pl_module: LightningModule) -> None:
+        """The groups of a file are about this model."""
+        try:
+            shapes = {name: tuple(tensor.shape) for name, tensor in tensors_by_name(pl_module).items()}
+            check_groups(self.groups, shapes, self.round_to)
+        except ValueError as error:
+            raise RecipeError(f"the checkpoint's state of {self.state_key}, field ['groups']: {error}") from error
+
+    def _choose(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, tuple[nn.Parameter, Transform]]:
+        """Likewise; the units that are gone are those that the masks drop."""
+        chosen = super()._choose(trainer, pl_module)
+        if self.standing.resumed:
+            masks, keep, promised = self._saved(pl_module), self.keep, self.gone(pl_module)
+            for name, group in self.groups.found.items():
+                stay = torch.zeros(group.units, dtype=torch.bool)
+                stay[keep.get(name, list(range(group.units)))] = True
+                dropped = dropped_units(group, {n: masks[n] for n in chosen if n in masks}, self._params)
+                if bool((dropped == stay).any()) or bool((promised[name] & stay).any()):
+                    raise RecipeError(
+                        f"the checkpoint's state of {self.state_key} should keep {(~dropped).nonzero().tolist()[:4]} "
+                        f"... of {name!r}, which the masks in its recipe do, and what slim says is zero should be "
+                        f"gone; it keeps {stay.nonzero().tolist()[:4]} ..."
+                    )
+        return chosen
 
     def gone(self, pl_module: LightningModule) -> dict[str, Tensor]:
         """Group → bool, ``(units,)``: units that are zero in a model for good; the model knows them."""
@@ -187,6 +226,12 @@ class UnitPruningCallback(WeightSpaceCallback):
         """Take over the groups of the run that is resumed."""
         self.groups, self._cost_data = groups_from_plain(progress["groups"]), progress["cost"]
 
+    def check_progress(self, state: Mapping[str, Any], step: int) -> None:
+        """What compute is counted by is there."""
+        super().check_progress(state, step)
+        if (state["cost"] is not None) != self.wants_macs():
+            self.refuse("['cost']", "there, as compute is counted" if self.wants_macs() else "null", state["cost"])
+
     def _report(self) -> None:
         """Every model has widths that cannot be cut, its outputs first of all: a report, not a warning."""
         if self.change is not None:
@@ -205,6 +250,26 @@ class UnitPruningCallback(WeightSpaceCallback):
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a running fit, so that ``ddp_spawn`` can send the callback to its processes."""
         return super().__getstate__() | {"_params": {}, "_found_in": no_model}
+
+
+def dropped_units(group: UnitGroup, masks: Mapping[str, Mapping[str, Tensor]], params: Mapping[str, Tensor]) -> Tensor:
+    """Which units of a group are dropped by masks.
+
+    Args:
+        group: The group.
+        masks: Parameter → state of its :class:`~lightning_efficient.weightspace.mask.UnitMask`.
+        params: Parameter → what it masks.
+
+    Returns:
+        ``(units,)`` bool: all that makes the unit is dropped.
+    """
+    dropped = torch.full((group.units,), any(part.name in masks for part in group.produced))
+    for part in group.produced:
+        if part.name in masks:
+            mask = UnitMask()
+            mask.load_state_dict(masks[part.name], params[part.name])
+            dropped &= ~mask.kept(part.dim, params[part.name]).cpu()[part.index].any(1)
+    return dropped
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 from weakref import ref
 
 from lightning.pytorch import LightningModule, Trainer
@@ -44,6 +44,8 @@ class WeightSpaceCallback(EfficientCallback):
     Between two fits the state of the transforms stays with the model, as an entry of its recipe.
     """
 
+    # Its `state_schema` is what a file's states of single weights are checked against.
+    transform: ClassVar[type[Transform]] = Transform  # type: ignore[type-abstract]
     resume_may_change: frozenset[str] = frozenset({"enabled"})
 
     def __init__(
@@ -210,6 +212,12 @@ class WeightSpaceCallback(EfficientCallback):
             )
         if self.enabled and mine is not None:
             self._check_config(mine)
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if self.enabled and mine is None and state is not None and state["standing"]["begun"]:
+            raise RecipeError(
+                f"the checkpoint's recipe should have an entry of {self.state_key}, as that has a state in it; it has "
+                f"{[entry.key for entry in entries] or 'none'}."
+            )
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take this callback's state into a fit that runs (a tuner restores it), else leave it to the model."""
@@ -297,7 +305,11 @@ def _start(trainer: Trainer, pl_module: LightningModule, members: list[WeightSpa
     boundary, saved = Boundary(), {member: member._saved(pl_module) for member in members}
     for member in members:
         for name, (param, transform) in member._chosen.items():
-            boundary.add(name, param, transform, saved[member].get(name))
+            state = saved[member].get(name)
+            try:
+                boundary.add(name, param, transform, state)
+            except ValueError as error:
+                raise (ValueError if state is None else RecipeError)(f"{type(member).__name__}: {error}") from error
     boundary.check(trainer.optimizers)
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     thetas = [boundary.thetas(optimizer) for optimizer in trainer.optimizers]

@@ -17,9 +17,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_efficient.common.schema import (
+    Int,
+    ListOf,
+    MapOf,
+    Number,
+    OneOf,
+    OrNone,
+    Record,
+    Such,
+    TensorOf,
+    Text,
+)
 from lightning_efficient.metrics.functional import pq_bound, pq_index
 from lightning_efficient.metrics.functional.pq_index import check_pq
 from lightning_efficient.pruning.selection import SCOPES, lowest
+from lightning_efficient.weightspace.snapshot import SNAPSHOT
 
 
 @dataclass(frozen=True)
@@ -74,6 +87,29 @@ def prune_count(index: Tensor, left: Tensor, config: SapConfig) -> Tensor:
     share = torch.minimum(config.gamma * (d - keep), config.beta * d).clamp_min(0)
     count = torch.floor(share + 1e-9).long()
     return torch.where(index.isnan(), torch.zeros_like(count), count)
+
+
+_ROW = Record(
+    {
+        "iteration": Int(low=0), "step": Int(low=0), "left": Number(low=0, high=1), "pqi": Number(finite=False),
+        "pqi_scope": Number(finite=False), "score": OrNone(Number(finite=False)), "next_pruned": Int(low=0),
+        "phase": Text(),
+    }
+)  # fmt: skip
+_HISTORY = Such(
+    ListOf(_ROW),
+    lambda rows: [row["iteration"] for row in rows] == list(range(len(rows))),
+    "one for each iteration, in their order",
+)
+_MASKS = MapOf(Text(), TensorOf(torch.uint8, ndim=1))
+# Where a run stands, in files.
+SAP_STATE = Record(
+    {
+        "history": _HISTORY, "stopped": OneOf((None, "collapse", "stalled")), "closed_step": Int(low=0),
+        "next": OrNone(_MASKS), "score": OrNone(Number(finite=False)), "snapshot": OrNone(SNAPSHOT),
+        "keep": OrNone(Record({"snapshot": SNAPSHOT, "masks": _MASKS})), "best": OrNone(SNAPSHOT),
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

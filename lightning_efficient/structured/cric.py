@@ -63,7 +63,8 @@ _MARKS = MapOf(Text(), TensorOf(torch.bool, ndim=1))
 CRIC_STATE = Record(
     {
         "cycle": Int(low=0), "active": _MARKS, "trial": _MARKS, "history": _MARKS, "samples": Int(low=0),
-        "scores": MapOf(Text(), TensorOf("floating", ndim=1)), "probes": MapOf(Text(), Number(finite=False)),
+        "scores": MapOf(Text(), TensorOf("floating", ndim=1, finite=True)),
+        "probes": MapOf(Text(), Number(finite=False)),
     }
 )  # fmt: skip
 

@@ -17,7 +17,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_efficient.common.schema import Flag, Int, ListOf, MapOf, Number, OneOf, Record, TensorOf, Text
+from lightning_efficient.common.schema import (
+    Flag,
+    Int,
+    ListOf,
+    MapOf,
+    Number,
+    OneOf,
+    Record,
+    Such,
+    TensorOf,
+    Text,
+    short,
+)
 
 
 @dataclass(frozen=True, eq=False)  # comparing records would compare tensors element by element
@@ -258,6 +270,33 @@ def check_keep(groups: Groups, keep: Mapping[str, Iterable[int]]) -> dict[str, l
     return checked
 
 
+def check_groups(groups: Groups, shapes: Mapping[str, tuple[int, ...]], round_to: int = 1) -> None:
+    """Refuse groups that are not those of a model.
+
+    Args:
+        groups: From a file.
+        shapes: Name of a parameter or buffer of the model → its shape.
+        round_to: See :func:`rounded`.
+
+    Raises:
+        ValueError: Names the group, the tensor, and what was expected.
+    """
+    for name, group in groups.found.items():
+        if (whole := math.lcm(group.units, round_to)) % group.divisor:
+            raise ValueError(f"the `divisor` of {name!r} should divide {whole}; got {group.divisor}.")
+        if not group.slices:
+            raise ValueError(f"the `slices` of {name!r} should not be empty.")
+        for part in group.slices:
+            shape = shapes.get(part.name, ())
+            size = shape[part.dim] if part.dim < len(shape) else 0
+            flat = part.index.flatten()
+            if not len(flat) or int(flat.max()) >= size or len(set(flat.tolist())) != len(flat):
+                raise ValueError(
+                    f"the `slices` of {name!r} should name each entry of {part.name!r} along axis `dim`={part.dim} "
+                    f"once, and the model has {size} of them; got {len(flat)} from {short(flat[:3].tolist())}."
+                )
+
+
 def _short(numbers: list[int]) -> str:
     return str(numbers) if len(numbers) <= 8 else f"{numbers[:4]} ... {numbers[-4:]}".replace("] ... [", ", ..., ")
 
@@ -268,11 +307,15 @@ _SLICE = Record(
         "role": OneOf(("produce", "consume")),
     }
 )  # fmt: skip
-_GROUP = Record(
-    {
-        "units": Int(low=1), "slices": ListOf(_SLICE), "divisor": Int(low=1), "exact": Flag(), "note": Text(),
-        "counts": MapOf(Text(), MapOf(Text(), Int(low=0))), "heads": Flag(),
-    }
+_GROUP = Such(
+    Record(
+        {
+            "units": Int(low=1), "slices": ListOf(_SLICE), "divisor": Int(low=1), "exact": Flag(), "note": Text(),
+            "counts": MapOf(Text(), MapOf(Text(), Int(low=0))), "heads": Flag(),
+        }
+    ),
+    lambda group: all(len(part["index"]) == group["units"] for part in group["slices"]),
+    "with a row for each of its `units` in the index of every slice",
 )  # fmt: skip
 GROUPS = Record(
     {

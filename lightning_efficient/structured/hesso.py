@@ -240,6 +240,19 @@ class Pruner:
             return sum(lost.values()) >= int(share * self.total + 1e-9)
         return self.removed(lost) >= share - 1e-9
 
+    def fewest(self, lost: Mapping[str, int], share: float) -> bool:
+        """Whether a share is gone if so many units of each group are, and would not be with some portion less."""
+        if not self.reached(lost, share):
+            return False
+        portions = {name: group for name, group in self.groups.found.items() if lost[name]}
+        less = ({**lost, name: lost[name] - self._last(group, lost[name])} for name, group in portions.items())
+        return not portions or not all(self.reached(fewer, share) for fewer in less)
+
+    def _last(self, group: UnitGroup, lost: int) -> int:
+        """How large the last portion of a group was."""
+        sizes, gone = self.steps(group, group.units), 0
+        return next((size for size in sizes if (gone := gone + size) >= lost), lost)
+
     def steps(self, group: UnitGroup, left: int) -> list[int]:
         """How many units of a group can go, and then how many more: its survivors stay a multiple of its divisor."""
         divisor = self.divisors[group.name]

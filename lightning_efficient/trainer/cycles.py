@@ -10,12 +10,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_efficient.common.running import randomness_kept
-from lightning_efficient.common.schema import Int, OrNone, Record
+from lightning_efficient.common.schema import Int, OrNone, Record, Schema, Such
 from lightning_efficient.structured.cric import CRIC_STATE, PROBES, CricPlan, CricState, probe_units
 from lightning_efficient.structured.groups import Groups
 from lightning_efficient.trainer.replay import Replay, cuda_devices, own
 from lightning_efficient.weightspace import Site
-from lightning_efficient.weightspace.snapshot import SNAPSHOT, Snapshot, restore_snapshot, rewind, take
+from lightning_efficient.weightspace.snapshot import SNAPSHOT, Snapshot, check_snapshot, restore_snapshot, rewind, take
 
 CYCLES = Record(
     {
@@ -23,6 +23,38 @@ CYCLES = Record(
         "undone": Int(low=0), "bytes": Int(low=0),
     }
 )  # fmt: skip
+
+
+def cycles_schema(plan: CricPlan, units: Mapping[str, int], step: int) -> Schema:
+    """What :meth:`Cycles.as_plain` can be after some steps.
+
+    Args:
+        plan: Of the run.
+        units: Group → how many units it has.
+        step: Optimizer steps done.
+    """
+
+    def possible(cycles: Mapping[str, Any]) -> bool:
+        state, decided = cycles["state"], cycles["decided"]
+        begun = state["cycle"] > 0
+        named = {"scores": state["samples"] > 0, "trial": state["samples"] > 0}
+        named |= dict.fromkeys(("active", "history", "probes"), begun)
+        return (
+            state["cycle"] <= plan.cycles
+            and state["samples"] <= max(step - plan.first, 0)
+            and (decided is None or (begun and plan.first < decided <= step))
+            and (cycles["snapshot"] is not None) == (begun and decided is None)
+            and all(state[name].keys() == (units.keys() if there else set()) for name, there in named.items())
+            and all(
+                len(state[name][group]) == units[group]
+                for name in ("scores", "trial", "active", "history")
+                for group in state[name]
+            )
+        )
+
+    return Such(
+        CYCLES, possible, f"as after {step} steps, of which {plan.first} are the first, for {len(units)} groups"
+    )
 
 
 class Cycles:
@@ -56,6 +88,23 @@ class Cycles:
         cycles.snapshot, cycles.decided = restore_snapshot(plain["snapshot"]), plain["decided"]
         cycles.forwards, cycles.undone, cycles.bytes = plain["forwards"], plain["undone"], plain["bytes"]
         return cycles
+
+    def check(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        sites: Mapping[str, Site],
+        where: str,
+        error: type[ValueError],
+    ) -> None:
+        """Refuse a training state from a file that is not of this run.
+
+        Raises:
+            ValueError: See :func:`~lightning_efficient.weightspace.snapshot.check_snapshot`.
+        """
+        if self.snapshot is not None:
+            where = f"{where} ['cycles']['snapshot']"
+            check_snapshot(self.snapshot, pl_module, sites, trainer.optimizers, (), where, error)
 
     def looking(self, step: int) -> bool:
         """Whether the saliencies of this step count."""

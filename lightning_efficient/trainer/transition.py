@@ -18,7 +18,7 @@ from lightning_efficient.common.schema import Int, ListOf, MapOf, Number, Record
 TRANSITION = Record(
     {
         "start": Number(low=0, high=1),
-        "clock": Record({"step": Int(), "time": Int()}),
+        "clock": Record({"step": Int(low=0), "time": Int(low=0)}),
         "guard": Record({"jumps": Int(low=0), "past": MapOf(Text(), ListOf(Number()))}),
     }
 )
@@ -106,6 +106,11 @@ class GuardedTransition:
         if self._watchdog.stepped:
             self._watchdog.after_step(trainer, outputs, step)
 
+    def pause(self, length: int) -> int:
+        """How many steps the guard holds up a way of ``length`` steps."""
+        share = self.guard_length
+        return share if isinstance(share, int) else max(1, round(share * length))
+
     def settle(self) -> str:
         """Hold the schedule if the latest step was out of range.
 
@@ -115,8 +120,7 @@ class GuardedTransition:
         step, wrong = self._watchdog.settle()
         if not wrong or self._clock.at(step) <= self.first or self.at(step) == 0:
             return ""
-        share, before = self.guard_length, self.at(step)
-        length = share if isinstance(share, int) else max(1, round(share * self.length))
+        before, length = self.at(step), self.pause(self.length)
         self._clock.hold(step, length, length if self.guard == "rollback" else 0, self.first + 1)
         return (
             f"{wrong} after step {step}. The transition stays at lam = {self.at(step):.3f} (it was {before:.3f}) for "

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_efficient.common.schema import Record, Schema, Such, TensorOf
 from lightning_efficient.weightspace import Site, Transform
 
 
@@ -55,6 +56,18 @@ def unpack_mask(packed: Tensor, shape: Iterable[int]) -> Tensor:
         )
     bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
     return bits.view(-1)[: size.numel()].bool().view(size)
+
+
+def packed_mask(shape: Iterable[int]) -> Schema:
+    """What :func:`pack_mask` makes of a mask.
+
+    Args:
+        shape: Of the mask.
+    """
+    return TensorOf(torch.uint8, shape=(-(-torch.Size(shape).numel() // 8),))
+
+
+_ZERO = "where it drops something, the weight is zero"
 
 
 class Mask(Transform):
@@ -132,6 +145,15 @@ class MaskTransform(Mask):
         """Whether everything pruned is zero."""
         return not self._any or not bool(weight[self.dropped].any())
 
+    @classmethod
+    def state_schema(cls, weight: Tensor) -> Schema:
+        """A mask of the weight, which is zero where that drops it."""
+
+        def zero(state: Mapping[str, Tensor]) -> bool:
+            return not bool(weight[~unpack_mask(state["mask"].to(weight.device), weight.shape)].any())
+
+        return Such(Record({"mask": packed_mask(weight.shape)}), zero, _ZERO)
+
     def state_dict(self) -> dict[str, Tensor]:
         """``mask``, packed eight entries a byte."""
         return {"mask": pack_mask(self.mask)}
@@ -201,9 +223,18 @@ class UnitMask(Mask):
             entries: Long, their positions.
             weight: The parameter, for its shape and device.
         """
-        kept = self._kept.get(dim, torch.ones(weight.shape[dim], dtype=torch.bool, device=weight.device)).clone()
+        kept = self.kept(dim, weight).clone()
         kept[entries.to(kept.device)] = False
         self._set(dim, kept)
+
+    def kept(self, dim: int, weight: Tensor) -> Tensor:
+        """What is kept of an axis: bool, as long as the axis.
+
+        Args:
+            dim: The axis.
+            weight: The parameter, for its shape and device.
+        """
+        return self._kept.get(dim, torch.ones(weight.shape[dim], dtype=torch.bool, device=weight.device))
 
     def _set(self, dim: int, kept: Tensor) -> None:
         self._kept[dim] = kept
@@ -229,6 +260,18 @@ class UnitMask(Mask):
     def fits(self, weight: Tensor, tolerance: float) -> bool:
         """Whether everything pruned is zero."""
         return not any(bool(weight.index_select(dim, index).any()) for dim, index in self._index.items())
+
+    @classmethod
+    def state_schema(cls, weight: Tensor) -> Schema:
+        """A mask of each axis that has lost something; the weight is zero there."""
+
+        def zero(state: Mapping[str, Tensor]) -> bool:
+            found = cls()
+            found.load_state_dict(state, weight)
+            return found.fits(weight, 0.0)
+
+        axes = {f"axis{dim}": packed_mask((size,)) for dim, size in enumerate(weight.shape)}
+        return Such(Record({}, optional=axes), zero, _ZERO)
 
     def state_dict(self) -> dict[str, Tensor]:
         """``axis0`` and so on: what is kept of each axis, eight entries a byte."""

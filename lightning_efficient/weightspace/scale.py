@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_efficient.common.schedule import transition
+from lightning_efficient.common.schema import Record, Schema, TensorOf
 from lightning_efficient.weightspace.transform import Block, Transform, compute_dtype
 
 # exp(±20): beyond that a temperature is 0 or infinite for any attention, and dividing it out again would lose bits.
@@ -89,6 +91,19 @@ def log_of(tau: float) -> float:
     return math.log(value)
 
 
+def tau_at(step: int, tau: float, steps: int | None) -> float:
+    """The temperature on its way from 1 to ``tau``, geometrically.
+
+    Args:
+        step: Optimizer steps done.
+        tau: Where it goes.
+        steps: How many it takes. None: not known yet, before the first step.
+    """
+    if step == 0 or steps is None:
+        return 1.0
+    return math.exp(math.log(tau) * (1.0 - transition(step, None, length=steps)))
+
+
 class ScaleTransform(Transform):
     """``Ŵ = W / τ`` for blocks of a parameter; the rest passes through.
 
@@ -154,6 +169,12 @@ class ScaleTransform(Transform):
     def fits(self, weight: Tensor, tolerance: float) -> bool:
         """Any weights can have come from any temperature."""
         return True
+
+    @classmethod
+    def state_schema(cls, weight: Tensor) -> Schema:
+        """A finite ``log_tau`` for all heads, or one a head, and a count."""
+        log_tau = TensorOf("floating", ndim=1, finite=True)
+        return Record({"log_tau": log_tau, "step": TensorOf("integer", shape=(), low=0)})
 
     def state_dict(self) -> dict[str, Tensor]:
         """``log_tau`` of shape ``(heads,)`` and the number of steps, ``step``."""

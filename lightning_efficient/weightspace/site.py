@@ -7,7 +7,29 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from lightning_efficient.common.schema import TensorOf, check
 from lightning_efficient.weightspace.transform import Transform, compute_dtype
+
+
+def check_state(
+    state: Mapping[str, Tensor], transform: type[Transform], weight: Tensor, where: str, error: type[ValueError]
+) -> None:
+    """Refuse what a file says of a weight if it is no state of its transform.
+
+    Args:
+        state: As :meth:`Transform.state_dict` returns it, with ``"raw"`` where ``W`` was kept.
+        transform: The class.
+        weight: As the file has it.
+        where: Whose state it is, for the error.
+        error: What to raise.
+
+    Raises:
+        ValueError: ``error``, with the field and what was expected.
+    """
+    own = {name: tensor for name, tensor in state.items() if name != "raw"}
+    check(own, transform.state_schema(weight), where, error)
+    if "raw" in state:
+        check(state["raw"], TensorOf("floating", shape=tuple(weight.shape)), f"{where}, 'raw',", error)
 
 
 class Site:

@@ -15,17 +15,36 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_efficient.common.schema import ListOf, MapOf, Plain, Record, TensorOf, Text
+from lightning_efficient.common.schema import (
+    Anything,
+    Flag,
+    Int,
+    ListOf,
+    MapOf,
+    Number,
+    OneOf,
+    OrNone,
+    Part,
+    Plain,
+    Record,
+    Schema,
+    TensorOf,
+    Text,
+    TupleOf,
+    check,
+)
 from lightning_efficient.weightspace import Site
 from lightning_efficient.weightspace.mask import MaskTransform, forget, set_mask
 
 _TENSORS = MapOf(Text(), TensorOf())
+_GROUP = Part({"params": ListOf(Int(low=0))})
+_OPTIMIZER = Part({"state": MapOf(Int(low=0), MapOf(Text(), Plain(tensors=True))), "param_groups": ListOf(_GROUP)})
 SNAPSHOT = Record(
     {
         "model": _TENSORS,
         "transforms": MapOf(Text(), MapOf(Text(), _TENSORS)),
-        "optimizers": ListOf(Plain(tensors=True)),
-        "schedulers": ListOf(Plain(tensors=True)),
+        "optimizers": ListOf(_OPTIMIZER),
+        "schedulers": ListOf(MapOf(Text(), Plain(tensors=True))),
     }
 )
 
@@ -142,6 +161,114 @@ def rewind(
                     set_mask(site, transform, transform.mask, advance=True)
                 dropped[site.param] = transform.dropped
     forget(optimizers, dropped)
+
+
+def check_snapshot(
+    snapshot: Snapshot,
+    model: nn.Module,
+    sites: Mapping[str, Site],
+    optimizers: Sequence[Optimizer],
+    schedulers: Sequence[Any],
+    where: str,
+    error: type[ValueError] = ValueError,
+) -> None:
+    """Refuse a training state from a file that :func:`rewind` could not put back; nothing is changed.
+
+    Numbers and tensors are the user's data, as they are in the file's own states of optimizers: only their kinds and
+    shapes are looked at.
+
+    Args:
+        snapshot: Fits :data:`SNAPSHOT`.
+        model: As for :func:`rewind`.
+        sites: Likewise.
+        optimizers: Likewise, in the state in which the run goes on; none where they do not go back.
+        schedulers: Likewise.
+        where: Whose snapshot it is, for the error.
+        error: What to raise.
+
+    Raises:
+        ValueError: ``error``, with the field and what was expected.
+    """
+
+    def ask(value: Any, schema: Schema, field: str) -> None:
+        check(value, schema, f"{where}{field}", error)
+
+    ask(snapshot.model, Part({name: _like(value) for name, value in tensors(model).items()}), "['model']")
+    for name, site in sites.items():
+        _check_site(site, snapshot.transforms.get(name, {}), f"{where}['transforms'][{name!r}]", error)
+    ask(snapshot.optimizers, ListOf(Anything(), length=len(optimizers)), "['optimizers']")
+    later: dict[int, int] = {}
+    for i, (optimizer, state) in enumerate(zip(optimizers, snapshot.optimizers, strict=True)):
+        try:
+            _joined(optimizer, state)
+        except ValueError as misfit:
+            raise error(f"{where}['optimizers'][{i}]: {misfit}") from misfit
+        ask(state, _optimizer_like(optimizer, state), f"['optimizers'][{i}]")
+        later[id(optimizer)] = len(optimizer.param_groups) - len(state["param_groups"])
+    ask(snapshot.schedulers, ListOf(Anything(), length=len(schedulers)), "['schedulers']")
+    for i, (scheduler, state) in enumerate(zip(schedulers, snapshot.schedulers, strict=True)):
+        ask(state, _scheduler_like(scheduler, state, later.get(id(scheduler.optimizer), 0)), f"['schedulers'][{i}]")
+
+
+def _check_site(site: Site, saved: Mapping[str, Mapping[str, Tensor]], where: str, error: type[ValueError]) -> None:
+    chain = {t.kind: t for t in site.chain if not isinstance(t, MaskTransform)}
+    weight = site.param.detach()
+    fields = {kind: transform.state_schema(weight) for kind, transform in chain.items()}
+    raw = {} if site.raw is None else {"raw": Record({"raw": _like(site.raw)})}
+    check(saved, Part(fields | raw), where, error)
+    for kind, transform in chain.items():
+        try:
+            deepcopy(transform).load_state_dict(saved[kind], weight)
+        except ValueError as misfit:
+            raise error(f"{where}: {misfit}") from misfit
+
+
+def _optimizer_like(optimizer: Optimizer, saved: Mapping[str, Any]) -> Schema:
+    now, before = optimizer.state_dict(), saved["param_groups"]
+    groups = []
+    for group in now["param_groups"][: len(before)]:
+        fields = {name: _like(value, _ours(optimizer)) for name, value in group.items() if name not in _STRUCTURE}
+        # What others have added to a group (schedulers do) may be missing.
+        needed = {name: schema for name, schema in fields.items() if name in optimizer.defaults}
+        groups.append(Part({"params": TupleOf(tuple(Int(place, place) for place in group["params"]))} | needed, fields))
+    places = [place for group in before for place in group["params"]]
+    states = {place: _like(now["state"][place], _ours(optimizer)) for place in places if place in now["state"]}
+    some = Record({}, dict.fromkeys(places, Anything()) | states)
+    return Part({"param_groups": TupleOf(tuple(groups)), "state": some})
+
+
+def _scheduler_like(scheduler: Any, saved: Mapping[str, Any], later: int) -> Schema:
+    fields = {}
+    for name, value in scheduler.state_dict().items():
+        known = saved.get(name)
+        # Where groups came later, only their entries may be missing.
+        if later and isinstance(known, (list, tuple)) and isinstance(value, (list, tuple)):
+            value = value[: len(known)] if len(known) + later == len(value) else value
+        fields[name] = _like(value, _ours(scheduler))
+    return Part(fields)
+
+
+def _ours(thing: Any) -> bool:
+    """Whether an optimizer or scheduler is torch's: what is no number or tensor in its state does not move."""
+    return type(thing).__module__.startswith("torch.optim")
+
+
+def _like(now: Any, exact: bool = True) -> Schema:
+    """Values of the kind of a given one: numbers and tensors may have others, the rest only if not ``exact``."""
+    if isinstance(now, Tensor):
+        return TensorOf(now.dtype, shape=tuple(now.shape))
+    if isinstance(now, Mapping):
+        return Part({name: _like(value, exact) for name, value in now.items()})
+    schema: Schema
+    if isinstance(now, (list, tuple)):
+        schema = TupleOf(tuple(_like(item, exact) for item in now))
+    elif type(now) in (int, float):
+        schema = Number(finite=False)
+    elif exact:
+        schema = OneOf((now,)) if now is None or type(now) in (bool, str) else Plain(tensors=True)
+    else:
+        schema = {bool: Flag(), str: Text()}.get(type(now), Plain(tensors=True))
+    return schema if exact else OrNone(schema)
 
 
 _STRUCTURE = ("params", "param_names")

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_efficient.common.schema import MapOf, Schema, Such, TensorOf, Text
 from lightning_efficient.weightspace.transform import Block, Transform, as_matrices, as_matrix, compute_dtype
 
 # Up to this many rows or columns the eigenvectors of the Gram matrix are cheaper than Lanczos steps.
@@ -202,9 +203,11 @@ class SpectralTransform(Transform):
             block.of(weight).mul_(c)
 
     def fits(self, weight: Tensor, tolerance: float) -> bool:
-        """``uᵀ Ŵ v`` is ``γ`` by construction; weights from elsewhere miss it."""
+        """``uᵀ Ŵ v`` is ``γ`` by construction; weights from elsewhere miss it, as those of no norm do."""
         if self.monitor:
             return True
+        if not bool((self.sigma > 0).all()):
+            return False
         found = torch.stack(
             [
                 torch.dot(u, torch.mv(matrix, v))
@@ -217,6 +220,12 @@ class SpectralTransform(Transform):
         """``γ = σ(Ŵ)`` and ``W = Ŵ``."""
         self.init = "preserve"
         self.start(weight)
+
+    @classmethod
+    def state_schema(cls, weight: Tensor) -> Schema:
+        """Finite real vectors; how many, and how long, depends on the blocks."""
+        vectors = MapOf(Text(), TensorOf("floating", ndim=1, finite=True))
+        return Such(vectors, lambda state: bool((state.get("sigma", torch.ones(1)) >= 0).all()), "no 'sigma' below 0")
 
     def state_dict(self) -> dict[str, Tensor]:
         """``gain`` and ``sigma`` of shape ``(matrices,)``, and ``left.i``/``right.i`` of each matrix."""

@@ -10,6 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_efficient.common.schema import MapOf, Schema, TensorOf, Text
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype a transform computes in: float64 for float64 weights, float32 for everything narrower."""
@@ -97,6 +99,14 @@ class Transform(ABC):
 
     def rebase(self, weight: Tensor) -> None:  # noqa: B027
         """Re-derive the state from ``weight``, an output that does not fit; the default has nothing to derive."""
+
+    @classmethod
+    def state_schema(cls, weight: Tensor) -> Schema:
+        """What a state of ``weight``, an output, looks like in a file, as far as that does not depend on arguments.
+
+        Files are checked against it before anything is loaded. The default knows of tensors only.
+        """
+        return MapOf(Text(), TensorOf())
 
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:

@@ -190,11 +190,15 @@ def edited(files: Path, target: Path, edit: Callable[[dict[str, Any]], Any]) -> 
             r"saved state of 'net.embed.weight' does not fit: a spectral state of 1 block.*Was `qkv`",
         ),
         (lambda e: e["tensors"]["net.embed.weight"].pop("sigma"), r"'net.embed.weight' does not fit"),
-        (lambda e: e["tensors"]["net.head.weight"].update(raw=torch.ones(2, 2)), r"raw weights of shape \(2, 2\)"),
+        (
+            lambda e: e["tensors"]["net.head.weight"].update(raw=torch.ones(2, 2)),
+            r"'net.head.weight', 'raw', should be .* of shape \(4, 16\)",
+        ),
+        (lambda e: e["tensors"].pop("net.head.weight"), r"sigma_reparam.*`tensors`, should name \d+ parameters"),
         (lambda e: e.update(method="sigma"), r"names the method 'sigma'.*which is not known here"),
         (
             lambda e: e["tensors"].update({"net.head.weight": [1, 2]}),
-            r"'net.head.weight'\], should be a mapping",
+            r"\['net.head.weight'\], should be .* each value a tensor; got a list of 2",
         ),
     ],
     ids=[
@@ -203,13 +207,14 @@ def edited(files: Path, target: Path, edit: Callable[[dict[str, Any]], Any]) -> 
         "wrong blocks",
         "missing tensor",
         "wrong raw",
+        "one weight less",
         "unknown method",
         "no tensors",
     ],
 )
 def test_recipes_that_do_not_fit(files: Path, tmp_path: Path, edit: Any, match: str) -> None:
     path = edited(files, tmp_path / "edited.ckpt", edit)
-    refused(path, ValueError, match, SigmaReparam(init="one"))
+    refused(path, RecipeError, match, SigmaReparam(init="one"))
 
 
 def test_a_model_with_other_layers_is_refused_by_lightning(files: Path) -> None:

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 
 import pytest
+from torch import nn
 
-from lightning_efficient import CollapseMonitor, SigmaReparam, SimplifiedLinearAttention, register_method
+from lightning_efficient import (
+    Change,
+    CollapseMonitor,
+    RecipeError,
+    SigmaReparam,
+    SimplifiedLinearAttention,
+    register_method,
+)
 from lightning_efficient.common.registry import METHODS, Method, Registry
 from lightning_efficient.lifecycle.base import EfficientCallback
+from lightning_efficient.lifecycle.checkpoint import replay_of
 from lightning_efficient.lifecycle.methods import callback_class
+from lightning_efficient.lifecycle.recipe import Entry
 
 CONFLICTS = [(name, other) for name, method in METHODS.items() for other in method.excludes]
 
@@ -138,6 +150,8 @@ class NoSwitch(EfficientCallback):
         ("clipped", NoSwitch, {}, "NoSwitch has no argument `enabled`"),
         ("clipped", "clipped.Clipped", {}, r"`callback`.*'clipped\.Clipped'.*package\.module:name"),
         ("clipped", Clipped, {"replay": "somewhere"}, r"`replay`.*'somewhere'.*package\.module:name"),
+        ("clipped", Clipped, {"config": "somewhere"}, r"`config`.*'somewhere'.*package\.module:name"),
+        ("clipped", Clipped, {"config": dict}, "`config`.*dict.*expected a dataclass"),
         ("clipped", Clipped, {"after": "temp_scal"}, r"`after`.*'temp_scal' \(did you mean 'temp_scale'"),
         ("clipped", Clipped, {"before": "nobody"}, "`before`.*'nobody'.*expected one of remove_norms"),
         ("clipped", Clipped, {"excludes": {"sap": "x"}}, "`excludes`.*'sap'"),
@@ -158,6 +172,23 @@ def test_a_callback_that_replaces_modules_says_how_to_do_it_again():
 
     with pytest.raises(ValueError, match="Swaps replaces modules, so 'swaps' needs `replay`"):
         register_method("swaps", Swaps)
+
+
+@dataclass
+class Bound:
+    low: float
+    high: float = 1.0
+
+
+@pytest.mark.parametrize("config", [Bound, f"{__name__}:Bound"])
+def test_a_file_has_to_give_what_replay_reads_of_its_config(config):
+    register_method("clipped", Clipped, replay=lambda model, config, names: Change("clipped"), config=config)
+    model = nn.Sequential(nn.Linear(2, 2))
+    for given, said in (({"low": 0.0, "high": 1.0}, None), ({"low": 0.0}, "`config`: 'high' is missing")):
+        replay = replay_of(Entry("clipped", "key", given, {"0": {}}))
+        assert replay is not None
+        with nullcontext() if said is None else pytest.raises(RecipeError, match=f"clipped in the.*{said}"):
+            replay(model, ())
 
 
 @pytest.mark.parametrize(("place", "said"), [("nowhere:Clipped", "nowhere"), (f"{__name__}:Cliped", "Cliped")])
