@@ -207,7 +207,8 @@ def check_snapshot(
         later[id(optimizer)] = len(optimizer.param_groups) - len(state["param_groups"])
     ask(snapshot.schedulers, ListOf(Anything(), length=len(schedulers)), "['schedulers']")
     for i, (scheduler, state) in enumerate(zip(schedulers, snapshot.schedulers, strict=True)):
-        ask(state, _scheduler_like(scheduler, state, later.get(id(scheduler.optimizer), 0)), f"['schedulers'][{i}]")
+        now = _as_before(scheduler.state_dict(), state, later.get(id(scheduler.optimizer), 0))
+        ask(state, _like(now, _ours(scheduler)), f"['schedulers'][{i}]")
 
 
 def _check_site(site: Site, saved: Mapping[str, Mapping[str, Tensor]], where: str, error: type[ValueError]) -> None:
@@ -237,15 +238,14 @@ def _optimizer_like(optimizer: Optimizer, saved: Mapping[str, Any]) -> Schema:
     return Part({"param_groups": TupleOf(tuple(groups)), "state": some})
 
 
-def _scheduler_like(scheduler: Any, saved: Mapping[str, Any], later: int) -> Schema:
-    fields = {}
-    for name, value in scheduler.state_dict().items():
-        known = saved.get(name)
-        # Where groups came later, only their entries may be missing.
-        if later and isinstance(known, (list, tuple)) and isinstance(value, (list, tuple)):
-            value = value[: len(known)] if len(known) + later == len(value) else value
-        fields[name] = _like(value, _ours(scheduler))
-    return Part(fields)
+def _as_before(now: Any, saved: Any, later: int) -> Any:
+    """A scheduler's state now, without the entries of groups that came later and a saved one lacks."""
+    if isinstance(now, Mapping) and isinstance(saved, Mapping):
+        return {name: _as_before(value, saved.get(name), later) for name, value in now.items()}
+    if isinstance(now, (list, tuple)) and isinstance(saved, (list, tuple)):
+        now = now[: len(saved)] if later and len(saved) + later == len(now) else now
+        return [_as_before(value, saved[i] if i < len(saved) else None, later) for i, value in enumerate(now)]
+    return now
 
 
 def _ours(thing: Any) -> bool:
@@ -286,13 +286,14 @@ def _joined(optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
     return {"state": deepcopy(saved["state"]), "param_groups": deepcopy(before) + deepcopy(now[len(before) :])}
 
 
-def _grown(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """A scheduler's saved state, with the values of groups that came later."""
-    state = deepcopy(dict(saved))
-    for name, value in state.items():
-        if isinstance(value, list) and isinstance(now.get(name), list):
-            state[name] = value + deepcopy(now[name][len(value) :])
-    return state
+def _grown(saved: Any, now: Any) -> Any:
+    """A scheduler's saved state, with the values of groups that came later; of schedulers inside it, too."""
+    if type(saved) is dict and type(now) is dict:  # a Counter, which a scheduler may have, stays one
+        return {name: _grown(value, now.get(name)) for name, value in saved.items()}
+    if isinstance(saved, list) and isinstance(now, list):
+        inside = [_grown(value, now[i] if i < len(now) else None) for i, value in enumerate(saved)]
+        return inside + deepcopy(now[len(saved) :])
+    return deepcopy(saved)
 
 
 def _restore_site(site: Site, saved: Mapping[str, Mapping[str, Tensor]]) -> None:

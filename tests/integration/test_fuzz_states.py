@@ -24,7 +24,15 @@ from test_fuzz_files import CAPPED, METHODS, VIT, Save
 from torch import Tensor
 from zoo import loader
 
-from lightning_efficient import HESSOPruning, MagnitudePruning, PRepBN, SAPPruning, TempScale
+from lightning_efficient import (
+    HESSOPruning,
+    MagnitudePruning,
+    PRepBN,
+    RecipeError,
+    SAPPruning,
+    TempScale,
+    load_from_checkpoint,
+)
 from lightning_efficient.lifecycle.recipe import KEY
 from lightning_efficient.testing.case import ResumableLoader
 
@@ -210,3 +218,32 @@ def test_a_spoilt_state_is_refused_or_has_no_effect(halfway: Any) -> None:
         if wrong := fault(case, root, root / "spoilt.ckpt", expected):
             faults.append(f"{what} -> {wrong}")
     assert not faults, f"{len(faults)}:\n" + "\n".join(faults)
+
+
+@pytest.mark.parametrize(
+    ("case", "weight", "name", "change", "said"),
+    [
+        (
+            "sigma_reparam",
+            "net.head.weight",
+            "right.0",
+            lambda v: v.to(torch.complex64),
+            "floating .*finite.*complex64",
+        ),
+        ("sigma_reparam", "net.head.weight", "sigma", lambda v: -v, "no 'sigma' below 0"),
+        ("magnitude_pruning", "net.blocks.0.mlp.fc1.weight", "mask", torch.zeros_like, "the weight is zero"),
+        ("magnitude_pruning", "net.blocks.0.mlp.fc1.weight", "mask", lambda v: v[:-1], r"uint8 .*shape \(144,\)"),
+        ("hesso_pruning", "net.blocks.0.mlp.fc1.weight", "axis0", torch.zeros_like, "the weight is zero"),
+        ("temp_scale", "net.blocks.0.attn.qkv.bias", "log_tau", torch.zeros_like, r"that of .*\[-0.35.*got \[0.0\]"),
+    ],
+)
+def test_the_states_of_weights_are_checked_when_a_model_is_loaded(
+    case: str, weight: str, name: str, change: Change, said: str, tmp_path: Path
+) -> None:
+    run(case, tmp_path)
+    content = torch.load(tmp_path / "end.ckpt", weights_only=True)
+    numbers = (i for i, entry in enumerate(content[KEY]["methods"]) if weight in entry["tensors"])
+    place = (KEY, "methods", next(numbers), "tensors", weight, name)
+    torch.save(replaced(content, place, change), tmp_path / "spoilt.ckpt")
+    with pytest.raises(RecipeError, match=f"{case} in the checkpoint's recipe.*{weight}.*{said}"):
+        load_from_checkpoint(CASES[case][0][0], tmp_path / "spoilt.ckpt")

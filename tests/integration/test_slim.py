@@ -18,7 +18,7 @@ from lightning_efficient.deploy.export import ExportError
 from lightning_efficient.deploy.formats import to_onnx, to_torch_export
 from lightning_efficient.lifecycle.cuts import cut, mark_zeroed
 from lightning_efficient.lifecycle.hooks import hook_files
-from lightning_efficient.lifecycle.recipe import RecipeError
+from lightning_efficient.lifecycle.recipe import KEY, RecipeError
 from lightning_efficient.structured.graph import find_groups
 from lightning_efficient.structured.groups import Groups
 from tests.slim_models import ResNet, images, lively
@@ -154,6 +154,25 @@ def test_files_of_other_sizes_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(RecipeError, match=r"holds a smaller model.*'net\.a\.0\.weight' from 6 to 3"):
         load_from_checkpoint(Wider, tmp_path / "small.ckpt")
+
+
+def test_a_mask_that_a_file_lacks_is_missed_before_the_module_is_cut(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, 1, CutAt(0))
+    trainer.fit(Module())
+    trainer.save_checkpoint(tmp_path / "small.ckpt")
+    content = torch.load(tmp_path / "small.ckpt", weights_only=True)
+    entry = next(e for e in content[KEY]["methods"] if e["method"] == "slim")
+    for name in list(entry["tensors"]):
+        entry["tensors"] = dict(entry["tensors"])
+        mask = entry["tensors"].pop(name)
+        entry["count"] = len(entry["tensors"])
+        torch.save(content, tmp_path / "spoilt.ckpt")
+        model = Module()
+        before = {key: value.shape for key, value in model.state_dict().items()}
+        with pytest.raises(RecipeError, match=r"slim in (the checkpoint's|its) recipe"):
+            _trainer(tmp_path, 2, Resumes()).fit(model, ckpt_path=tmp_path / "spoilt.ckpt", weights_only=True)
+        assert {key: value.shape for key, value in model.state_dict().items()} == before, name
+        entry["tensors"][name] = mask
 
 
 def _zeroed() -> tuple[Module, Groups]:
