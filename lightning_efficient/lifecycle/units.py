@@ -267,7 +267,8 @@ def dropped_units(group: UnitGroup, masks: Mapping[str, Mapping[str, Tensor]], p
     for part in group.produced:
         if part.name in masks:
             mask = UnitMask()
-            mask.load_state_dict(masks[part.name], params[part.name])
+            kept = {name: bits for name, bits in masks[part.name].items() if name != "raw"}  # W of narrow weights
+            mask.load_state_dict(kept, params[part.name])
             dropped &= ~mask.kept(part.dim, params[part.name]).cpu()[part.index].any(1)
     return dropped
 
