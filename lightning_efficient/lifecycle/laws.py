@@ -56,7 +56,10 @@ _CONFIG = Part(
         "steps": OrNone(Int(low=0)),
     }
 )  # fmt: skip
-_STATE = Record({"log_tau": TensorOf("floating", ndim=1, finite=True), "step": TensorOf("integer", shape=(), low=0)})
+_STATE = Record(
+    {"log_tau": TensorOf("floating", ndim=1, finite=True), "step": TensorOf("integer", shape=(), low=0)},
+    optional={"raw": TensorOf("floating")},  # W of narrow weights
+)
 
 
 def read_laws(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Law], dict[str, dict[str, Any]]]:
