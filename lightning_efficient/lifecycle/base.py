@@ -109,7 +109,7 @@ class EfficientCallback(Callback):
         """Refuse a state whose fields contradict each other, before anything is loaded, by :meth:`refuse`.
 
         Args:
-            state: Fits :attr:`progress_schema`, and holds ``standing``, as plain data.
+            state: Of a fit that had begun; fits :attr:`progress_schema`, and holds ``standing``, as plain data.
             step: Optimizer steps of that fit done.
         """
 
@@ -175,7 +175,8 @@ class EfficientCallback(Callback):
         if type(done := checkpoint.get("global_step")) is int:
             step = done - state["standing"]["start"]
             self._check_standing(state["standing"], step, entry)
-            self.check_progress(state, step)
+            if state["standing"]["begun"]:
+                self.check_progress(state, step)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note whether a fit resumes. What is on has been asked by the module's hook already."""

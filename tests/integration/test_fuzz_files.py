@@ -40,7 +40,7 @@ VIT: tuple[type[LightningModule], str] = (Classifier, "timm_vit")
 CAPPED: tuple[type[LightningModule], str] = (Classifier, "capped")
 # Method → the module, the callback and how many mutations; most where a file decides what the model computes.
 METHODS: dict[str, tuple[tuple[type[LightningModule], str], Make | None, int]] = {
-    "norm_swap": (VIT, partial(PRepBN, transition=1, momentum=0.3), 60),
+    "norm_swap": (VIT, partial(PRepBN, transition=1, momentum=0.3, allow_causal=True), 60),
     "norm_swap, midway": (VIT, partial(PRepBN, target="dyt", hold=0, transition=6), 40),
     "linear_attention": ((GridClassifier, "grid"), partial(SimplifiedLinearAttention, kernel_size=3, eps=1e-5), 60),
     "remove_norms": (VIT, partial(SigmaReparam, remove_norms=True), 40),

@@ -38,7 +38,7 @@ from lightning_efficient.testing.case import ResumableLoader
 
 SEED, COUNT = os.environ.get("FUZZ_SEED", ""), int(os.environ.get("FUZZ_COUNT", "27"))
 CASES = {name: (module, make) for name, (module, make, _) in METHODS.items() if make is not None} | {
-    "norm_swap, guarded": (VIT, partial(PRepBN, hold=0, transition=6, guard="rollback")),
+    "norm_swap, guarded": (VIT, partial(PRepBN, hold=0, transition=6, guard="rollback", allow_causal=True)),
     "temp_scale, on its way": (VIT, partial(TempScale, tau=0.5, transition=5)),
     "temp_scale, learned": (CAPPED, partial(TempScale, tau=0.6, learnable=True)),
     "hesso_pruning, cric": (VIT, partial(HESSOPruning, cric=True, start=0, duration=5, periods=1, unit="macs")),
