@@ -4,18 +4,23 @@ from lightning_efficient.attention.linear import apply_linear_attention
 from lightning_efficient.attention.temperature import apply_temp_scale, remove_temp_scale
 from lightning_efficient.metrics.functional import (
     alignment,
+    alpha_req,
     attention_entropy,
     attention_filter_rate,
     cosine_by_length,
+    effective_rank,
     entropy_lower_bound,
     filter_rate,
+    lidar,
     mean_cosine,
+    participation_ratio,
     pq_bound,
     pq_index,
     rankme,
     row_logit_norm,
     sparsity,
     spectral_norms,
+    stable_rank,
     uniformity,
 )
 from lightning_efficient.norms.recalibrate import recalibrate
@@ -28,6 +33,7 @@ from lightning_efficient.weightspace.sigma_reparam import apply_sigma_reparam
 
 __all__ = [
     "alignment",
+    "alpha_req",
     "apply_linear_attention",
     "apply_norm_swap",
     "apply_sigma_reparam",
@@ -38,10 +44,13 @@ __all__ = [
     "classification_scores",
     "cosine_by_length",
     "cut_states",
+    "effective_rank",
     "entropy_lower_bound",
     "filter_rate",
     "find_groups",
+    "lidar",
     "mean_cosine",
+    "participation_ratio",
     "pq_bound",
     "pq_index",
     "rankme",
@@ -51,6 +60,7 @@ __all__ = [
     "row_logit_norm",
     "sparsity",
     "spectral_norms",
+    "stable_rank",
     "tune_temperature",
     "uniformity",
 ]

@@ -4,18 +4,24 @@ from lightning_efficient.metrics.attention_entropy import AttentionEntropy
 from lightning_efficient.metrics.embedding_spread import Alignment, Uniformity
 from lightning_efficient.metrics.length_collapse import CosineByLength, FilterRate
 from lightning_efficient.metrics.length_plot import plot_by_length
+from lightning_efficient.metrics.lidar import LiDAR
 from lightning_efficient.metrics.pq_index import PQIndex
-from lightning_efficient.metrics.rankme import RankMe
 from lightning_efficient.metrics.sparsity import Sparsity
+from lightning_efficient.metrics.spectrum import AlphaReQ, EffectiveRank, ParticipationRatio, RankMe, StableRank
 
 __all__ = [
     "Alignment",
+    "AlphaReQ",
     "AttentionEntropy",
     "CosineByLength",
+    "EffectiveRank",
     "FilterRate",
+    "LiDAR",
     "PQIndex",
+    "ParticipationRatio",
     "RankMe",
     "Sparsity",
+    "StableRank",
     "Uniformity",
     "plot_by_length",
 ]

@@ -10,6 +10,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_efficient.metrics.functional.embedding_spread import alignment_terms, uniformity
+from lightning_efficient.metrics.functional.spectrum import check_embeddings
 
 
 class Alignment(Metric):
@@ -20,7 +21,7 @@ class Alignment(Metric):
         kwargs: Of ``torchmetrics.Metric``.
 
     Raises:
-        ValueError: ``alpha`` out of range; ``update`` with shapes that do not fit.
+        ValueError: ``alpha`` out of range; ``update`` with shapes that do not fit, or with NaN or infinite values.
 
     Source: Wang and Isola, ICML 2020, arXiv 2005.10242.
     """
@@ -48,6 +49,8 @@ class Alignment(Metric):
             y: The other side of each pair, same shape.
         """
         terms = alignment_terms(x, y, self.alpha)
+        check_embeddings(x)
+        check_embeddings(y)
         self.total = self.total + terms.sum(dtype=torch.float64)
         self.pairs = self.pairs + len(terms)
 
@@ -66,7 +69,7 @@ class Uniformity(Metric):
         kwargs: Of ``torchmetrics.Metric``.
 
     Raises:
-        ValueError: ``t`` out of range; ``update`` with something that is no matrix.
+        ValueError: ``t`` out of range; ``update`` with something that is no matrix, or with NaN or infinite values.
 
     Source: Wang and Isola, ICML 2020, arXiv 2005.10242.
     """
@@ -90,8 +93,7 @@ class Uniformity(Metric):
         Args:
             embeddings: ``(samples, features)``.
         """
-        if embeddings.dim() != 2:
-            raise ValueError(f"`embeddings` has shape {tuple(embeddings.shape)}; expected (samples, features).")
+        check_embeddings(embeddings)
         self.embeddings = [*self.embeddings, embeddings.detach()]
 
     def compute(self) -> Tensor:

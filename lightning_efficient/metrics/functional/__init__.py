@@ -19,24 +19,37 @@ from lightning_efficient.metrics.functional.embedding_spread import (
 )
 from lightning_efficient.metrics.functional.filter_rate import attention_filter_rate, filter_rate
 from lightning_efficient.metrics.functional.lengths import bin_labels, length_bins
+from lightning_efficient.metrics.functional.lidar import lidar
 from lightning_efficient.metrics.functional.pq_index import pq_bound, pq_index
-from lightning_efficient.metrics.functional.rankme import rank_of_spectrum, rankme
 from lightning_efficient.metrics.functional.sparsity import sparsity
 from lightning_efficient.metrics.functional.spectral import spectral_norms
+from lightning_efficient.metrics.functional.spectrum import (
+    alpha_req,
+    effective_rank,
+    participation_ratio,
+    rank_of_spectrum,
+    rankme,
+    singular_values,
+    stable_rank,
+)
 
 __all__ = [
     "AttentionRows",
     "alignment",
+    "alpha_req",
     "attention_entropy",
     "attention_filter_rate",
     "attention_rows",
     "bin_labels",
     "cosine_by_length",
+    "effective_rank",
     "entropy_lower_bound",
     "filter_rate",
     "length_bins",
+    "lidar",
     "mean_cosine",
     "normalized_entropy",
+    "participation_ratio",
     "pq_bound",
     "pq_index",
     "query_indices",
@@ -44,8 +57,10 @@ __all__ = [
     "rankme",
     "row_logit_norm",
     "rows_from_logits",
-    "visible_keys",
+    "singular_values",
     "sparsity",
     "spectral_norms",
+    "stable_rank",
     "uniformity",
+    "visible_keys",
 ]
