@@ -25,7 +25,7 @@ from lightning_efficient.ablation.run import RESULT, Ablation, ablate
 from lightning_efficient.comparison import read_runs
 
 PROJECT = Path(__file__).parent / "scripts" / "own_project.py"
-METHODS = ["sigma_reparam", "norm_swap", "magnitude_pruning"]
+METHODS = ["norm_swap"]
 VARIANTS = ["baseline", *METHODS]
 SEEDS = [0, 1]
 EPOCHS, STEPS = 3, 4
@@ -105,7 +105,7 @@ def test_a_killed_ablation_continues(continued: tuple[Ablation, str, dict[str, A
     assert [(run.variant, run.seed, run.state) for run in done.runs] == [
         (variant, seed, "finished") for seed in SEEDS for variant in VARIANTS
     ]
-    assert len(facts["finished"]) == 4
+    assert len(facts["finished"]) == 2
     assert facts["before"] == facts["after"], "finished runs are not touched"
     for run in done.runs:
         folder = Path(run.folder)
@@ -115,7 +115,7 @@ def test_a_killed_ablation_continues(continued: tuple[Ablation, str, dict[str, A
         assert (continued_from in (folder / LOG).read_text(encoding="utf-8")) == (folder in facts["killed"])
         assert not (folder / CHECKPOINT).exists()
         assert len(list((folder / "checkpoints" / "best").glob("*.ckpt"))) == 1
-    assert "4 of 8 runs to do" in screen
+    assert "2 of 4 runs to do" in screen
     assert not (project / "best").exists()
     assert sorted(file.name for file in project.iterdir()) == ["base.yaml", "first.log", "out", "train.py"]
     assert (project / "train.py").read_text(encoding="utf-8") == PROJECT.read_text(encoding="utf-8")
@@ -148,7 +148,7 @@ def test_the_result(continued: tuple[Ablation, str, dict[str, Any]], project: Pa
     assert [run["variant"] for run in written["runs"]] == VARIANTS * 2
     assert written["comparison"]["baseline"] == "baseline"
     assert (project / "out" / "curves.png").stat().st_size > 10_000
-    assert "8 finished" in screen
+    assert "4 finished" in screen
 
 
 @pytest.mark.exhaustive

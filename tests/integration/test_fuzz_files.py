@@ -40,24 +40,24 @@ VIT: tuple[type[LightningModule], str] = (Classifier, "timm_vit")
 CAPPED: tuple[type[LightningModule], str] = (Classifier, "capped")
 # Method → the module, the callback and how many mutations; most where a file decides what the model computes.
 METHODS: dict[str, tuple[tuple[type[LightningModule], str], Make | None, int]] = {
-    "norm_swap": (VIT, partial(PRepBN, transition=1, momentum=0.3, allow_causal=True), 60),
-    "norm_swap, midway": (VIT, partial(PRepBN, target="dyt", hold=0, transition=6), 40),
-    "linear_attention": ((GridClassifier, "grid"), partial(SimplifiedLinearAttention, kernel_size=3, eps=1e-5), 60),
-    "remove_norms": (VIT, partial(SigmaReparam, remove_norms=True), 40),
-    "slim": (VIT, None, 120),
-    "hesso_pruning": (VIT, partial(HESSOPruning, start=0.2, duration=0.6, periods=2), 60),
+    "norm_swap": (VIT, partial(PRepBN, transition=1, momentum=0.3, allow_causal=True), 30),
+    "norm_swap, midway": (VIT, partial(PRepBN, target="dyt", hold=0, transition=6), 20),
+    "linear_attention": ((GridClassifier, "grid"), partial(SimplifiedLinearAttention, kernel_size=3, eps=1e-5), 30),
+    "remove_norms": (VIT, partial(SigmaReparam, remove_norms=True), 20),
+    "slim": (VIT, None, 60),
+    "hesso_pruning": (VIT, partial(HESSOPruning, start=0.2, duration=0.6, periods=2), 30),
     "pagcp_pruning": (
-        VIT, partial(PAGCPPruning, budgets={"val_loss": 0.5}, start=1, rounds=1, every=2, step=0.25, most=0.5), 40
+        VIT, partial(PAGCPPruning, budgets={"val_loss": 0.5}, start=1, rounds=1, every=2, step=0.25, most=0.5), 20
     ),
     "temp_scale": (VIT, partial(TempScale, tau=0.7), 30),
-    "temp_scale, adapter": (CAPPED, partial(TempScale, tau=0.6), 60),
-    "temp_scale, per head": (CAPPED, partial(TempScale, tau=0.6, learnable=True, per_head=True), 60),
-    "temp_scale, log n": (CAPPED, partial(TempScale, tau=0.6, mode="log_n", length=4), 60),
+    "temp_scale, adapter": (CAPPED, partial(TempScale, tau=0.6), 30),
+    "temp_scale, per head": (CAPPED, partial(TempScale, tau=0.6, learnable=True, per_head=True), 30),
+    "temp_scale, log n": (CAPPED, partial(TempScale, tau=0.6, mode="log_n", length=4), 30),
     "sigma_reparam": (VIT, SigmaReparam, 30),
     "magnitude_pruning": (VIT, partial(MagnitudePruning, start=1, length=3, every=1), 30),
     "sap_pruning": (VIT, partial(SAPPruning, p=1.0, q=2.0, iterations=2, scope="layer"), 30),
 }  # fmt: skip
-assert sum(count for _, _, count in METHODS.values()) >= 500
+assert sum(count for _, _, count in METHODS.values()) >= 400  # and 250 in test_fuzz_states.py
 
 
 class Save(Callback):

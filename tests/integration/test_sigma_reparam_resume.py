@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
 import runpy
 import signal
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from forking import forked, fresh
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder, WeightAveraging
 from lightning.pytorch.tuner import Tuner
@@ -44,25 +42,18 @@ pytestmark = [
 # -- killed ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.forks
 def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     """SIGKILL in the middle of an epoch, a new process from ``last.ckpt``: every tensor of the final file is equal."""
-    script = SCRIPTS / "killed.py"
-    env = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
-
-    def start(*options: str) -> subprocess.Popen[str]:
-        command = [sys.executable, str(script), str(tmp_path / "killed"), str(tmp_path / "killed.ckpt"), *options]
-        return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
-
-    killed = start("--kill-after", "8")
-    runpy.run_path(str(script))["train"](tmp_path / "whole", tmp_path / "whole.ckpt")
-    _, errors = killed.communicate(timeout=120)
-    assert killed.returncode == -signal.SIGKILL, errors
-    assert not (tmp_path / "killed.ckpt").exists()
+    script, folder, file = SCRIPTS / "killed.py", tmp_path / "killed", tmp_path / "killed.ckpt"
+    killed = forked(script, folder, file, "--kill-after", "8")
+    assert killed.code == -signal.SIGKILL, killed.output
+    assert not file.exists()
     last = torch.load(tmp_path / "killed" / "last.ckpt", weights_only=True)
     assert last["global_step"] == 6, "the last file is two steps older than the kill, inside the second epoch"
-    resumed = start("--resume")
-    _, errors = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0, errors
+    resumed = fresh(script, folder, file, "--resume")
+    assert resumed.code == 0, resumed.output
+    runpy.run_path(str(script))["train"](tmp_path / "whole", tmp_path / "whole.ckpt")
 
     a, b = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("whole", "killed"))
     assert a["global_step"] == b["global_step"] == 17
