@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_efficient.ablation.run import ablate
     from lightning_efficient.attention.sites import find_attention
+    from lightning_efficient.callbacks.collapse_guard import CollapseGuard
     from lightning_efficient.callbacks.collapse_monitor import CollapseMonitor
     from lightning_efficient.callbacks.hesso_pruning import HESSOPruning
     from lightning_efficient.callbacks.linear_attention import SimplifiedLinearAttention
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Change": "common.change",
     "CheckpointError": "lifecycle.files",
+    "CollapseGuard": "callbacks.collapse_guard",
     "CollapseMonitor": "callbacks.collapse_monitor",
     "EfficientCLI": "cli.efficient_cli",
     "EfficientCallback": "lifecycle.base",
@@ -89,6 +91,7 @@ _HOMES = {
 __all__ = [
     "Change",
     "CheckpointError",
+    "CollapseGuard",
     "CollapseMonitor",
     "EfficientCLI",
     "EfficientCallback",

@@ -2,6 +2,7 @@
 
 from lightning_efficient.attention.linear import apply_linear_attention
 from lightning_efficient.attention.temperature import apply_temp_scale, remove_temp_scale
+from lightning_efficient.companions.predictions import perplexity, sequence_perplexity
 from lightning_efficient.metrics.functional import (
     alignment,
     alpha_req,
@@ -51,6 +52,7 @@ __all__ = [
     "lidar",
     "mean_cosine",
     "participation_ratio",
+    "perplexity",
     "pq_bound",
     "pq_index",
     "rankme",
@@ -58,6 +60,7 @@ __all__ = [
     "remove_temp_scale",
     "retrieval_scores",
     "row_logit_norm",
+    "sequence_perplexity",
     "sparsity",
     "spectral_norms",
     "stable_rank",

@@ -136,6 +136,12 @@ class HESSOPruning(UnitPruningCallback):
         if progress["cycles"] is not None and self.standing.schedule is not None:
             self._cycles = Cycles.from_plain(CricPlan(*self.standing.schedule), progress["cycles"])
 
+    def rewound(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Shrink what was shrinking then."""
+        super().rewound(trainer, pl_module)
+        self._latest = {}
+        self._follow()
+
     def check_progress(self, state: Mapping[str, Any], step: int) -> None:
         """What is known of units is of the groups' units, and no further than the steps that are done."""
         super().check_progress(state, step)

@@ -137,6 +137,12 @@ class MagnitudePruning(PruningCallback):
         """Go on with the schedule of the run that is resumed."""
         self._snapshot, self._back = restore_snapshot(progress["snapshot"]), progress["back"]
 
+    def rewound(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prune again, when the schedule is where it was."""
+        super().rewound(trainer, pl_module)
+        self._unwatch()
+        self._applied, self._step = {}, -1
+
     def check_progress(self, state: Mapping[str, Any], step: int) -> None:
         """There is something to go back to where the schedule does that, and it is due only between two steps."""
         super().check_progress(state, step)
@@ -272,6 +278,8 @@ class MagnitudePruning(PruningCallback):
         return criteria.magnitude(param)
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule, scores: Mapping[str, Tensor], advance: bool) -> None:
+        if self._waits(trainer):
+            return
         due, groups, kept = self._due(self.step(trainer)), self._groups(), self.masks
         masks: dict[str, Tensor] = {}
         for glob, share in due.items():

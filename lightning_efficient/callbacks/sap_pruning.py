@@ -291,6 +291,8 @@ class SAPPruning(PruningCallback):
     @torch.no_grad()
     def _close(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Steps 4 to 7 of algorithm 1; the masks are put on when the next iteration begins."""
+        if self._waits(trainer):
+            return None
         present = self._present()
         chosen = {name: target.param.detach() for name, target in present.items()}
         if self._best is not None:

@@ -349,6 +349,14 @@ METHODS = Registry(
             },
         ),
         _ours(
+            "collapse_guard",
+            "collapse_guard:CollapseGuard",
+            charts={
+                "the canary's score": "efficient/collapse_guard/canary",
+                "rollbacks": "efficient/collapse_guard/(trips|rollbacks)",
+            },
+        ),
+        _ours(
             "run_cost",
             "run_cost:RunCost",
             charts={

@@ -39,6 +39,8 @@ class EfficientCallback(Callback):
     """
 
     method: ClassVar[str]
+    # Whether it watches the training, so that its own state is none of what a rollback puts back.
+    guards: ClassVar[bool] = False
     # Of what `progress` returns: a file is checked against it before anything is loaded.
     progress_schema: ClassVar[Record] = Record({})
     _autolog_paused = False
@@ -88,6 +90,14 @@ class EfficientCallback(Callback):
     def resume(self, progress: Mapping[str, Any]) -> None:
         """Go on from there; the data fits :attr:`progress_schema`."""
 
+    def rewound(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """An earlier training state is back, :attr:`standing` and progress with it: derive anew what follows from it.
+
+        Args:
+            trainer: Between two steps.
+            pl_module: Its module.
+        """
+
     def state_dict(self) -> dict[str, Any]:
         """Where the fit stands; also a marker, so that Lightning warns when one resumes without this callback."""
         if not self.enabled:
@@ -104,6 +114,20 @@ class EfficientCallback(Callback):
     def _check_state(self, state: Any) -> None:
         fields = {**self.progress_schema.fields, "method": OneOf((self.method,)), "standing": STANDING}
         check(state, Record(fields), f"the checkpoint's state of {self.state_key}", RecipeError)
+
+    def check_state(self, state: Mapping[str, Any], step: int) -> None:
+        """Refuse a whole state, as :meth:`state_dict` returns it, that is not of a fit of this callback.
+
+        Args:
+            state: From a file.
+            step: The Trainer's steps done then.
+
+        Raises:
+            RecipeError: Says what is wrong.
+        """
+        self._check_state(state)
+        if state["standing"]["begun"]:
+            self.check_progress(state, step - state["standing"]["start"])
 
     def check_progress(self, state: Mapping[str, Any], step: int) -> None:
         """Refuse a state whose fields contradict each other, before anything is loaded, by :meth:`refuse`.

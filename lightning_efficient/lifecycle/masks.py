@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.registry import METHODS
 from lightning_efficient.common.schema import Record, check
+from lightning_efficient.lifecycle.base import peers
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
 from lightning_efficient.lifecycle.state import attachment
 from lightning_efficient.lifecycle.weights import Plan, WeightSpaceCallback
@@ -147,6 +148,16 @@ class PruningCallback(WeightSpaceCallback):
         if weights:
             for average in averages(trainer):  # of a training that has been undone: begin anew
                 average.n_averaged.zero_()
+        self._measure()
+
+    def _waits(self, trainer: Trainer) -> bool:
+        """Whether the weights are not finite, and a guard in this Trainer will bring better ones: prune by those."""
+        guarded = any(cb.guards for cb in peers(trainer))
+        return guarded and not all(bool(t.param.detach().isfinite().all()) for t in self._present().values())
+
+    def rewound(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count anew."""
+        super().rewound(trainer, pl_module)
         self._measure()
 
     # -- life cycle ------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from lightning_efficient.common.schema import MapOf, Number, OrNone, Record, Sch
 from lightning_efficient.common.weights import trained_by
 from lightning_efficient.lifecycle.cuts import mark_zeroed
 from lightning_efficient.lifecycle.recipe import RecipeError
-from lightning_efficient.lifecycle.state import attachment
+from lightning_efficient.lifecycle.state import attachment, set_zeroed
 from lightning_efficient.lifecycle.weights import Plan, WeightSpaceCallback, no_model
 from lightning_efficient.structured.cost import Cost
 from lightning_efficient.structured.graph import find_groups
@@ -225,6 +225,14 @@ class UnitPruningCallback(WeightSpaceCallback):
     def resume(self, progress: Mapping[str, Any]) -> None:
         """Take over the groups of the run that is resumed."""
         self.groups, self._cost_data = groups_from_plain(progress["groups"]), progress["cost"]
+
+    def rewound(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What the model says is zero is what was then."""
+        super().rewound(trainer, pl_module)
+        if self.keep:
+            mark_zeroed(pl_module, self.keep, self.groups)
+        else:
+            set_zeroed(pl_module, None)
 
     def check_progress(self, state: Mapping[str, Any], step: int) -> None:
         """What compute is counted by is there."""

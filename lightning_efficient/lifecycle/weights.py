@@ -25,7 +25,7 @@ from lightning_efficient.lifecycle.state import attachment
 from lightning_efficient.lifecycle.structural import rebind_all
 from lightning_efficient.surgery.optimizer import add_parameters
 from lightning_efficient.surgery.schedulers import adopt_untrained_groups
-from lightning_efficient.weightspace import Boundary, Transform
+from lightning_efficient.weightspace import Boundary, Site, Transform
 
 
 @dataclass
@@ -276,6 +276,11 @@ class WeightSpaceCallback(EfficientCallback):
 
 def no_model() -> None:
     """A reference to nothing (module level, so that callbacks can be pickled)."""
+
+
+def sites_of(trainer: Trainer) -> dict[str, Site]:
+    """Parameter → the transforms on it, of all methods of a fit that runs; empty where there are none."""
+    return next((cb._boundary.sites for cb in _members(trainer) if cb._boundary is not None), {})
 
 
 def _members(trainer: Trainer) -> list[WeightSpaceCallback]:

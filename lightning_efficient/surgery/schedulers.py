@@ -54,6 +54,26 @@ def all_schedulers(schedulers: Iterable[Any]) -> list[Any]:
     return list(found.values())
 
 
+def scale_rates(optimizers: Iterable[Optimizer], schedulers: Iterable[Any], factor: float) -> None:
+    """Multiply learning rates, those that schedulers will set among them.
+
+    Args:
+        optimizers: All their groups.
+        schedulers: Theirs, nested ones included. A floor (``eta_min``, ``min_lrs``) stays where it is.
+        factor: On every rate.
+    """
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        for name in ("lr", "initial_lr", "max_lr", "min_lr"):
+            if isinstance(group.get(name), torch.Tensor):
+                group[name].mul_(factor)  # a captured graph reads this one
+            elif name in group:
+                group[name] *= factor
+    for scheduler in all_schedulers(schedulers):
+        for name in ("base_lrs", "max_lrs", "_last_lr", "base_values"):
+            if isinstance(rates := getattr(scheduler, name, None), list):
+                setattr(scheduler, name, [rate * factor for rate in rates])
+
+
 def grow_schedulers(optimizer: Optimizer, schedulers: Iterable[Any], sources: Sequence[int]) -> None:
     """Give each new group the schedule of the group it was copied from.
 

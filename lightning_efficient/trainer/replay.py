@@ -151,8 +151,8 @@ class Replay:
         with contexts[self.stage](), torch.set_grad_enabled(self.stage == "fit"):
             return run_step(self.twin, self.stage, batch, number, index)
 
-    def validate(self, batch: Any, number: int, index: int | None = None) -> None:
-        """A batch of validation: the step, and the module's hooks around it.
+    def validate(self, batch: Any, number: int, index: int | None = None) -> Any:
+        """A batch of validation: the step, and the module's hooks around it; what the step returns.
 
         Args:
             batch: As :meth:`given` gives it.
@@ -161,7 +161,9 @@ class Replay:
         """
         which: Any = (number,) if index is None else (number, index)
         self.twin.on_validation_batch_start(batch, *which)
-        self.twin.on_validation_batch_end(self.step(batch, number, index), batch, *which)
+        output = self.step(batch, number, index)
+        self.twin.on_validation_batch_end(output, batch, *which)
+        return output
 
     def _owner(self, hook: str) -> LightningModule | LightningDataModule:
         """Whose batch hook Lightning calls."""

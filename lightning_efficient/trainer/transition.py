@@ -136,6 +136,7 @@ class GuardedTransition:
         """Go on from there."""
         self.start = float(state["start"])
         self._clock.load_state_dict(state["clock"])
+        self._watchdog = Watchdog(JumpGuard(self.guard_factor))  # what the last one was about to judge is not of then
         self._watchdog.guard.load_state_dict(state["guard"])
 
 

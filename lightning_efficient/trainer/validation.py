@@ -78,7 +78,7 @@ class ValidationOracle:
         np.random.seed(_SEED)
         torch.manual_seed(_SEED)
         several = len(self.loaders) > 1
-        log = _Log(several)
+        log = ValidationLog(several)
         replay = Replay(self.trainer, self.pl_module, "validate", log.add)
         twin = replay.twin.eval()
         for metric in (m for m in twin.modules() if isinstance(m, Metric)):
@@ -140,7 +140,7 @@ def not_logged(missing: Sequence[str], logged: Sequence[str], who: str) -> str:
     )
 
 
-class _Log:
+class ValidationLog:
     """What one validation logs, reduced as Lightning reduces it at the epoch's end."""
 
     def __init__(self, several: bool) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_efficient.common.nests import tensors_in
 from lightning_efficient.common.schema import (
     Anything,
     Flag,
@@ -36,6 +37,7 @@ from lightning_efficient.common.schema import (
 from lightning_efficient.weightspace import Site
 from lightning_efficient.weightspace.mask import MaskTransform, forget, set_mask
 
+_State = TypeVar("_State")
 _TENSORS = MapOf(Text(), TensorOf())
 _GROUP = Part({"params": ListOf(Int(low=0))})
 _OPTIMIZER = Part({"state": MapOf(Int(low=0), MapOf(Text(), Plain(tensors=True))), "param_groups": ListOf(_GROUP)})
@@ -51,11 +53,11 @@ SNAPSHOT = Record(
 
 @dataclass
 class Snapshot:
-    """A training state at one step: everything but the masks, the step counter and the data.
+    """A training state at one step: everything but the step counter, the data and, unless asked for, the masks.
 
     Args:
         model: Parameter or buffer → value; parameters as the network uses them (``Ŵ``).
-        transforms: Parameter → kind of transform → its state, masks left out; ``"raw"`` where ``W`` is kept beside.
+        transforms: Parameter → kind of transform → its state; ``"raw"`` where ``W`` is kept beside.
         optimizers: Their state dictionaries.
         schedulers: Likewise.
     """
@@ -76,6 +78,9 @@ def take(
     sites: Mapping[str, Site],
     optimizers: Sequence[Optimizer] = (),
     schedulers: Sequence[Any] = (),
+    *,
+    masks: bool = False,
+    device: torch.device | None = None,
 ) -> Snapshot:
     """Copy a training state.
 
@@ -84,18 +89,27 @@ def take(
         sites: Parameter → the transforms on it.
         optimizers: Of the run.
         schedulers: Of the run.
+        masks: Also those of single weights, so that :func:`rewind` brings weights back that were pruned later.
+        device: Where the copies are; None: where the tensors are.
     """
     transforms: dict[str, dict[str, dict[str, Tensor]]] = {}
     for name, site in sites.items():
-        transforms[name] = {t.kind: t.state_dict() for t in site.chain if not isinstance(t, MaskTransform)}
+        transforms[name] = {t.kind: t.state_dict() for t in site.chain if masks or not isinstance(t, MaskTransform)}
         if site.raw is not None:
-            transforms[name]["raw"] = {"raw": site.raw.clone()}
-    return Snapshot(
-        {name: value.detach().clone() for name, value in tensors(model).items()},
-        transforms,
-        [deepcopy(optimizer.state_dict()) for optimizer in optimizers],
-        [deepcopy(scheduler.state_dict()) for scheduler in schedulers],
-    )
+            transforms[name]["raw"] = {"raw": site.raw}
+    states = ([part.state_dict() for part in parts] for parts in (optimizers, schedulers))
+    return copied(Snapshot(tensors(model), transforms, *states), device)
+
+
+def copied(state: _State, device: torch.device | None = None) -> _State:
+    """A copy of plain data, or a dataclass of it, that shares no tensor with the original.
+
+    Args:
+        state: Any nest; what appears in it twice is copied once.
+        device: Where the copies of tensors are; None: where the tensors are.
+    """
+    found = tensors_in(vars(state) if is_dataclass(state) else state)
+    return deepcopy(state, {id(t): t.detach().to(device or t.device, copy=True) for t in found})
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -117,7 +131,7 @@ def rewind(
     *,
     weights: bool = True,
 ) -> None:
-    """Put a training state back; masks stay as they are today.
+    """Put a training state back; masks stay as they are today, unless it has some.
 
     Args:
         snapshot: From :func:`take`.
@@ -194,8 +208,10 @@ def check_snapshot(
         check(value, schema, f"{where}{field}", error)
 
     ask(snapshot.model, Part({name: _like(value) for name, value in tensors(model).items()}), "['model']")
+    values = {id(value): snapshot.model[name] for name, value in tensors(model).items()}
     for name, site in sites.items():
-        _check_site(site, snapshot.transforms.get(name, {}), f"{where}['transforms'][{name!r}]", error)
+        weight = values.get(id(site.param), site.param.detach())
+        _check_site(site, snapshot.transforms.get(name, {}), weight, f"{where}['transforms'][{name!r}]", error)
     ask(snapshot.optimizers, ListOf(Anything(), length=len(optimizers)), "['optimizers']")
     later: dict[int, int] = {}
     for i, (optimizer, state) in enumerate(zip(optimizers, snapshot.optimizers, strict=True)):
@@ -211,9 +227,10 @@ def check_snapshot(
         ask(state, _like(now, _ours(scheduler)), f"['schedulers'][{i}]")
 
 
-def _check_site(site: Site, saved: Mapping[str, Mapping[str, Tensor]], where: str, error: type[ValueError]) -> None:
-    chain = {t.kind: t for t in site.chain if not isinstance(t, MaskTransform)}
-    weight = site.param.detach()
+def _check_site(
+    site: Site, saved: Mapping[str, Mapping[str, Tensor]], weight: Tensor, where: str, error: type[ValueError]
+) -> None:
+    chain = {t.kind: t for t in site.chain if not isinstance(t, MaskTransform) or t.kind in saved}
     fields = {kind: transform.state_schema(weight) for kind, transform in chain.items()}
     raw = {} if site.raw is None else {"raw": Record({"raw": _like(site.raw)})}
     check(saved, Part(fields | raw), where, error)

@@ -11,6 +11,7 @@ from grid_models import GridClassifier
 from test_contract import data, variants
 
 from lightning_efficient import (
+    CollapseGuard,
     CollapseMonitor,
     HESSOPruning,
     MagnitudePruning,
@@ -30,6 +31,7 @@ METHODS: dict[str, tuple[Callable[[], Any], str, bool]] = {
     "norm_swap_repbn": (partial(PRepBN, transition=0.5, hold=0.2), "timm_vit", False),
     "linear_attention": (partial(SimplifiedLinearAttention, kernel_size=3), "grid", False),
     "watched": (lambda: (CollapseMonitor(every_n_steps=2), MagnitudePruning(amount=0.5)), "encoder", True),
+    "guarded": (lambda: (CollapseGuard(every_n_steps=2, max_ratio=1e3), MagnitudePruning(amount=0.5)), "cnn", True),
     "temp_scale": (partial(TempScale, tau=0.5), "timm_vit", True),
     "temp_scale_transition": (partial(TempScale, tau=0.5, transition=0.5), "encoder", True),
     "magnitude": (partial(MagnitudePruning, amount=0.5), "cnn", True),

@@ -29,6 +29,7 @@ MAKERS: dict[str, tuple[str, Callable[[], Any]]] = {
         "cnn", partial(le.PAGCPPruning, budgets={"val_loss": 2.0}, start=1, rounds=2, every=2, step=0.25, most=0.5),
     ),
     "collapse_monitor": ("timm_vit", le.CollapseMonitor),
+    "collapse_guard": ("cnn", partial(le.CollapseGuard, every_n_steps=2)),
     "run_cost": ("cnn", le.RunCost),
 }  # fmt: skip
 

@@ -1,0 +1,1 @@
+"""What accompanies the methods: scores of a canary, losses of distillation; torch only."""

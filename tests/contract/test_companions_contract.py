@@ -1,0 +1,24 @@
+"""Cells of the battery for the callbacks that accompany the methods: together with one that leaves a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from test_contract import data, variants
+
+from lightning_efficient import CollapseGuard, MagnitudePruning
+from lightning_efficient.testing import SCENARIOS, assert_method_contract
+
+METHODS: dict[str, Callable[[], Any]] = {
+    "guarded": lambda: (CollapseGuard(every_n_steps=2, max_ratio=1e3), MagnitudePruning(amount=0.5)),
+}
+# Compiled code runs as written under the canary, which costs no graph; spawned processes are slow to start.
+CELLS = [(m, s) for m in METHODS for s in SCENARIOS if s != "ddp_spawn"]
+
+
+@pytest.mark.parametrize(("method", "scenario"), CELLS)
+def test_contract(method: str, scenario: str) -> None:
+    table = assert_method_contract(METHODS[method], variants("cnn"), data, scenarios=[scenario])
+    assert table == {scenario: "passed"}
