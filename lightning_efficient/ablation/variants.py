@@ -10,7 +10,7 @@ from copy import deepcopy
 from typing import Any
 
 from lightning_efficient.common.registry import METHODS, near
-from lightning_efficient.lifecycle.methods import build_callback, read_yaml
+from lightning_efficient.lifecycle.methods import build_callback, read_yaml, spelled
 
 BASELINE = "baseline"
 Methods = dict[str, dict[str, Any]]
@@ -133,11 +133,8 @@ def _text(value: Any) -> str:
 
 def _methods(methods: Mapping[str, Any]) -> Methods:
     """Arguments with ``enabled`` spelled out, as an ``EfficientCLI`` config and a methods file both understand them."""
-    found: Methods = {}
-    for method, arguments in methods.items():
+    found = spelled(methods)
+    for method, arguments in found.items():
         build_callback(method, arguments)
-        if arguments is None or isinstance(arguments, bool):
-            arguments = {"enabled": arguments is not False}
-        found[method] = {"enabled": True, **arguments}
     METHODS.check([method for method, arguments in found.items() if arguments["enabled"]])
     return found

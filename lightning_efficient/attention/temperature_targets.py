@@ -15,7 +15,7 @@ from lightning_efficient.attention.sites import Attention, AttentionSite, as_pro
 from lightning_efficient.attention.temper import Law, Mode
 from lightning_efficient.attention.verify import Verdict, module_at, verify
 from lightning_efficient.common.change import Change
-from lightning_efficient.common.match import REFERENCE, NoMatchError, canonical_name, covers, near_names, references
+from lightning_efficient.common.match import REFERENCE, Choice, NoMatchError, canonical_name, references
 from lightning_efficient.folding.probes import Probe
 from lightning_efficient.weightspace import Block
 
@@ -234,24 +234,12 @@ def _select(
     attention: Attention, include: Sequence[str] | None, exclude: Sequence[str] | None
 ) -> tuple[list[str], dict[str, str]]:
     """Names of the attentions to change, and why the others are not."""
-    for argument, globs in (("include", include), ("exclude", exclude)):
-        if isinstance(globs, str):
-            raise TypeError(f"TempScale: {argument}={globs!r} is a string; write a list: {argument}=[{globs!r}].")
     if not attention.sites:
         more = "".join(f" {name}: {why}." for name, why in list(attention.skipped.items())[:5])
         raise NoMatchError(f"TempScale: no attention was seen when the example ran.{more}")
-    names, skipped = [], dict(attention.skipped)
-    for name in attention.sites:
-        if include is not None and not any(covers(glob, name) for glob in include):
-            skipped[name] = "not covered by include"
-        elif glob := next((glob for glob in exclude or () if covers(glob, name)), None):
-            skipped[name] = f"excluded by {glob!r}"
-        else:
-            names.append(name)
-    for glob in [*(include or ()), *(exclude or ())]:
-        if not any(covers(glob, name) for name in attention.sites):
-            near = near_names(glob, attention.sites)
-            raise NoMatchError(f"TempScale: {glob!r} covers no attention{f'; did you mean {near}?' if near else ''}.")
+    choice = Choice(attention.sites, include, exclude, METHOD, "attention")
+    left = {name: why for name in attention.sites if (why := choice.why_not(name))}
+    names, skipped = [name for name in attention.sites if name not in left], dict(attention.skipped) | left
     if not names:
         raise NoMatchError(f"TempScale: `include` and `exclude` leave none of {list(attention.sites)[:8]}.")
     return names, skipped

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_efficient.attention import AttentionProbe, HeadTable
-from lightning_efficient.common.match import NoMatchError, canonical_name, covers, near_names, select_modules
+from lightning_efficient.common.match import Choice, find_module
 from lightning_efficient.lifecycle.base import EfficientCallback
 from lightning_efficient.metrics.functional import query_indices, rankme, spectral_norms
 
@@ -97,6 +97,7 @@ class CollapseMonitor(EfficientCallback):
         self.spectral_norms = spectral_norms
         self.heatmap = heatmap
         self.rankme = rankme
+        self._choice = Choice({}, None, None, type(self).__name__)
         self._due = 0
         self._step = 0
         self._open: ExitStack | None = None
@@ -127,11 +128,9 @@ class CollapseMonitor(EfficientCallback):
         """Check the names given, now that the model is complete."""
         super().on_fit_start(trainer, pl_module)
         if self.enabled:
-            if self.include is not None or self.exclude is not None:
-                names = {"include": self.include, "exclude": self.exclude, "method": "CollapseMonitor"}
-                select_modules(pl_module, types=(nn.Module,), **names)  # type: ignore[arg-type]
+            self.choose(pl_module)
             if self.rankme is not None:
-                _submodule(pl_module, self.rankme)
+                self._watched(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The next multiple of ``every_n_steps``, also after resuming."""
@@ -149,10 +148,10 @@ class CollapseMonitor(EfficientCallback):
         self._due = (self._step // self.every_n_steps + 1) * self.every_n_steps
         with ExitStack() as stack:
             if self.rankme is not None:
-                handle = _submodule(pl_module, self.rankme).register_forward_hook(self._keep_embeddings)
+                handle = self._watched(pl_module).register_forward_hook(self._keep_embeddings)
                 stack.callback(handle.remove)
             probe = AttentionProbe(
-                pl_module, max_samples=self.max_samples, max_queries=self.max_queries, keep=self._covered
+                pl_module, max_samples=self.max_samples, max_queries=self.max_queries, keep=self.covered
             )
             self._probe = stack.enter_context(probe)
             self._open = stack.pop_all()
@@ -201,9 +200,16 @@ class CollapseMonitor(EfficientCallback):
 
     # -- what ----------------------------------------------------------------------------------------------------
 
-    def _covered(self, name: str) -> bool:
-        included = self.include is None or any(covers(glob, name) for glob in self.include)
-        return included and not any(covers(glob, name) for glob in self.exclude or ())
+    def choose(self, model: nn.Module) -> None:
+        """Read the globs against the names of a model."""
+        self._choice = Choice.of(model, self.include, self.exclude, type(self).__name__)
+
+    def covered(self, name: str) -> bool:
+        """Whether a module of this name is watched."""
+        return not self._choice.why_not(name)
+
+    def _watched(self, model: nn.Module) -> nn.Module:
+        return find_module(model, str(self.rankme), "rankme", type(self).__name__)
 
     def _keep_embeddings(self, module: nn.Module, args: Any, out: Any) -> None:
         if not isinstance(out, Tensor) or out.dim() not in (2, 3):
@@ -216,9 +222,12 @@ class CollapseMonitor(EfficientCallback):
         self._embeddings = [rows[query_indices(len(rows), _RANKME_ROWS).to(rows.device)]]
 
     def _report(self, probe: AttentionProbe) -> None:
-        if probe.report and probe.report != self._reported:
-            self._reported = probe.report
-            rank_zero_warn(f"CollapseMonitor: {probe.report}")
+        report = probe.report
+        if report and not probe.calls and (self.include or self.exclude):
+            report += f" Looked at was what `include`={self.include} and `exclude`={self.exclude} leave."
+        if report and report != self._reported:
+            self._reported = report
+            rank_zero_warn(f"CollapseMonitor: {report}")
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, table: HeadTable) -> None:
         scalars = table.scalars() if table.sites else {}
@@ -250,16 +259,6 @@ class CollapseMonitor(EfficientCallback):
         if len(heads := heads[heads.isfinite()]):
             # A tag of its own: TensorBoard's default loader keeps one kind of data a tag, and drops the rest unseen.
             logger.experiment.add_histogram(f"{tag}_heads", heads, self._step)
-
-
-def _submodule(model: nn.Module, name: str) -> nn.Module:
-    modules: dict[str, nn.Module] = {canonical_name(path): module for path, module in model.named_modules()}
-    if name not in modules:
-        near = near_names(name, modules)
-        raise NoMatchError(
-            f"CollapseMonitor: `rankme={name!r}` is no module. Near names: {near or list(modules)[1:6]}."
-        )
-    return modules[name]
 
 
 def _over_processes(trainer: Trainer, pl_module: LightningModule, scalars: dict[str, float]) -> dict[str, float]:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_efficient.common.match import covers
+from lightning_efficient.common.match import Globs, NoMatchError, modules_by_name, references
 from lightning_efficient.common.schedule import Schedule, check_amount, transition_steps
 from lightning_efficient.common.schema import Flag, OrNone, Record
 from lightning_efficient.lifecycle.masks import PruningCallback
+from lightning_efficient.lifecycle.weights import Plan
 from lightning_efficient.pruning import criteria
 from lightning_efficient.pruning.granularity import Granularity
 from lightning_efficient.pruning.selection import check_scope, count_of, make_masks
@@ -92,6 +93,7 @@ class MagnitudePruning(PruningCallback):
         self.rewind, self.rewind_to = rewind, rewind_to
         self.schedule = Schedule(schedule, start, length, every, rounds)
         self._check_arguments()
+        self._globs = Globs("amounts", (), {}, type(self).__name__)
         self._steps: tuple[int, ...] = ()
         self._step = 0
         self._applied: dict[str, float] = {}
@@ -128,6 +130,25 @@ class MagnitudePruning(PruningCallback):
         return super().config() | {name: getattr(self, name) for name in names} | schedule
 
     # -- life cycle ------------------------------------------------------------------------------------------------
+
+    def plan(self, pl_module: LightningModule) -> Plan:
+        """Choose and check the weights, and read ``amounts`` against them, without changing anything."""
+        plan, name, globs = super().plan(pl_module), type(self).__name__, list(self.amounts or {})
+        self._globs = Globs("amounts", globs, modules_by_name(pl_module), name, aside=references(pl_module))
+        hits = [self._globs.hits(target.layer) for target in self._targets.values()]
+        for glob in globs:
+            before = [found[0] for found in hits if glob in found]
+            if not before:
+                layers = [target.layer for target in self._targets.values()]
+                raise NoMatchError(
+                    f"{name}: `amounts` {glob!r} covers no weight that is pruned; these are {layers[:8]}."
+                )
+            if glob not in before:
+                raise ValueError(
+                    f"{name}: `amounts` {glob!r} has no effect, as {before[0]!r} before it covers the same modules, "
+                    "and the first one counts. Put it first."
+                )
+        return plan
 
     def progress(self) -> dict[str, Any]:
         """What to go back to, and whether that is due."""
@@ -255,7 +276,7 @@ class MagnitudePruning(PruningCallback):
         groups: dict[str, tuple[float, list[str]]] = {}
         for name in self._transforms:
             layer = self._targets[name].layer
-            glob = next((glob for glob in self.amounts or {} if covers(glob, layer)), "")
+            glob = next(iter(self._globs.hits(layer)), "")
             amount = self.amount if not glob else (self.amounts or {})[glob]
             groups.setdefault(glob, (amount, []))[1].append(name)
         return groups

@@ -15,9 +15,9 @@ _TRAINER = {
 }
 _DESCRIPTION = "Efficient-training methods for PyTorch Lightning."
 _EPILOG = """\
-fit, validate, test and predict take the arguments of LightningCLI and one key per method, off unless enabled:
+fit, validate, test and predict take the arguments of LightningCLI and one key per method, off until named:
 
-  lightning-efficient fit -c config.yaml --sigma_reparam.enabled=true
+  lightning-efficient fit -c config.yaml --sigma_reparam
 
 Classes are named by import path (--model my_package.MyModule); the current folder is importable."""
 

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from types import MappingProxyType
 from typing import Any, NoReturn
 
+import yaml  # type: ignore[import-untyped]
+from jsonargparse import get_loader
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
@@ -14,11 +20,15 @@ from lightning_efficient.common.registry import METHODS, near
 from lightning_efficient.lifecycle.files import ShardedCheckpointError, check_checkpoint
 from lightning_efficient.lifecycle.methods import callback_class
 
-_UNKNOWN_OPTION = re.compile(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)")
+_UNKNOWN_OPTION = re.compile(r"(?:does not accept option '|Option '|unrecognized arguments: --)([\w.]+)")
+
+_OPTION = re.compile(r"--([A-Za-z_][\w-]*)((?:\.[\w.+-]+)?)(=.*)?", re.DOTALL)
 
 
 class EfficientArgumentParser(LightningArgumentParser):
-    """LightningCLI's parser with errors of a few lines."""
+    """LightningCLI's parser with errors of a few lines, and any spelling of the methods' keys."""
+
+    _commands: Mapping[str, Any] = MappingProxyType({})
 
     def format_usage(self) -> str:
         """One line: the full usage of a Trainer's parser is sixty, and buries the error below it."""
@@ -34,9 +44,116 @@ class EfficientArgumentParser(LightningArgumentParser):
         """
         if (found := _UNKNOWN_OPTION.search(message)) is not None:
             parser: Any = getattr(ex, "subcommand_parser", None) or self
-            message += near(found[1], parser.get_defaults().keys())
+            known = list(parser.get_defaults().keys())
+            key, argument = found[1].partition(".")[::2]
+            of_method = "" if any(name.startswith(f"{key}.") for name in known) else METHODS.near(key)
+            of_argument = near(found[1], known)
+            message += of_argument or of_method if argument else of_method or of_argument
         super().error(message, ex)
         raise AssertionError("unreachable")
+
+    def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base class, and keep them: a configuration may be of several.
+
+        Args:
+            *args: As for the base class.
+            **kwargs: As for the base class.
+        """
+        commands = super().add_subcommands(*args, **kwargs)
+        self._commands = commands.choices
+        return commands
+
+    # -- one spelling for all ------------------------------------------------------------------------------------
+
+    def parse_args(self, args: Any = None, namespace: Any = None, *rest: Any, **kwargs: Any) -> Any:
+        """Parse options, those of methods in any spelling; see :class:`EfficientCLI`.
+
+        Args:
+            args: The options; None: those of the process.
+            namespace: As for the base class.
+            *rest: As for the base class.
+            **kwargs: As for the base class.
+        """
+        if self.callback_keys:
+            args = self._options(list(sys.argv[1:] if args is None else args))
+        return super().parse_args(args, namespace, *rest, **kwargs)
+
+    def parse_string(self, content: str, *rest: Any, **kwargs: Any) -> Any:
+        """Parse a configuration, with methods in any spelling; files come by here as well.
+
+        Args:
+            content: The configuration.
+            *rest: As for the base class.
+            **kwargs: As for the base class.
+        """
+        loaded: Any = None
+        with suppress(Exception):  # what cannot be read is refused by the base class
+            loaded = get_loader(self.parser_mode)(content)
+            if isinstance(loaded, str):  # a key without a value: the loader takes it for a text
+                loaded = yaml.safe_load(content)
+        if isinstance(loaded, dict) and (spelled := self._config(loaded)) != loaded:
+            content = yaml.safe_dump(spelled, sort_keys=False)
+        return super().parse_string(content, *rest, **kwargs)
+
+    def parse_object(self, cfg_obj: Any, *rest: Any, **kwargs: Any) -> Any:
+        """Parse a configuration, with methods in any spelling.
+
+        Args:
+            cfg_obj: The configuration.
+            *rest: As for the base class.
+            **kwargs: As for the base class.
+        """
+        return super().parse_object(self._config(cfg_obj) if isinstance(cfg_obj, dict) else cfg_obj, *rest, **kwargs)
+
+    @property
+    def _said(self) -> set[str]:
+        """Methods of which some file or option has said whether they are on, of all subcommands together."""
+        said: set[str] = vars(getattr(self, "parent_parser", self)).setdefault("_methods_said", set())
+        return said
+
+    def _method(self, key: str) -> str | None:
+        method = METHODS.named(key)
+        return method if method in self.callback_keys else None
+
+    def _config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The configuration with one spelling; a method that is named, and not switched off, is on."""
+        found: dict[str, Any] = {}
+        for key, value in config.items():
+            if key in self._commands and isinstance(value, Mapping):
+                found[key] = self._commands[key]._config(value)
+            elif (method := self._method(str(key))) is None:
+                found[key] = value
+            elif method in found:
+                raise TypeError(f"{key!r} is another word for the method {method!r}, which is there, too: merge them.")
+            elif isinstance(value, Mapping) and "enabled" not in value:
+                found[method] = dict(value) if method in self._said else {"enabled": True, **value}
+            elif value is None or isinstance(value, bool | Mapping):
+                found[method] = value if isinstance(value, Mapping) else {"enabled": value is not False}
+                self._said.add(method)
+            else:
+                found[method] = value  # the path of a file with its arguments
+        return found
+
+    def _options(self, options: list[str]) -> list[str]:
+        """The same for options; ``--sigma_reparam`` alone switches a method on."""
+        found: list[str] = []
+        named: list[str] = []
+        while options:
+            option = options.pop(0)
+            parts = _OPTION.fullmatch(option)
+            method = self._method(parts[1]) if parts else None
+            if parts is None or method is None:
+                found.append(option)
+                continue
+            argument, value = parts[2], parts[3]
+            if not argument and value is None:
+                value = f"={options.pop(0)}" if options and not options[0].startswith("-") else "=true"
+            if not argument and str(value).lower() in ("=true", "=false"):
+                argument = ".enabled"
+            (self._said.add if argument == ".enabled" else named.append)(method)
+            found.append(f"--{method}{argument}{value or ''}")
+        # The weakest of all, so first: a file may say otherwise.
+        return [f"--{method}.enabled=true" for method in dict.fromkeys(named) if method not in self._said] + found
 
 
 def add_method_arguments(parser: LightningArgumentParser) -> None:
@@ -74,7 +191,9 @@ def check_path(config: Any, weights_only: bool | None) -> None:
 class EfficientCLI(LightningCLI):
     """``LightningCLI`` with one top-level key per method: ``sigma_reparam``, ``collapse_monitor``.
 
-    Every method is off unless its key says ``enabled: true``, in a config file or as ``--sigma_reparam.enabled=true``.
+    A method is off until it is named: ``sigma_reparam: true`` or ``sigma_reparam: {init: one}`` in a config file,
+    ``--sigma_reparam`` or ``--sigma_reparam.init=one`` on the command line; it then is on unless some file or option
+    says ``enabled: false``. The name of its class will do for a key: ``PRepBN`` or ``prepbn`` for ``norm_swap``.
     Several ``-c`` files merge key by key, so that an override file of two lines makes an ablation, and every run's
     saved config holds the same keys. Everything else is as in ``LightningCLI``.
 

@@ -133,12 +133,13 @@ def _attention(monitor: CollapseMonitor, model: nn.Module) -> Change:
         raise ValueError(
             "attention is found while the model runs, and this one has no `example_input_array` to run on."
         )
+    monitor.choose(model)
     with evaluating(model), AttentionProbe(model, max_samples=1, max_queries=1) as probe:
         as_call(example).run(model)
     change = Change(monitor.method, skipped=dict(probe.unread))
     for call in probe.calls:
         name = call.site.partition("#")[0]
-        if monitor._covered(name):
+        if monitor.covered(name):
             change.targets[call.site] = f"{call.kind}, {call.rows.entropy.shape[1]} heads"
         else:
             change.skipped[call.site] = "not covered by include, or excluded"

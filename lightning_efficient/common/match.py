@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from glob import escape
 
 from torch import nn
 
@@ -109,7 +110,34 @@ def covers(glob: str, name: str) -> bool:
         name: Canonical dotted name.
     """
     parts = name.split(".")
-    return any(fnmatchcase(".".join(parts[:depth]), glob) for depth in range(len(parts), 0, -1))
+    return any(_matches(glob, ".".join(parts[:depth])) for depth in range(len(parts), 0, -1))
+
+
+def _matches(glob: str, name: str) -> bool:
+    return name == glob or fnmatchcase(name, glob)  # a name may hold [brackets]
+
+
+def check_globs(argument: str, globs: Sequence[str], method: str) -> None:
+    """Refuse what is no list of globs, whatever the model.
+
+    Args:
+        argument: Its name.
+        globs: What the user wrote.
+        method: Whose argument.
+
+    Raises:
+        TypeError: Not a list of non-empty strings.
+        NoMatchError: An empty ``include``.
+    """
+    if isinstance(globs, str):
+        raise TypeError(f"{method}: {argument}={globs!r} is a string; write a list: {argument}=[{globs!r}].")
+    if not isinstance(globs, Collection):
+        raise TypeError(f"{method}: {argument}={globs!r}; expected a list of globs such as ['blocks.*'].")
+    for glob in globs:
+        if not isinstance(glob, str) or not glob:
+            raise TypeError(f"{method}: {argument} holds {glob!r}; expected non-empty strings such as 'blocks.*'.")
+    if argument == "include" and not globs:
+        raise NoMatchError(f"{method}: include=[] covers nothing; write None for every module, or name some.")
 
 
 def near_names(glob: str, names: Iterable[str], count: int = 3) -> list[str]:
@@ -127,9 +155,139 @@ def near_names(glob: str, names: Iterable[str], count: int = 3) -> list[str]:
     names = [name for name in names if name]
     for name in names:
         tails.setdefault(".".join(name.split(".")[-depth:]), name)
-    close = difflib.get_close_matches(literal, names, count)
+    close = [name for name in names if name == literal.rpartition(".")[0]]  # the module of a parameter
+    close += difflib.get_close_matches(literal, names, count)
     close += [tails[tail] for tail in difflib.get_close_matches(literal, tails, count)]
     return list(dict.fromkeys(close))[:count]
+
+
+class Globs:
+    """The globs of one argument, read against the names of one model.
+
+    A glob stands for the names that it matches and for everything below them. One that matches no name from the root
+    on is read from inside the model: ``head`` for ``net.head``, ``blocks.*.mlp`` for ``net.blocks.*.mlp``. Only one
+    part of the model may then fit.
+
+    Args:
+        argument: Its name, for messages.
+        globs: What the user wrote.
+        names: Name → what bears it; two names of one thing are no two parts of the model.
+        method: Whose argument, for messages.
+        what: What the names are of, for messages.
+        aside: Names that a glob reaches only from the root: those of reference networks.
+
+    Raises:
+        TypeError: ``globs`` is not a list of strings.
+        NoMatchError: A glob matches nothing, or several parts of the model.
+    """
+
+    def __init__(
+        self,
+        argument: str,
+        globs: Sequence[str],
+        names: Mapping[str, object],
+        method: str,
+        what: str = "module name",
+        aside: Collection[str] = (),
+    ) -> None:
+        check_globs(argument, globs, method)
+        self._read: dict[str, str] = {}
+        problems = []
+        for written in globs:
+            glob, at = canonical_name(written), ""
+            if not any(covers(glob, name) for name in names):
+                parts = _parts(glob, {name: thing for name, thing in names.items() if name not in aside})
+                if len(parts) == 1:
+                    at = f"{escape(parts[0][0])}."
+                elif parts:
+                    ends = [f"{prefix}.{glob}" for prefix, _ in parts[:3]]
+                    more = f", and {len(parts) - 3} more" if len(parts) > 3 else ""
+                    problems.append(
+                        f"{written!r} fits {len(parts)} parts of the model ({_quote(ends)}{more}): write one of these, "
+                        f"or {'*.' + glob!r} for all"
+                    )
+                else:
+                    problems.append(f"{written!r} matches no {what}{_did_you_mean(glob, names)}")
+            self._read[written] = at + glob
+        if problems:
+            raise NoMatchError(f"{method}: `{argument}` {'; '.join(problems)}.")
+
+    def hits(self, *names: str) -> list[str]:
+        """The globs that cover any of some names, as the user wrote them, in their order."""
+        return [written for written, glob in self._read.items() if any(covers(glob, name) for name in names)]
+
+
+def _parts(glob: str, names: Mapping[str, object]) -> list[tuple[str, list[int]]]:
+    """Prefix below which a glob matches → what it matches there; one of several names of the same things."""
+    found: dict[str, list[int]] = {}
+    inside: list[str] = []
+    for name, thing in names.items():
+        segments = name.split(".")
+        if any(name.startswith(f"{matched}.") for matched in inside):
+            continue  # below a match, so covered by it
+        depths = [d for d in range(1, len(segments)) if _matches(glob, ".".join(segments[d:]))]
+        if depths:
+            inside.append(name)
+            found.setdefault(".".join(segments[: depths[0]]), []).append(id(thing))
+    unique: dict[tuple[int, ...], str] = {}
+    for prefix, things in found.items():
+        unique.setdefault(tuple(things), prefix)
+    return [(prefix, list(things)) for things, prefix in unique.items()]
+
+
+class Choice:
+    """What ``include`` and ``exclude`` say of the names of one model.
+
+    Args:
+        names: See :class:`Globs`, which also says what is raised; likewise ``method``, ``what`` and ``aside``.
+        include: Globs; ``None``: all.
+        exclude: Globs taken out again; ``None``: none.
+    """
+
+    def __init__(
+        self,
+        names: Mapping[str, object],
+        include: Sequence[str] | None,
+        exclude: Sequence[str] | None,
+        method: str,
+        what: str = "module name",
+        aside: Collection[str] = (),
+    ) -> None:
+        self.include = None if include is None else Globs("include", include, names, method, what, aside)
+        self.exclude = Globs("exclude", exclude or (), names, method, what, aside)
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        include: Sequence[str] | None,
+        exclude: Sequence[str] | None,
+        method: str,
+        more: Mapping[str, object] | None = None,
+    ) -> Choice:
+        """Among the modules of a model, and what else has a name."""
+        aside = references(model) if include or exclude else ()
+        return cls({**modules_by_name(model), **(more or {})}, include, exclude, method, aside=aside)
+
+    def why_not(self, *names: str) -> str:
+        """Why a thing of these names is left alone; empty if it is chosen."""
+        if self.include is not None and not self.include.hits(*names):
+            return _UNCOVERED
+        out = self.exclude.hits(*names)
+        return f"excluded by {out[0]!r}" if out else ""
+
+
+def find_module(model: nn.Module, name: str, argument: str, method: str) -> nn.Module:
+    """The module of a name that the user gave, which may begin inside the model as globs may.
+
+    Raises:
+        NoMatchError: There is none, or several; ``argument`` of ``method`` says where that name stands.
+    """
+    modules = modules_by_name(model)
+    if (exact := modules.get(canonical_name(name))) is not None:
+        return exact
+    covered = Globs(argument, [escape(name)], modules, method, aside=references(model)).hits
+    return next(module for path, module in modules.items() if covered(path))
 
 
 def select_modules(
@@ -139,6 +297,7 @@ def select_modules(
     include: Sequence[str] | None,
     exclude: Sequence[str] | None,
     method: str,
+    more: Mapping[str, object] | None = None,
 ) -> Selection:
     """Choose the modules a method changes.
 
@@ -148,18 +307,18 @@ def select_modules(
         include: Globs over canonical dotted names; each also covers everything below what it names. ``None``: all.
         exclude: Globs taken out again, after ``include``. ``None``: none.
         method: Name of the method, for messages.
+        more: Other names that the globs may be about: parameters that no layer holds.
 
     Returns:
-        The modules found, the ones left out with the reason, and second names. A glob that has no effect
-        while others do is a ``UserWarning``.
+        The modules found, the ones left out with the reason, and second names. A glob of ``include`` that covers
+        modules of other types only, while others have an effect, is a ``UserWarning``; one of ``exclude`` may be
+        about the modules of another method.
 
     Raises:
         TypeError: ``include`` or ``exclude`` is not a list of strings.
-        NoMatchError: Nothing is left: the model has no such module, the globs match no name, they match
-            modules of other types only, or everything was excluded.
+        NoMatchError: A glob matches nothing, or several parts of the model (:class:`Globs`); or nothing is left: the
+            model has no such module, the globs cover modules of other types only, or everything was excluded.
     """
-    include_globs = None if include is None else _check_globs("include", include, method)
-    exclude_globs = [] if exclude is None else _check_globs("exclude", exclude, method)
     modules = modules_by_name(model)
     names_of: dict[nn.Module, list[str]] = {}
     for name, module in modules.items():
@@ -171,12 +330,18 @@ def select_modules(
         present = ", ".join(f"{n} {cls}" for cls, n in counts.most_common(12))
         raise NoMatchError(f"{method}: the model has no module of type {kind}. It has: {present}.")
 
-    included, dead_include = _cover(include_globs, candidates)
+    listed = f"{kind} modules of this model: {_quote(list(candidates)[:5])}{', ...' if len(candidates) > 5 else '.'}"
+    try:
+        choice = Choice.of(model, include, exclude, method, more)
+    except NoMatchError as error:
+        raise NoMatchError(f"{error} {listed}") from None
+    why_not = {name: why for name, names in candidates.items() if (why := choice.why_not(*names))}
+    included = [name for name in candidates if why_not.get(name) != _UNCOVERED]
+    dead = _dead(choice, modules, candidates, more or {})
     if not included:
-        assert include_globs is not None
-        raise NoMatchError(_nothing_included(include_globs, modules, list(candidates), kind, method))
-    excluded, _ = _cover(exclude_globs, candidates)
-    matched = {name: modules[name] for name in candidates if name in included and name not in excluded}
+        only = "; ".join(f"{glob!r} covers no {kind} module, only {found}" for glob, found in dead.items())
+        raise NoMatchError(f"{method}: `include` {only or 'covers none of them'}. {listed}")
+    matched = {name: modules[name] for name in included if name not in why_not}
     idle = references(model) & set(matched)
     if matched and len(idle) == len(matched):
         raise NoMatchError(
@@ -185,74 +350,43 @@ def select_modules(
         )
     matched = {name: module for name, module in matched.items() if name not in idle}
     if not matched:
-        globs = sorted({excluded[name] for name in included})
+        globs = sorted({choice.exclude.hits(*candidates[name])[0] for name in included})
         raise NoMatchError(
             f"{method}: all {len(included)} {kind} modules that `include` covers are excluded by `exclude` glob"
-            f" {_quote(globs)}: narrow it. Excluded: {_quote(list(included)[:5])}."
+            f" {_quote(globs)}: narrow it. Excluded: {_quote(included[:5])}."
         )
-    for glob in dead_include:
-        _warn_dead(f"`include` glob {glob!r} covers no {kind} module", glob, modules, method)
-    for glob in exclude_globs:
-        # A glob for modules that another method changes is no mistake: only a name that does not exist is.
-        if not any(covers(glob, name) for name in modules):
-            _warn_dead(f"`exclude` glob {glob!r} matches no module name", glob, modules, method)
+    for glob, found in dead.items():
+        # Level 2 is the caller.
+        warnings.warn(f"{method}: `include` glob {glob!r} covers no {kind} module, only {found}.", stacklevel=2)
     return Selection(
         matched=matched,
-        skipped={
-            name: f"excluded by {excluded[name]!r}" if name in excluded else REFERENCE if name in idle else _UNCOVERED
-            for name in candidates
-            if name not in matched
-        },
+        skipped=why_not | dict.fromkeys(sorted(idle, key=list(candidates).index), REFERENCE),
         aliases={name: candidates[name][1:] for name in matched if len(candidates[name]) > 1},
     )
 
 
-_UNCOVERED = "not covered by include"
-
-
-def _check_globs(argument: str, globs: Sequence[str], method: str) -> list[str]:
-    if isinstance(globs, str):
-        raise TypeError(f"{method}: {argument}={globs!r} is a string; write a list: {argument}=[{globs!r}].")
-    for glob in globs:
-        if not isinstance(glob, str) or not glob:
-            raise TypeError(f"{method}: {argument} holds {glob!r}; expected non-empty strings such as 'blocks.*'.")
-    if argument == "include" and not globs:
-        raise NoMatchError(f"{method}: include=[] covers nothing; write None for every module, or name some.")
-    return [canonical_name(glob) for glob in globs]
-
-
-def _cover(globs: Sequence[str] | None, candidates: dict[str, list[str]]) -> tuple[dict[str, str], list[str]]:
-    """First name -> the glob that covers any name of the module, and the globs that cover none."""
-    if globs is None:
-        return dict.fromkeys(candidates, "*"), []
-    hits = {
-        name: [glob for glob in globs if any(covers(glob, alias) for alias in aliases)]
-        for name, aliases in candidates.items()
+def _dead(
+    choice: Choice,
+    modules: Mapping[str, nn.Module],
+    candidates: Mapping[str, Sequence[str]],
+    more: Mapping[str, object],
+) -> dict[str, str]:
+    """Globs of ``include`` that cover none of the candidates, nor anything else a method works on → what they cover."""
+    if choice.include is None:
+        return {}
+    used = {glob for names in [*candidates.values(), list(more)] for glob in choice.include.hits(*names)}
+    named: dict[str, dict[int, str]] = {}
+    for name, module in modules.items():
+        for glob in choice.include.hits(name):
+            named.setdefault(glob, {})[id(module)] = type(module).__name__
+    return {
+        glob: ", ".join(f"{n} {cls}" for cls, n in Counter(found.values()).most_common(6))
+        for glob, found in named.items()
+        if glob not in used
     }
-    used = {glob for found in hits.values() for glob in found}
-    return {name: found[0] for name, found in hits.items() if found}, [g for g in globs if g not in used]
 
 
-def _nothing_included(
-    globs: Sequence[str], modules: dict[str, nn.Module], candidates: list[str], kind: str, method: str
-) -> str:
-    findings = []
-    for glob in globs:
-        named = {id(module): module for name, module in modules.items() if covers(glob, name)}
-        counts = Counter(type(module).__name__ for module in named.values())
-        only = ", ".join(f"{n} {cls}" for cls, n in counts.most_common(6))
-        missing = f"matches no module name{_did_you_mean(glob, modules)}"
-        findings.append(f"{glob!r} " + (f"covers no {kind} module, only {only}" if named else missing))
-    return (
-        f"{method}: `include` {'; '.join(findings)}."
-        f" {kind} modules of this model: {_quote(candidates[:5])}{', ...' if len(candidates) > 5 else '.'}"
-    )
-
-
-def _warn_dead(problem: str, glob: str, names: Iterable[str], method: str) -> None:
-    hint = "" if any(covers(glob, name) for name in names) else _did_you_mean(glob, names)
-    # Level 3 is the caller of select_modules.
-    warnings.warn(f"{method}: {problem}{hint}.", UserWarning, stacklevel=3)
+_UNCOVERED = "not covered by include"
 
 
 def _did_you_mean(glob: str, names: Iterable[str]) -> str:

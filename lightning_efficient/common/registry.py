@@ -82,6 +82,11 @@ class Method:
             except re.error as error:
                 raise ValueError(f"`charts[{title!r}]` of {self.name} is no regular expression: {error}.") from None
 
+    @property
+    def class_name(self) -> str:
+        """Of its callback, without importing it; empty if it has none."""
+        return (_place(self.callback) or "").rpartition(":")[2].rpartition(".")[2]
+
     def same_as(self, other: Method) -> bool:
         """Whether both are one record, made twice: a class that a notebook defines again counts as the same."""
         one, two = (
@@ -104,6 +109,10 @@ class Method:
         if argument == "config" and found is not None and not is_dataclass(found):
             raise ValueError(f"`config` of the method {self.name} is {found!r}; expected a dataclass.")
         return found
+
+
+def _plain(key: object) -> str:
+    return str(key).rpartition(".")[2].replace("_", "").replace("-", "").lower()
 
 
 def _place(thing: Any) -> str | None:
@@ -150,6 +159,26 @@ class Registry(Mapping[str, Method]):
     def with_callback(self) -> tuple[str, ...]:
         """Names of the methods that have a callback: keys in YAML, columns of hyper-parameters."""
         return tuple(name for name, method in self.items() if method.callback is not None)
+
+    def named(self, key: object) -> str | None:
+        """The method that a key of a file or an option means, if it is one that has a callback.
+
+        Args:
+            key: Its name or that of its class, in any case, with or without underscores: ``norm_swap``, ``PRepBN``,
+                ``prepbn``, ``lightning_efficient.PRepBN``.
+        """
+        known = self.with_callback
+        if key in known:
+            return str(key)
+        return next((name for name in known if _plain(key) in (_plain(name), _plain(self[name].class_name))), None)
+
+    def near(self, key: object) -> str:
+        """A hint at the method that a mistyped key may have meant, or nothing."""
+        spelled = {_plain(name): f"{name!r}" for name in self.with_callback}
+        for name in self.with_callback:
+            spelled.setdefault(_plain(self[name].class_name), f"{name!r}, the key of {self[name].class_name}")
+        close = difflib.get_close_matches(_plain(key), spelled, 1)
+        return f" (did you mean {spelled[close[0]]}?)" if close else ""
 
     def pruning(self, what: Literal["weights", "units"]) -> set[str]:
         """Names of the methods that make single weights zero, or whole units."""
@@ -215,7 +244,7 @@ class Registry(Mapping[str, Method]):
         for name in names:
             if name not in self:
                 raise ValueError(
-                    f"unknown method {name!r}{near(name, self)}; expected one of {', '.join(self)}. A method of your "
+                    f"unknown method {name!r}{self.near(name)}; expected one of {', '.join(self)}. A method of your "
                     "own is made known by `lightning_efficient.register_method`."
                 )
         for first, second in combinations(names, 2):

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_efficient.common.match import Choice, check_globs, parameters_by_name
 from lightning_efficient.common.registry import METHODS
 from lightning_efficient.common.schema import OneOf, Record, check, short
 from lightning_efficient.lifecycle import recipe
@@ -55,8 +56,8 @@ class EfficientCallback(Callback):
                 "the other arguments by name."
             )
         for name, globs in (("include", include), ("exclude", exclude)):
-            if isinstance(globs, str):
-                raise TypeError(f"`{name}` takes a list of globs; got the string {globs!r}. Write [{globs!r}].")
+            if globs is not None:
+                check_globs(name, globs, type(self).__name__)
         self.enabled = enabled
         self.include = include
         self.exclude = exclude
@@ -221,7 +222,10 @@ class EfficientCallback(Callback):
             self.restart()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log one record of hyper-parameters for the whole suite."""
+        """Refuse globs that name nothing; log one record of hyper-parameters for the whole suite."""
+        if self.enabled:  # callbacks that know what they choose from have done so more strictly
+            names = parameters_by_name(pl_module)
+            Choice.of(pl_module, self.include, self.exclude, type(self).__name__, names)
         everyone = [cb for cb in trainer.callbacks if isinstance(cb, EfficientCallback)]  # type: ignore[attr-defined]
         if everyone[0] is self and trainer.enable_autolog_hparams:
             log_hparams(trainer, pl_module, everyone)

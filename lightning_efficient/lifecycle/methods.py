@@ -4,6 +4,9 @@
 
     sigma_reparam: true
     collapse_monitor: {every_n_steps: 50, exclude: ["head"]}
+
+A method that is named is on, unless it says ``enabled: false``: in a methods file, in a configuration of
+``EfficientCLI``, on the command line and in a variant of ``ablate``. In all of them its class's name will do.
 """
 
 from __future__ import annotations
@@ -111,9 +114,7 @@ def read_methods_file(path: str | PathLike[str]) -> list[EfficientCallback]:
     """Build the callbacks that a YAML file asks for.
 
     Args:
-        path: A YAML mapping of methods. ``true``, ``false`` and nothing are short for ``{enabled: true}``,
-            ``{enabled: false}`` and ``{}``; a mapping gives the callback's arguments. A method in the file is on unless
-            it says ``enabled: false``.
+        path: A YAML mapping of methods, see :func:`spelled`.
 
     Returns:
         One callback a method, in the order of the methods: that of the file means nothing.
@@ -126,7 +127,7 @@ def read_methods_file(path: str | PathLike[str]) -> list[EfficientCallback]:
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"{path} should hold a mapping such as `sigma_reparam: true`; got {content!r}.")
     try:
-        callbacks = [build_callback(method, arguments) for method, arguments in content.items()]
+        callbacks = [build_callback(method, arguments) for method, arguments in spelled(content).items()]
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return sorted(callbacks, key=lambda callback: METHODS.position(callback.method))
@@ -151,37 +152,57 @@ def read_yaml(path: str | PathLike[str]) -> Any:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
 
 
+def spelled(content: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
+    """What some YAML says of methods, as names and arguments with ``enabled`` among them.
+
+    Args:
+        content: Method, by any of its spellings (:meth:`Registry.named`), to its arguments; ``True``, ``False`` and
+            ``None`` are short for ``{enabled: true}``, ``{enabled: false}`` and ``{}``.
+
+    Raises:
+        ValueError: A method is unknown or named twice, or is given something else than arguments.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    keys: dict[str, Any] = {}
+    for key, arguments in content.items():
+        method = METHODS.named(key)
+        if method is None:
+            known = ", ".join(METHODS.with_callback)
+            raise ValueError(f"unknown method {key!r}{METHODS.near(key)}; expected one of {known}.")
+        if method in found:
+            raise ValueError(f"{keys[method]!r} and {key!r} are the same method: merge them into one.")
+        if not (arguments is None or isinstance(arguments, bool | Mapping)):
+            raise ValueError(f"`{key}` should be true, false or a mapping of arguments; got {arguments!r}.")
+        given = dict(arguments) if isinstance(arguments, Mapping) else {"enabled": arguments is not False}
+        found[method], keys[method] = {"enabled": True, **given}, key
+    return found
+
+
 def build_callback(method: str, arguments: Any) -> EfficientCallback:
     """Build the callback of one method.
 
     Args:
-        method: Its name.
-        arguments: Its arguments as YAML gives them; ``True``, ``False`` and ``None`` as in :func:`read_methods_file`.
+        method: Its name, or its class's.
+        arguments: Its arguments as YAML gives them; ``True``, ``False`` and ``None`` as in :func:`spelled`.
 
     Raises:
         ValueError: The method or an argument is unknown, or a value is of the wrong type.
     """
-    known = METHODS.with_callback
-    if method not in known:
-        raise ValueError(f"unknown method {method!r}{near(method, known)}; expected one of {', '.join(known)}.")
-    if arguments is None or isinstance(arguments, bool):
-        arguments = {} if arguments is None else {"enabled": arguments}
-    if not isinstance(arguments, Mapping):
-        raise ValueError(f"`{method}` should be true, false or a mapping of arguments; got {arguments!r}.")
-    cls = callback_class(method)
+    ((name, given),) = spelled({method: arguments}).items()
+    cls = callback_class(name)
     accepted = list(inspect.signature(cls).parameters)
-    for name in arguments:
-        if name not in accepted:
+    for argument in given:
+        if argument not in accepted:
             raise ValueError(
-                f"`{method}` has no argument {name!r}{near(name, accepted)}; it has {', '.join(accepted)}."
+                f"`{method}` has no argument {argument!r}{near(argument, accepted)}; it has {', '.join(accepted)}."
             )
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, method)
+    parser.add_class_arguments(cls, name)
     try:
-        parsed = parser.parse_object({method: dict(arguments)})
+        parsed = parser.parse_object({name: given})
     except ArgumentError as error:
         raise ValueError(" ".join(str(error).split())) from None
-    return cls(**parsed[method].as_dict())
+    return cls(**parsed[name].as_dict())
 
 
 def announce(callbacks: Iterable[EfficientCallback], source: str) -> None:

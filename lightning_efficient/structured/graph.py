@@ -19,11 +19,10 @@ from torch.nn.utils import parametrize
 from lightning_efficient.attention.sites import as_probe, perturbed, run_float64
 from lightning_efficient.common.match import (
     REFERENCE,
+    Choice,
     NoMatchError,
     canonical_name,
-    covers,
     modules_by_name,
-    near_names,
     references,
 )
 from lightning_efficient.common.nests import mapped, tensors_in
@@ -75,7 +74,7 @@ def find_groups(
         NoMatchError: Nothing can be cut, or the globs match none of it; says what there is.
     """
     check_rounding(round_to)
-    _check_globs(include, exclude, modules := modules_by_name(model))
+    choice, modules = Choice.of(model, include, exclude, METHOD), modules_by_name(model)
     bad, idle = _bad_tensors(model), references(model)
     probe = as_probe(model, example)
     twin, run, tolerance = _copied(model, probe)
@@ -91,11 +90,11 @@ def find_groups(
             )
         trial = Trial(twin, run(small), tolerance, None if tracer.failed else training)
         refused: dict[str, str] = {}
-        found = trial.judge(_admitted(outer, bad, idle, refused, include, exclude), refused)
+        found = trial.judge(_admitted(outer, bad, idle, refused, choice), refused)
         if any(width.group.name in refused and width.doubtful for width in outer):
             # Another way to read what was refused: of axes that were split, the inner part goes.
             more = [w for w in tracer.widths(inner=True) if not _overlaps(w.group, found) and not _known(w, outer)]
-            again = trial.judge(_admitted(more, bad, idle, {}, include, exclude), {})
+            again = trial.judge(_admitted(more, bad, idle, {}, choice), {})
             for group in again:
                 refused.pop(group.name, None)
             found += again
@@ -228,15 +227,15 @@ def _admitted(
     bad: Mapping[str, str],
     idle: set[str],
     refused: dict[str, str],
-    include: Sequence[str] | None,
-    exclude: Sequence[str] | None,
+    choice: Choice,
 ) -> list[Width]:
     """The widths that are to be tried; the others' reasons go to ``refused``. ``idle``: in reference networks."""
     ready = []
     for width in widths:
         group = width.group
         barred = [f"{part.name!r} is {bad[part.name]}" for part in group.slices if _bars(part.name, part.role, bad)]
-        unwanted = REFERENCE if _made_in(group) & idle else _unwanted(group, include, exclude)
+        makers = _made_in(group)
+        unwanted = REFERENCE if makers & idle else choice.why_not(*makers)
         if reason := width.refused or next(iter(barred), "") or unwanted:
             refused[group.name] = reason
         else:
@@ -247,14 +246,6 @@ def _admitted(
 def _made_in(group: UnitGroup) -> set[str]:
     """The modules that make its units."""
     return {part.name.rpartition(".")[0] for part in group.produced}
-
-
-def _unwanted(group: UnitGroup, include: Sequence[str] | None, exclude: Sequence[str] | None) -> str:
-    makers = _made_in(group)
-    if include is not None and not any(covers(glob, name) for glob in include for name in makers):
-        return "not covered by `include`"
-    out = [glob for glob in exclude or () for name in makers if covers(glob, name)]
-    return f"excluded by {out[0]!r}" if out else ""
 
 
 def _overlaps(group: UnitGroup, found: Iterable[UnitGroup]) -> bool:
@@ -381,17 +372,3 @@ def _weight(name: str, parameter: nn.Parameter) -> str | None:
         if isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.is_meta:
             raise
         return f"{parameter.dtype}, {parameter.layout}: only real, dense, floating-point tensors can be cut"
-
-
-def _check_globs(
-    include: Sequence[str] | None, exclude: Sequence[str] | None, modules: Mapping[str, nn.Module]
-) -> None:
-    for argument, globs in (("include", include), ("exclude", exclude)):
-        if isinstance(globs, str):
-            raise TypeError(f"{METHOD}: {argument}={globs!r} is a string; write a list: {argument}=[{globs!r}].")
-        for glob in globs or ():
-            if not any(covers(glob, name) for name in modules):
-                near = near_names(glob, modules)
-                raise NoMatchError(
-                    f"{METHOD}: `{argument}` glob {glob!r} matches no module name. Close: {near or list(modules)[1:4]}."
-                )

@@ -19,11 +19,10 @@ from torch.optim import Optimizer
 
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.match import (
+    Choice,
     NoMatchError,
     Selection,
     canonical_name,
-    covers,
-    modules_by_name,
     references,
     select_modules,
 )
@@ -109,9 +108,11 @@ def find_targets(
             every matched weight has to be left alone.
     """
     config = config or SigmaReparamConfig()
-    loose = _covered(find_loose(model), include, exclude)
-    used = {name: use for name, use in (uses or {}).items() if name in loose and use != "other"}
-    selection = _layers(model, weight_layers(config.embeddings), include, exclude, bool(used))
+    loose = find_loose(model)
+    choice = Choice.of(model, include, exclude, "SigmaReparam", loose)
+    chosen = {name: param for name, param in loose.items() if not choice.why_not(name)}
+    used = {name: use for name, use in (uses or {}).items() if name in chosen and use != "other"}
+    selection = _layers(model, weight_layers(config.embeddings), include, exclude, loose, bool(used))
     found = Targets(skipped=dict(selection.skipped))
     users = _users(model)
     seen: dict[int, str] = {}
@@ -132,7 +133,7 @@ def find_targets(
                 found.matched[name] = (param, blocks(param))
                 if others := [user for user in users[id(param)] if user != name]:
                     found.notes[name] = f"tied: also used as {', '.join(others)}"
-    for name, param in loose.items():
+    for name, param in chosen.items():
         cut = (Block(0, param.shape[0], stack=used.get(name) == "stack"),)
         if name not in used:
             if uses is None or name in uses:
@@ -193,38 +194,16 @@ def _layers(
     types: tuple[type[nn.Module], ...],
     include: Sequence[str] | None,
     exclude: Sequence[str] | None,
+    loose: Mapping[str, nn.Parameter],
     others: bool,
 ) -> Selection:
-    """The layers, by the globs that are not about other parameters; perhaps none, where those are enough."""
-    layers = [name for name, module in modules_by_name(model).items() if isinstance(module, types)]
-    loose = find_loose(model)
-
-    def of_layers(globs: Sequence[str] | None) -> Sequence[str] | None:
-        if globs is None or isinstance(globs, str):
-            return globs
-        return [g for g in globs if any(covers(g, n) for n in layers) or not any(covers(g, n) for n in loose)]
-
+    """The layers; perhaps none, where other parameters are enough."""
     try:
-        return select_modules(
-            model, types=types, include=of_layers(include), exclude=of_layers(exclude), method="SigmaReparam"
-        )
+        return select_modules(model, types=types, include=include, exclude=exclude, method="SigmaReparam", more=loose)
     except NoMatchError:
         if not others:
             raise
         return Selection({})
-
-
-def _covered(
-    loose: Mapping[str, nn.Parameter], include: Sequence[str] | None, exclude: Sequence[str] | None
-) -> dict[str, nn.Parameter]:
-    def named(globs: Sequence[str], name: str) -> bool:
-        return any(covers(canonical_name(glob), name) for glob in globs)
-
-    return {
-        name: param
-        for name, param in loose.items()
-        if (include is None or named(include, name)) and not named(exclude or (), name)
-    }
 
 
 def _refuse_low_rank(model: nn.Module, found: Targets) -> None:

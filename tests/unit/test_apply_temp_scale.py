@@ -457,9 +457,9 @@ def test_other_bad_arguments() -> None:
     refused(model, x, ValueError, "takes 'constant', 'log_n' or 'ssmax'", mode="linear")
     refused(model, x, ValueError, "number of keys above 1", mode="log_n", length=1)
     refused(
-        model, x, NoMatchError, re.escape("'blocks.*.atn' covers no attention; did you mean"), include=["blocks.*.atn"]
+        model, x, NoMatchError, re.escape("'blocks.*.atn' matches no attention (did you mean"), include=["blocks.*.atn"]
     )
-    refused(model, x, NoMatchError, "covers no attention", exclude=["head"])
+    refused(model, x, NoMatchError, "matches no attention", exclude=["head"])
     refused(model, x, NoMatchError, "leave none of", exclude=["blocks.*"])
     refused(model, x, TypeError, "write a list", include="blocks.*")
     refused(model, None, ValueError, "`example` is a NoneType")

@@ -187,11 +187,10 @@ def test_error_without_near_misses_still_lists_targets():
 
 def test_error_globs_that_match_other_types_only():
     with pytest.raises(NoMatchError) as caught:
-        select(Net(), include=["*.norm", "embed", "hed"])
+        select(Net(), include=["*.norm", "embed"])
     message = str(caught.value)
     assert "'*.norm' covers no Linear module, only 2 LayerNorm" in message
     assert "'embed' covers no Linear module, only 1 Embedding" in message
-    assert "'hed' matches no module name (did you mean 'head'?)" in message
 
 
 def test_error_all_excluded_names_the_pattern():
@@ -214,20 +213,11 @@ def test_no_match_is_a_value_error():
     assert issubclass(NoMatchError, ValueError)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        (
-            {"include": ["head", "blocs"]},
-            r"`include` glob 'blocs' covers no Linear module \(did you mean 'blocks'",
-        ),
-        ({"include": ["head", "embed"]}, r"`include` glob 'embed' covers no Linear module\."),
-        ({"exclude": ["haed"]}, r"`exclude` glob 'haed' matches no module name \(did you mean 'head'"),
-    ],
-)
-def test_a_glob_without_effect_is_one_warning_at_the_caller(arguments, text):
-    with pytest.warns(UserWarning, match=text) as caught:
-        select(Net(), **arguments)
+def test_a_glob_of_other_types_beside_one_with_an_effect_is_one_warning_at_the_caller():
+    with pytest.warns(
+        UserWarning, match=r"`include` glob 'embed' covers no Linear module, only 1 Embedding\."
+    ) as caught:
+        select(Net(), include=["head", "embed"])
     assert len(caught) == 1
     assert caught[0].filename == __file__
 
