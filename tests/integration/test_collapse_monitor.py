@@ -385,7 +385,7 @@ def test_a_model_without_attention_is_told_so_once_and_keeps_its_norms(tmp_path)
 def test_wrong_names(tmp_path):
     with pytest.raises(NoMatchError, match=r"'net.blocs.0' matches no module name \(did you mean 'net.blocks.0'"):
         fit(tmp_path, CollapseMonitor(include=["net.blocs.0"]))
-    with pytest.raises(NoMatchError, match=r"rankme='net.nrom'.*'net.norm'"):
+    with pytest.raises(NoMatchError, match=r"`rankme` 'net.nrom' matches no.*'net.norm'"):
         fit(tmp_path, CollapseMonitor(rankme="net.nrom"))
     with pytest.raises(ValueError, match=r"rankme='net.patch_embed.proj'. returns \(4, 24, 4, 4\)"):
         fit(tmp_path, CollapseMonitor(rankme="net.patch_embed.proj"))
