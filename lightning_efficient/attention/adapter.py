@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -13,12 +13,19 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_efficient.attention.temper import Law, Mode, Temper
 from lightning_efficient.common.match import canonical_name, modules_by_name
+from lightning_efficient.common.saving import allow_saving, refuse_saving
 from lightning_efficient.common.schema import Record, Such, TensorOf, check, short
 
 # nn.TransformerEncoder turns padded batches into nested tensors, which only the fused path can attend over.
 _NESTED = "use_nested_tensor"
-# Hugging Face's own way to a file, which knows nothing of adapters.
-_SAVE = "save_pretrained"
+# What Hugging Face's and PEFT's own files would do to a temperature.
+LOST = (
+    "would lose the temperature of this model's attention: it is not in the weights that it writes, and "
+    "from_pretrained would give other numbers without a word. Save a Trainer's checkpoint and read it by "
+    "lightning_efficient.load_from_checkpoint; or take the temperature off first "
+    "(lightning_efficient.functional.remove_temp_scale, where it was put on by apply_temp_scale), and on again after "
+    "loading."
+)
 
 
 class TemperedForward:
@@ -79,68 +86,6 @@ class _Key:
                 log_tau.data.copy_(cast(Tensor, value))
 
 
-class RefusedSave:
-    """Stands in a model's ``save_pretrained`` attribute while the file that it writes would lose a temperature.
-
-    Args:
-        inner: What stood there before, on the instance.
-    """
-
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
-        self.holders: list[Any] = []
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse.
-
-        Raises:
-            RuntimeError: Always.
-        """
-        raise RuntimeError(
-            "save_pretrained would lose the temperature of this model's attention: it is not in the weights that it "
-            "writes, and from_pretrained would give other numbers without a word. Save a Trainer's checkpoint and read "
-            "it by lightning_efficient.load_from_checkpoint; or take the temperature off first "
-            "(lightning_efficient.functional.remove_temp_scale, where it was put on by apply_temp_scale), and on again "
-            "after loading."
-        )
-
-
-def refuse_saving(model: nn.Module, holder: Any, of: Sequence[nn.Module] | None = None) -> None:
-    """Have ``save_pretrained`` refuse, on the instances; until :func:`allow_saving`.
-
-    Args:
-        model: The whole model.
-        holder: What the file would lose; plain data, or a module.
-        of: The modules whose ``save_pretrained`` would; None: all that hold the module ``holder``.
-    """
-    if of is None:
-        of = [m for m in model.modules() if any(child is holder for child in m.modules())]
-    for owner in of:
-        if not callable(getattr(owner, _SAVE, None)):
-            continue
-        refusal = vars(owner).get(_SAVE)
-        if not isinstance(refusal, RefusedSave):
-            refusal = RefusedSave(refusal)
-            setattr(owner, _SAVE, refusal)
-        refusal.holders.append(holder)
-
-
-def allow_saving(model: nn.Module, holder: Any) -> None:
-    """Undo :func:`refuse_saving`.
-
-    Args:
-        model: The whole model, or any part of it that is to be allowed again.
-        holder: As given there.
-    """
-    for owner in model.modules():
-        if isinstance(refusal := vars(owner).get(_SAVE), RefusedSave):
-            refusal.holders = [other for other in refusal.holders if other is not holder and other != holder]
-            if not refusal.holders:
-                delattr(owner, _SAVE)
-                if refusal.inner is not None:
-                    setattr(owner, _SAVE, refusal.inner)
-
-
 def install(model: nn.Module, module: nn.Module, law: Law, saved: bool = False) -> None:
     """Scale the attention that a module's forward computes.
 
@@ -163,7 +108,7 @@ def install(model: nn.Module, module: nn.Module, law: Law, saved: bool = False) 
                 setattr(encoder, _NESTED, False)
                 forward.nested.append(encoder)
     module.forward = forward
-    refuse_saving(model, module)
+    refuse_saving(model, module, LOST)
 
 
 def compiled(module: nn.Module) -> bool:

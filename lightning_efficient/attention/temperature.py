@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_efficient.attention.adapter import allow_saving, install, installed, refuse_saving, remove
+from lightning_efficient.attention.adapter import LOST, install, installed, remove
 from lightning_efficient.attention.temper import Law, Mode
 from lightning_efficient.attention.temperature_targets import (
     MARK,
@@ -31,6 +31,7 @@ from lightning_efficient.attention.verify import module_at, scale_blocks
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.match import canonical_name
 from lightning_efficient.common.running import forget
+from lightning_efficient.common.saving import allow_saving, refuse_saving
 from lightning_efficient.weightspace import Block, ScaleTransform, Temperature
 
 __all__ = [
@@ -118,7 +119,7 @@ def keep_saving_honest(model: nn.Module, scaled: Collection[str]) -> None:
     for owner in (module for module in model.modules() if isinstance(module, peft.PeftModel)):
         written = {t.data_ptr() for t in peft.get_peft_model_state_dict(owner, save_embedding_layers=False).values()}
         if any(ours.get(id(p)) not in written | {None} for p in owner.parameters()):
-            refuse_saving(model, MARK, [owner])
+            refuse_saving(model, MARK, LOST, [owner])
 
 
 @torch.no_grad()

@@ -65,6 +65,8 @@ class HESSOPruning(UnitPruningCallback):
             ``None``: 0.2 each.
         inexact: Also prune groups whose zeros are not gone (LayerNorm over the residual width, ...).
         round_to: Every tensor of a group that loses units keeps a multiple of so many channels, such as 8.
+        uniform: Groups of as many units (heads, or others) lose as many, so that widths that are equal stay equal, as
+            the ``config`` of a model of Hugging Face's must have it.
 
     Raises:
         ValueError: An argument is out of range, the schedule does not fit into the run, nothing can be pruned, or the
@@ -91,9 +93,10 @@ class HESSOPruning(UnitPruningCallback):
         saliency: dict[str, float] | None = None,
         inexact: bool = False,
         round_to: int = 1,
+        uniform: bool = False,
     ) -> None:
         super().__init__(enabled, include, exclude, inexact, round_to)
-        self.options = HessoConfig(target, unit, start, duration, periods, group_divisible, saliency)
+        self.options = HessoConfig(target, unit, start, duration, periods, group_divisible, saliency, uniform)
         self.cric = cric
         self.hesso = HessoState()
         self._cycles: Cycles | None = None
@@ -183,7 +186,9 @@ class HESSOPruning(UnitPruningCallback):
         plan = super().plan(pl_module)
         if self.groups.found:
             cost = self._cost(pl_module)
-            self._pruner = Pruner(self.groups, self.options.unit, self.options.group_divisible, cost)
+            self._pruner = Pruner(
+                self.groups, self.options.unit, self.options.group_divisible, cost, self.options.uniform
+            )
             self._pruner.check(self.options.target)
             if not self.standing.resumed:
                 self.hesso = HessoState.of(self.groups, self.gone(pl_module))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -49,6 +50,14 @@ def tensors_behind(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]
         yield from (t for item in value for t in tensors_behind(item, seen))
     elif hasattr(value, "__dict__") and not isinstance(value, type | nn.Module) and not callable(value):
         yield from (t for item in vars(value).values() for t in tensors_behind(item, seen))
+
+
+def outputs_in(value: Any) -> Iterator[Tensor]:
+    """The same, without what a model keeps for its next call: the keys and values of Hugging Face's caches."""
+    library = sys.modules.get("transformers.cache_utils")
+    if library is not None:
+        value = mapped(value, lambda leaf: None if isinstance(leaf, library.Cache) else leaf)
+    return tensors_behind(value)
 
 
 def mapped(value: Any, change: Callable[[Any], Any]) -> Any:

@@ -26,7 +26,9 @@ from lightning_efficient.folding.affine import Affine
 from lightning_efficient.folding.fold import fold_affines
 from lightning_efficient.lifecycle.state import NAME, zeroed
 from lightning_efficient.norms.recalibrate import recalibrate as recalibrate_norms
-from lightning_efficient.structured.slim import Cuts, replay_slim
+from lightning_efficient.structured.cuts import Cuts
+from lightning_efficient.structured.pretrained import calls_of, find_configs, put_configs
+from lightning_efficient.structured.slim import replay_slim
 
 _ALONE = (
     " Units that structured pruning has set to zero were cut out of this submodule alone; if layers outside it make or "
@@ -91,7 +93,7 @@ def export(
         rank_zero_info(f"export: {fold_affines(plain, affines, lambda: call.run(plain))}")
     cuts = zeroed(model) if slim else None
     if cuts is not None:
-        _cut(plain, cuts)
+        _cut(plain, cuts, call)
     alone = cuts is not None and not isinstance(model, LightningModule)
     apart = _compared(plain, call, expected, tolerance, _ALONE if alone else "")
     rank_zero_info(f"export: {type(model).__name__} on [{call}]: {apart}")
@@ -113,14 +115,18 @@ def _compared(plain: nn.Module, call: Call, expected: Any, tolerance: float, hin
     return apart
 
 
-def _cut(plain: nn.Module, cuts: Cuts) -> None:
+def _cut(plain: nn.Module, cuts: Cuts, call: Call) -> None:
     before = sum(p.numel() for p in plain.parameters())
+    cuts = cuts.of(plain)
+    calls = calls_of(plain, lambda: call.run(plain))
     try:
-        replay_slim(plain, cuts.of(plain))
+        replay_slim(plain, cuts)
     except ValueError as error:
         raise ExportError(f"the pruned units cannot be cut out ({error}) Export with `slim=False`.") from error
     after = sum(p.numel() for p in plain.parameters())
     rank_zero_info(f"export: pruned units cut out: {before:,} -> {after:,} parameters ({after / before:.1%}).")
+    if why := put_configs(plain, *find_configs(plain, cuts, calls), refuse=False):
+        rank_zero_warn(f"export: save_pretrained of the copy {why}")
 
 
 def _recalibrated(model: nn.Module, batches: Iterable[Any]) -> nn.Module:

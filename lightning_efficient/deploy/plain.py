@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from lightning_efficient.common.comparing import ExportError
 from lightning_efficient.common.running import first_line
+from lightning_efficient.common.saving import allow_saving
 from lightning_efficient.lifecycle.hooks import detach
 from lightning_efficient.lifecycle.state import NAME, ZEROED_ATTRIBUTE, Attachment
+from lightning_efficient.structured.pretrained import REFUSED
 
 _PACKAGE = __name__.partition(".")[0]
 
@@ -61,6 +63,7 @@ def detached_copy(model: nn.Module) -> nn.Module:
 
 
 def _without_hooks(copied: nn.Module) -> nn.Module:
+    allow_saving(copied, REFUSED)
     for module in copied.modules():
         vars(module).pop(ZEROED_ATTRIBUTE, None)
         if isinstance(module, LightningModule):

@@ -14,6 +14,7 @@ from lightning_efficient.common.schema import (
     Int,
     ListOf,
     MapOf,
+    Number,
     OneOf,
     Part,
     Record,
@@ -25,15 +26,15 @@ from lightning_efficient.common.schema import (
 )
 from lightning_efficient.lifecycle import recipe
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
+from lightning_efficient.structured.cuts import Cuts, tensors_by_name
+from lightning_efficient.structured.pretrained import put_configs
 from lightning_efficient.structured.slim import (
     ATTRIBUTES,
     HEAD_ATTRIBUTES,
     INNER_ATTRIBUTES,
-    Cuts,
     is_cut,
     layer_attributes,
     replay_slim,
-    tensors_by_name,
 )
 
 # Keys of the entries of method "slim": what has been cut out of the weights in the file, and what lies in them as
@@ -60,7 +61,8 @@ class _Attributes(Part):
 
 
 _CONFIG = Record(
-    {"attributes": MapOf(Text(), _Attributes({}, optional=_WIDTHS)), "units": MapOf(Text(), ListOf(Int(low=0)))}
+    {"attributes": MapOf(Text(), _Attributes({}, optional=_WIDTHS)), "units": MapOf(Text(), ListOf(Int(low=0)))},
+    optional={"configs": MapOf(Text(), MapOf(Text(), Number(low=0)))},
 )
 # Attributes of an attention that count nothing but what its heads hold.
 _OF_HEADS = tuple(name for name in INNER_ATTRIBUTES if name not in ("hidden_dim", "embed_dim", "dim"))
@@ -76,7 +78,10 @@ def write_cuts(checkpoint: dict[str, Any], key: str, cuts: Cuts | None) -> None:
     """
     if cuts is not None and cuts.kept:
         tensors = {name: {str(dim): mask for dim, mask in masks.items()} for name, masks in cuts.kept.items()}
-        recipe.write(checkpoint, Entry("slim", key, {"attributes": cuts.attributes, "units": cuts.units}, tensors))
+        config: dict[str, Any] = {"attributes": cuts.attributes, "units": cuts.units}
+        if cuts.configs:
+            config["configs"] = cuts.configs
+        recipe.write(checkpoint, Entry("slim", key, config, tensors))
 
 
 def read_cuts(checkpoint: Mapping[str, Any], key: str) -> Cuts | None:
@@ -95,7 +100,8 @@ def read_cuts(checkpoint: Mapping[str, Any], key: str) -> Cuts | None:
         return None
     _check_entry(entry, checkpoint.get("state_dict", {}), cut=key == CUT)
     kept = {name: {int(dim): mask for dim, mask in masks.items()} for name, masks in entry.tensors.items()}
-    return Cuts(kept, dict(entry.config["attributes"]), dict(entry.config["units"]))
+    config = entry.config
+    return Cuts(kept, dict(config["attributes"]), dict(config["units"]), dict(config.get("configs", {})))
 
 
 def check_cuts(model: nn.Module, cuts: Cuts, state: Mapping[str, Any]) -> None:
@@ -135,6 +141,7 @@ def make_cuts(model: nn.Module, cuts: Cuts) -> None:
     """
     check_cuts(model, cuts, {})
     replay_slim(model, cuts)
+    put_configs(model, cuts)
 
 
 def _check_entry(entry: Entry, state: Mapping[str, Any], cut: bool) -> None:

@@ -15,6 +15,7 @@ from lightning_efficient.lifecycle.recipe import Entry
 from lightning_efficient.lifecycle.state import attachment, set_zeroed
 from lightning_efficient.lifecycle.weights import WeightSpaceCallback
 from lightning_efficient.structured.groups import Groups
+from lightning_efficient.structured.pretrained import find_configs, put_configs
 from lightning_efficient.structured.slim import plan_slim, replay_slim
 from lightning_efficient.surgery.cuts import cut_states
 from lightning_efficient.trainer.averages import averaged_copies
@@ -60,11 +61,14 @@ def cut(
     """
     if trainer is not None and trainer.training:
         _refuse(trainer)
-    cuts = plan_slim(pl_module, keep, groups)
+    planned = plan_slim(pl_module, keep, groups)
     copies = [] if trainer is None else list(averaged_copies(trainer, pl_module))
-    change = replay_slim(pl_module, cuts)
+    change = replay_slim(pl_module, planned)
+    cuts, reasons = find_configs(pl_module, planned, groups.calls)
+    put_configs(pl_module, cuts, reasons)
     for copy in copies:
         replay_slim(copy, cuts)
+        put_configs(copy, cuts, reasons)
     if trainer is not None:
         cut_states(trainer.optimizers, change.cuts)
     mine = attachment(pl_module)

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.match import canonical_name
 from lightning_efficient.lifecycle.recipe import Entry
-from lightning_efficient.structured.slim import Cuts
+from lightning_efficient.structured.cuts import Cuts
 
 NAME = "_lightning_efficient"
 # On submodules, plain data: their part of what can be cut out, so that they can be exported by themselves.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 from weakref import ref
@@ -21,6 +22,7 @@ from lightning_efficient.lifecycle.recipe import RecipeError
 from lightning_efficient.lifecycle.state import attachment, set_zeroed
 from lightning_efficient.lifecycle.weights import Plan, WeightSpaceCallback, no_model
 from lightning_efficient.structured.cost import Cost
+from lightning_efficient.structured.cuts import tensors_by_name
 from lightning_efficient.structured.graph import find_groups
 from lightning_efficient.structured.groups import (
     GROUPS,
@@ -31,7 +33,7 @@ from lightning_efficient.structured.groups import (
     groups_as_plain,
     groups_from_plain,
 )
-from lightning_efficient.structured.slim import tensors_by_name, zero_units
+from lightning_efficient.structured.slim import zero_units
 from lightning_efficient.trainer.averages import prune_copies
 from lightning_efficient.trainer.example import all_steps_of, example_of, first_batch
 from lightning_efficient.weightspace import Boundary, Site, Transform
@@ -295,7 +297,7 @@ def _without_idle(groups: Groups, pl_module: LightningModule) -> Groups:
         if still:
             idle[name] = f"{still[0]} is in no optimizer"
     found = {name: group for name, group in groups.found.items() if name not in idle}
-    return Groups(found, groups.refused | idle)
+    return replace(groups, found=found, refused=groups.refused | idle)
 
 
 def _change(method: str, groups: Groups) -> Change:

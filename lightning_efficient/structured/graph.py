@@ -31,6 +31,7 @@ from lightning_efficient.common.weights import check_weight
 from lightning_efficient.folding.probes import Probe
 from lightning_efficient.structured.cost import Cost
 from lightning_efficient.structured.groups import Groups, UnitGroup, check_rounding, rounded
+from lightning_efficient.structured.pretrained import calls_of
 from lightning_efficient.structured.trial import Trial
 from lightning_efficient.structured.widths import Role, Width, find_widths
 
@@ -110,7 +111,7 @@ def find_groups(
     found.sort(key=lambda g: order.get(g.name.partition("#")[0], 0))
     found = [rounded(group, round_to) for group in found]
     share, held = _shares(model, found, [w for w in outer if w.group.name in refused])
-    return Groups({g.name: g for g in found}, refused, tuple(notes), share, held)
+    return Groups({g.name: g for g in found}, refused, tuple(notes), share, held, calls_of(twin, run(two)))
 
 
 Run = Callable[[], Any]

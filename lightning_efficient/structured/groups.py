@@ -30,6 +30,7 @@ from lightning_efficient.common.schema import (
     Text,
     short,
 )
+from lightning_efficient.folding.probes import Probe
 
 
 @dataclass(frozen=True, eq=False)  # comparing records would compare tensors element by element
@@ -179,6 +180,7 @@ class Groups:
         notes: What the search could not see.
         share: Share of the model's parameters that goes if every group keeps as little as it may.
         held: Name of a width that was refused → share of the parameters in tensors that no group touches and it does.
+        calls: How the models of Hugging Face's inside were called on the example, in float64; in no file.
     """
 
     found: dict[str, UnitGroup] = field(default_factory=dict)
@@ -186,6 +188,7 @@ class Groups:
     notes: tuple[str, ...] = ()
     share: float = 0.0
     held: dict[str, float] = field(default_factory=dict)
+    calls: Mapping[str, Probe] = field(default_factory=dict)
 
     def report(self) -> str:
         """One line a group and a refusal, for people."""

@@ -45,6 +45,7 @@ class HessoConfig:
         periods: In how many portions; None: 10, or as many as ``duration`` has steps.
         group_divisible: As many units as a multiple of this stay in every group that loses any.
         saliency: Criterion → weight, see :mod:`lightning_efficient.structured.saliency`; None: 0.2 each.
+        uniform: Groups of as many units, heads or others, lose as many, so that equal widths stay equal.
     """
 
     target: float = 0.5
@@ -54,6 +55,7 @@ class HessoConfig:
     periods: int | None = None
     group_divisible: int = 1
     saliency: Mapping[str, float] | None = None
+    uniform: bool = False
 
     def __post_init__(self) -> None:
         number = isinstance(self.target, (int, float)) and not isinstance(self.target, bool)
@@ -218,12 +220,18 @@ class Pruner:
         unit: Of the target.
         group_divisible: As in :class:`HessoConfig`.
         cost: Of the network, for ``"params"`` and ``"macs"``.
+        uniform: As in :class:`HessoConfig`.
     """
 
     def __init__(
-        self, groups: Groups, unit: str = "groups", group_divisible: int = 1, cost: Cost | None = None
+        self,
+        groups: Groups,
+        unit: str = "groups",
+        group_divisible: int = 1,
+        cost: Cost | None = None,
+        uniform: bool = False,
     ) -> None:
-        self.groups, self.unit = groups, unit
+        self.groups, self.unit, self.uniform = groups, unit, uniform
         self.divisors = {name: math.lcm(g.divisor, group_divisible) for name, g in groups.found.items()}
         self.total = sum(group.units for group in groups.found.values())
         self._cost = cost
@@ -244,9 +252,17 @@ class Pruner:
         """Whether a share is gone if so many units of each group are, and would not be with some portion less."""
         if not self.reached(lost, share):
             return False
-        portions = {name: group for name, group in self.groups.found.items() if lost[name]}
-        less = ({**lost, name: lost[name] - self._last(group, lost[name])} for name, group in portions.items())
-        return not portions or not all(self.reached(fewer, share) for fewer in less)
+        teams = [team for team in self._teams(lost) if lost[team[0].name]]
+        less = ({**lost, **{g.name: lost[g.name] - self._last(g, lost[g.name]) for g in team}} for team in teams)
+        return not teams or not all(self.reached(fewer, share) for fewer in less)
+
+    def _teams(self, lost: Mapping[str, int]) -> list[list[UnitGroup]]:
+        """Groups that lose as many units as each other."""
+        teams: dict[Any, list[UnitGroup]] = {}
+        for name, group in self.groups.found.items():
+            alike = (group.units, group.heads, self.divisors[name], lost[name]) if self.uniform else name
+            teams.setdefault(alike, []).append(group)
+        return list(teams.values())
 
     def _last(self, group: UnitGroup, lost: int) -> int:
         """How large the last portion of a group was."""
@@ -284,6 +300,7 @@ class Pruner:
 
         Units of a group go in portions of its divisor, a portion counting with the mean of its scores. With divisors of
         1 those are exactly the units with the lowest scores, but for the last unit of each group, which always stays.
+        Where widths stay equal, a portion is one of each of their groups.
 
         Args:
             scores: Group → ``(units,)``.
@@ -293,16 +310,19 @@ class Pruner:
         Returns:
             Group → bool, ``(units,)``: the units that go beside those gone.
         """
-        means, owners, sizes, ranked = [], [], [], {}
         lost = {name: int(where.sum()) for name, where in gone.items()}
-        for number, (name, group) in enumerate(self.groups.found.items()):
-            ranked[name] = scores[name].masked_fill(gone[name], math.inf).argsort(stable=True)
-            portions = self.steps(group, group.units - lost[name])
+        ranked = {name: scores[name].masked_fill(where, math.inf).argsort(stable=True) for name, where in gone.items()}
+        means, owners, sizes, teams = [], [], [], self._teams(lost)
+        for number, team in enumerate(teams):
+            portions = self.steps(team[0], team[0].units - lost[team[0].name])
             if portions:
-                means.append(_means(scores[name][ranked[name]].double(), portions))
+                each = [_means(scores[group.name][ranked[group.name]].double(), portions) for group in team]
+                means.append(torch.stack(each).mean(0))
                 owners.append(torch.full((len(portions),), number))
                 sizes.append(torch.tensor(portions))
-        taken = lost if not means else self._fewest(torch.cat(means), torch.cat(owners), torch.cat(sizes), lost, share)
+        taken = lost
+        if means:
+            taken = self._fewest(torch.cat(means), torch.cat(owners), torch.cat(sizes), teams, lost, share)
         redundant = {}
         for name, where in gone.items():
             redundant[name] = torch.zeros_like(where)
@@ -310,16 +330,21 @@ class Pruner:
         return redundant
 
     def _fewest(
-        self, means: Tensor, owners: Tensor, sizes: Tensor, lost: Mapping[str, int], share: float
+        self,
+        means: Tensor,
+        owners: Tensor,
+        sizes: Tensor,
+        teams: list[list[UnitGroup]],
+        lost: Mapping[str, int],
+        share: float,
     ) -> dict[str, int]:
         """Units lost by each group after the fewest portions, in the order of their means, that reach the share."""
         order = means.argsort(stable=True)
-        names = list(self.groups.found)
 
         def after(count: int) -> dict[str, int]:
             chosen = order[:count]
-            more = torch.zeros(len(names), dtype=torch.long).index_add_(0, owners[chosen], sizes[chosen]).tolist()
-            return {name: lost[name] + extra for name, extra in zip(names, more, strict=True)}
+            more = torch.zeros(len(teams), dtype=torch.long).index_add_(0, owners[chosen], sizes[chosen]).tolist()
+            return {g.name: lost[g.name] + extra for team, extra in zip(teams, more, strict=True) for g in team}
 
         low, high = 0, len(order)
         while low < high:

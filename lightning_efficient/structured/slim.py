@@ -9,7 +9,6 @@ tying and hooks go on as they are.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,8 +17,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_efficient.common.change import Change
-from lightning_efficient.common.match import canonical_name, modules_by_name
+from lightning_efficient.common.match import modules_by_name
+from lightning_efficient.structured.cuts import Cuts, tensors_by_name
 from lightning_efficient.structured.groups import Groups, check_keep
+from lightning_efficient.structured.pretrained import find_configs, put_configs
 from lightning_efficient.surgery.cuts import cut_tensor
 
 # Integer attributes that say how wide a module is. What a checkpoint names is looked up here and nowhere else.
@@ -37,64 +38,6 @@ INNER_ATTRIBUTES = (
     "embed_dim", "dim",
 )  # fmt: skip
 ATTRIBUTES = frozenset(LAYER_ATTRIBUTES + HEAD_ATTRIBUTES + INNER_ATTRIBUTES)
-
-
-@dataclass(frozen=True, eq=False)
-class Cuts:
-    """What stays of a model, as plain data.
-
-    Args:
-        kept: Tensor → axis → bool, as long as the axis was: True where an entry stays.
-        attributes: Module → attribute → its value afterwards; ``normalized_shape`` is a list.
-        units: Group → units that stay, for people.
-    """
-
-    kept: dict[str, dict[int, Tensor]] = field(default_factory=dict)
-    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    units: dict[str, list[int]] = field(default_factory=dict)
-
-    def then(self, later: Cuts) -> Cuts:
-        """These cuts and others made on what they left, as one.
-
-        Args:
-            later: Planned on the smaller model.
-        """
-        kept = {name: dict(masks) for name, masks in self.kept.items()}
-        for name, masks in later.kept.items():
-            for dim, mask in masks.items():
-                before = kept.setdefault(name, {}).get(dim)
-                kept[name][dim] = mask if before is None else before.clone().masked_scatter_(before, mask)
-        attributes = {name: dict(values) for name, values in self.attributes.items()}
-        for name, values in later.attributes.items():
-            attributes.setdefault(name, {}).update(values)
-        units = dict(self.units)
-        for name, stay in later.units.items():
-            units[name] = [units[name][unit] for unit in stay] if name in units else stay
-        return Cuts(kept, attributes, units)
-
-    def within(self, module: str) -> Cuts:
-        """Those of tensors and modules inside a submodule, under the names that they have in it.
-
-        Args:
-            module: Its canonical name.
-        """
-        inside = f"{module}."
-        kept = {n.removeprefix(inside): masks for n, masks in self.kept.items() if n.startswith(inside)}
-        attributes = {
-            n.removeprefix(inside) if n != module else "": values
-            for n, values in self.attributes.items()
-            if n == module or n.startswith(inside)
-        }
-        return Cuts(kept, attributes, self.units)
-
-    def of(self, model: nn.Module) -> Cuts:
-        """Those of tensors and modules that a model has (others were folded into their neighbours)."""
-        tensors, modules = tensors_by_name(model), modules_by_name(model)
-        kept = {name: masks for name, masks in self.kept.items() if name in tensors}
-        attributes = {
-            n: {a: v for a, v in values.items() if hasattr(modules.get(n), a)} for n, values in self.attributes.items()
-        }
-        return Cuts(kept, attributes, self.units)
 
 
 def plan_slim(model: nn.Module, keep: Mapping[str, Iterable[int]], groups: Groups) -> Cuts:
@@ -141,7 +84,9 @@ def plan_slim(model: nn.Module, keep: Mapping[str, Iterable[int]], groups: Group
 def apply_slim(model: nn.Module, keep: Mapping[str, Iterable[int]], groups: Groups) -> Change:
     """Cut units out of a model, in place. All or nothing: whatever is wrong is found before anything changes.
 
-    Call ``cut_states(optimizers, change.cuts)`` if training goes on.
+    Call ``cut_states(optimizers, change.cuts)`` if training goes on. The ``config`` of a model of Hugging Face's
+    says what is left, so that ``save_pretrained`` and ``from_pretrained`` go on; where none can, ``save_pretrained``
+    refuses.
 
     Args:
         model: The model.
@@ -154,7 +99,10 @@ def apply_slim(model: nn.Module, keep: Mapping[str, Iterable[int]], groups: Grou
     Raises:
         ValueError: See :func:`plan_slim`.
     """
-    return replay_slim(model, plan_slim(model, keep, groups))
+    cuts = plan_slim(model, keep, groups)
+    change = replay_slim(model, cuts)
+    put_configs(model, *find_configs(model, cuts, groups.calls))
+    return change
 
 
 def replay_slim(model: nn.Module, cuts: Cuts) -> Change:
@@ -195,12 +143,6 @@ def is_cut(model: nn.Module, cuts: Cuts) -> bool:
         ValueError: It is neither as wide as before the cuts nor as after.
     """
     return not _check(cuts, tensors_by_name(model), modules_by_name(model))
-
-
-def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
-    """Canonical name → parameter or buffer, shared ones under every name."""
-    both = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-    return {canonical_name(name): tensor for source in both for name, tensor in source}
 
 
 def _check(cuts: Cuts, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> bool:

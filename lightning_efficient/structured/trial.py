@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from lightning_efficient.common.comparing import largest_gap
 from lightning_efficient.common.match import modules_by_name
-from lightning_efficient.common.nests import tensors_behind
+from lightning_efficient.common.nests import outputs_in
 from lightning_efficient.common.running import forget
+from lightning_efficient.structured.cuts import tensors_by_name
 from lightning_efficient.structured.groups import Groups, UnitGroup
-from lightning_efficient.structured.slim import plan_slim, replay_slim, tensors_by_name
+from lightning_efficient.structured.slim import plan_slim, replay_slim
 from lightning_efficient.structured.widths import Width
 
 KINDS = ("unbalanced", "all but one", "one alone", "the first", "the last")
@@ -213,7 +214,7 @@ class Trial:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             result = run()
-        return {f"output {i}": t.detach().clone() for i, t in enumerate(tensors_behind(result))}
+        return {f"output {i}": t.detach().clone() for i, t in enumerate(outputs_in(result))}
 
     @contextmanager
     def _zeroed(self, groups: Groups, keep: Mapping[str, Sequence[int]], readers: bool = False) -> Iterator[None]:

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_efficient.common.eager import uncompiled
 from lightning_efficient.common.match import canonical_name, modules_by_name
-from lightning_efficient.common.nests import tensors_behind
+from lightning_efficient.common.nests import outputs_in
 from lightning_efficient.structured.book import Book
 from lightning_efficient.structured.groups import Slice, UnitGroup
 from lightning_efficient.structured.labels import Labels
@@ -88,7 +88,7 @@ def find_widths(
             finally:
                 for handle in handles:
                     handle.remove()
-            book.close(tensors_behind(result))
+            book.close(outputs_in(result))
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
     for name, others in (unread or {}).items():

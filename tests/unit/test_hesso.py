@@ -287,3 +287,25 @@ def test_probes_leave_something() -> None:
     assert [probe_units(scores, share) for share in (0.25, 0.5, 0.75)] == [[1], [1, 2], [1, 2, 0]]
     assert probe_units(torch.tensor([2.0, 1.0]), 0.25) == [1]
     assert probe_units(torch.tensor([2.0, 1.0]), 0.75) == [1]
+
+
+@pytest.mark.parametrize("target", [0.2, 0.5, 0.7])
+def test_equal_widths_stay_equal(target: float) -> None:
+    """Three groups of 6 and two of 10: their own lowest units go, as many in each; a prior loss ends the likeness."""
+    groups = widths(6, 10, 6, 6, 10)
+    pruner = Pruner(groups, uniform=True)
+    generator = torch.Generator().manual_seed(3)
+    scores = {n: torch.rand(g.units, generator=generator) for n, g in groups.found.items()}
+    gone = none_gone(groups)
+    for part in (0.5, 1.0):
+        chosen = pruner.choose(scores, gone, target * part)
+        gone = {name: gone[name] | chosen[name] for name in gone}
+        lost = {name: int(where.sum()) for name, where in gone.items()}
+        assert lost["0"] == lost["2"] == lost["3"]
+        assert lost["1"] == lost["4"]
+        assert pruner.fewest(lost, target * part)
+        assert all(gone[n][scores[n].argsort()[: lost[n]]].all() for n in gone)
+    uneven = none_gone(groups)
+    uneven["0"][0] = True
+    left = {n: int(w.sum()) + int(uneven[n].sum()) for n, w in pruner.choose(scores, uneven, target).items()}
+    assert left["2"] == left["3"]
