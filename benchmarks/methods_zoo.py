@@ -1,9 +1,10 @@
-"""Attention temperature, entropy and spectral weights over families of models, a column for every question.
+"""Every method over families of models, a column for every question.
 
 Tiny random-weight models of Hugging Face families in float64, written as they are by default, and ways of writing
 attention by hand. Every error is against a reference of its own, in float64: the temperature against softmax(logits /
 tau) from its definition, the monitor's entropy against the attention weights that the model itself returns, spectral
-norms against a full SVD.
+norms against a full SVD, folded norms against their formula put in their place by hand, cut units against the same
+units set to zero, masks against a sort of all weights.
 
     python benchmarks/methods_zoo.py                 # goes on where it stopped
     python benchmarks/methods_zoo.py --only mixtral --redo
@@ -27,9 +28,11 @@ from attention_definition import Definition
 from common import RESULTS, machine, markdown, save
 from tiny_transformers import FAMILIES
 from tiny_transformers import build as build_tiny
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from lightning_efficient import export
 from lightning_efficient.attention import AttentionProbe
+from lightning_efficient.attention.linear import apply_linear_attention
 from lightning_efficient.attention.temperature import (
     TempScaleConfig,
     apply_temp_scale,
@@ -37,7 +40,17 @@ from lightning_efficient.attention.temperature import (
     find_targets,
     remove_temp_scale,
 )
+from lightning_efficient.common.match import NoMatchError
 from lightning_efficient.common.running import Float64
+from lightning_efficient.deploy.export import ExportError
+from lightning_efficient.norms.blend import BlendNorm
+from lightning_efficient.norms.causal import causal_norms
+from lightning_efficient.norms.repbn import RepBN
+from lightning_efficient.norms.swap import apply_norm_swap
+from lightning_efficient.pruning.selection import make_masks
+from lightning_efficient.pruning.targets import find_targets as find_weights
+from lightning_efficient.structured.graph import find_groups
+from lightning_efficient.structured.slim import apply_slim
 from lightning_efficient.weightspace import SpectralTransform
 from lightning_efficient.weightspace import sigma_reparam as sigma
 
@@ -45,7 +58,9 @@ TAU = 0.7
 COLUMNS = {
     "family": "family", "temperature": "temperature", "temperature_error": "error", "padded": "left padding, in fit",
     "save": "save_pretrained", "monitor": "monitor", "monitor_error": "error", "sigma": "sigmaReparam covers",
-    "sigma_error": "error",
+    "sigma_error": "error", "norms": "norm swap, folded at export", "norms_error": "error",
+    "units": "units that can go", "units_error": "error", "masks": "masks cover", "masks_error": "error",
+    "linear": "linear attention",
 }  # fmt: skip
 _SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 40}
 _TEXT = _SIZES | {"intermediate_size": 32}
@@ -291,16 +306,107 @@ def spectral(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
     return {"sigma": found.coverage.replace(" trained parameters", ""), "sigma_error": worst}
 
 
+class Formula(nn.Module):
+    """A finished RepBN, or fixed affine map, written down once more."""
+
+    def __init__(self, norm: BlendNorm) -> None:
+        super().__init__()
+        target = norm.target
+        if isinstance(target, RepBN):
+            bn = target.bn
+            self.weight = bn.weight / (bn.running_var.double() + bn.eps).sqrt()
+            self.bias = bn.bias - self.weight * bn.running_mean.double()
+            self.weight = self.weight + target.eta
+        else:
+            self.weight, self.bias = target.affine()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight + self.bias
+
+
+def norms(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Swapped, two training forwards, finished, exported; batch statistics only where the model is not causal."""
+    untouched, original, kind = copy.deepcopy(model), output(model, arguments), "repbn"
+    change = apply_norm_swap(model)
+    worst = gap(original, output(model, arguments))
+    with Float64():
+        causal = causal_norms(model, lambda given: model(**given), arguments)
+    if causal:
+        model, kind = untouched, "affine, as batch statistics are refused by name (causal)"
+        change = apply_norm_swap(model, {"target": "affine"})
+    model.train()
+    for _ in range(2):
+        output(model, arguments)
+    model.eval()
+    for norm in model.modules():
+        if isinstance(norm, BlendNorm):
+            norm.finish()
+    reference = copy.deepcopy(model)
+    for name in change.targets:
+        parent, _, child = name.rpartition(".")
+        setattr(reference.get_submodule(parent), child, Formula(reference.get_submodule(name)))  # type: ignore[arg-type]
+    with Float64():
+        plain = export(model, arguments)
+    left = sum(isinstance(m, fx.GraphModule) for m in plain.modules())
+    worst = max(worst, gap(output(reference, arguments), output(plain, arguments)))
+    return {"norms": f"{kind}: {len(change.targets) - left} of {len(change.targets)} folded", "norms_error": worst}
+
+
+def units(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Every other unit set to zero, and cut out."""
+    try:
+        groups = find_groups(model, arguments)
+    except NoMatchError as why:
+        return {"units": f"none: {str(why).replace('|', '/')[:110]}"}
+    keep = {}
+    for name, group in groups.found.items():
+        stay = max(group.units // 2 // group.divisor, 1) * group.divisor
+        keep[name] = sorted([*range(0, group.units, 2), *range(1, group.units, 2)][:stay])
+    zeroed, slim = copy.deepcopy(model), copy.deepcopy(model)
+    for name, stay in keep.items():
+        gone = set(range(groups.found[name].units)) - set(stay)
+        groups.found[name].zero(dict(zeroed.named_parameters()), gone)
+    apply_slim(slim, keep, groups)
+    heads = sum(group.heads for group in groups.found.values())
+    return {
+        "units": f"{groups.share:.0%}; heads in {heads}",
+        "units_error": gap(output(zeroed, arguments), output(slim, arguments)),
+    }
+
+
+def masks(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Half of all weights by magnitude, against a sort."""
+    found = find_weights(model).matched
+    scores = {name: target.param.detach().abs() for name, target in found.items()}
+    made = make_masks(scores, 0.5)
+    every = torch.cat([s.flatten() for s in scores.values()])
+    threshold = every.sort().values[every.numel() // 2]
+    wrong = sum(int((made[name] != (score >= threshold)).sum()) for name, score in scores.items())
+    share = every.numel() / sum(p.numel() for p in model.parameters())
+    return {"masks": f"{share:.0%}", "masks_error": wrong / every.numel()}
+
+
+def linear(model: nn.Module, arguments: dict[str, Any]) -> str:
+    """Square grids of tokens in timm's attention; else there is nothing to do."""
+    return f"{len(apply_linear_attention(model).targets)} swapped"
+
+
+QUESTIONS: dict[str, Callable[[nn.Module, dict[str, Any]], Any]] = {
+    "temperature": temperature, "padded": padded, "monitor": monitor, "sigma": spectral, "norms": norms,
+    "units": units, "masks": masks, "linear": linear,
+}  # fmt: skip
+
+
 def row_of(family: str) -> dict[str, Any]:
     """One row; what a method refuses is quoted."""
     model, arguments = build(family)
     row: dict[str, Any] = {}
-    for key, ask in (("temperature", temperature), ("padded", padded), ("monitor", monitor), ("sigma", spectral)):
+    for key, ask in QUESTIONS.items():
         try:
             answer = ask(copy.deepcopy(model), arguments)
             row |= answer if isinstance(answer, dict) else {key: answer}
-        except ValueError as why:
-            nothing = "no attention was seen" in str(why)
+        except (ExportError, ValueError) as why:
+            nothing = isinstance(why, NoMatchError) or "no attention was seen" in str(why)
             row[key] = "nothing to do" if nothing else f"refused by name: {str(why).replace('|', '/')[:110]}"
     return row
 
@@ -318,7 +424,7 @@ def write(rows: list[dict[str, Any]]) -> None:
     count = Counter(row.get("temperature", "not run").partition(",")[0].partition(":")[0] for row in rows)
     worst = {k: max((row[k] for row in rows if k in row), default=0.0) for k in COLUMNS if k.endswith("error")}
     head = (
-        "# Methods over families: temperature, monitor, spectral weights\n\n"
+        "# Every method over families of models\n\n"
         f"{len(rows)} families, tau = {TAU}. Temperature: {', '.join(f'{n} {v}' for v, n in count.most_common())}. "
         + "Worst errors: " + ", ".join(f"{k.partition('_')[0]} {v:.1e}" for k, v in worst.items())
         + f".\n\n`{machine()}`\n\n"

@@ -24,11 +24,11 @@ class Affine(nn.Module):
 
     def __init__(self, a: Tensor, b: Tensor, axis: Any = "last") -> None:
         super().__init__()
-        self.a, self.b, self.axis = nn.Parameter(a), nn.Parameter(b), axis
+        self.weight, self.bias, self.axis = nn.Parameter(a), nn.Parameter(b), axis
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (-1, *[1] * (x.dim() - 2)) if self.axis == 1 else (-1,)
-        return self.a.view(shape) * x + self.b.view(shape)
+        return self.weight.view(shape) * x + self.bias.view(shape)
 
 
 def is_norm(module: nn.Module) -> bool:

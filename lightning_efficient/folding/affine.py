@@ -21,6 +21,8 @@ Affine = tuple[Tensor, Tensor, Axis]
 class ChannelAffine(nn.Module):
     """``a * x + b`` along one axis: one fused multiply-add, for where an affine cannot disappear.
 
+    Its parameters have the names of a norm's, because models ask norms for them (Mamba for ``norm.weight.dtype``).
+
     Args:
         a: Scale, ``(C,)``.
         b: Shift, ``(C,)``.
@@ -29,13 +31,13 @@ class ChannelAffine(nn.Module):
 
     def __init__(self, a: Tensor, b: Tensor, axis: Axis = "last") -> None:
         super().__init__()
-        self.a, self.b = nn.Parameter(a.detach().clone()), nn.Parameter(b.detach().clone())
+        self.weight, self.bias = nn.Parameter(a.detach().clone()), nn.Parameter(b.detach().clone())
         self.axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape as ``x``."""
         shape = (-1, *[1] * (x.dim() - 2)) if self.axis == 1 else (-1,)
-        return torch.addcmul(self.b.view(shape), x, self.a.view(shape))
+        return torch.addcmul(self.bias.view(shape), x, self.weight.view(shape))
 
 
 def fold_forwards(

@@ -163,7 +163,7 @@ class _Trial:
     def noise(self) -> float:
         """How far the unfolded model moves when every scale is off by one rounding error, as folding makes it."""
         modules = modules_by_name(self.copy)
-        scales = [modules[name].get_parameter("a").data for name in self.affines]
+        scales = [modules[name].get_parameter("weight").data for name in self.affines]
         for scale in scales:
             scale[::2] *= 1 + torch.finfo(scale.dtype).eps
         noise = self.compare([])[0]

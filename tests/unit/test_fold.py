@@ -267,7 +267,7 @@ class AsksWeight(nn.Module):
         self.linear, self.norms = nn.Linear(4, 4), []
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x.to(self.norms[0].a.dtype))
+        return self.linear(x.to(self.norms[0].weight.dtype))
 
 
 def two(middle: nn.Module) -> tuple[Two, Table]:
@@ -276,7 +276,7 @@ def two(middle: nn.Module) -> tuple[Two, Table]:
 
 
 def table_of(model: Two) -> Table:
-    return {name: (norm.a, norm.b, "last") for name, norm in (("good", model.good), ("bad", model.bad))}
+    return {name: (norm.weight, norm.bias, "last") for name, norm in (("good", model.good), ("bad", model.bad))}
 
 
 def test_what_the_trace_cannot_see_is_rolled_back_alone() -> None:
@@ -324,7 +324,9 @@ def test_a_producer_at_one_batch_size_only() -> None:
             return self.norm((self.large if len(x) > 2 else self.pre)(x)) ** 2
 
     net = Net().double()
-    report, error = fold(net, {"norm": (net.norm.a, net.norm.b, "last")}, {"x": torch.randn(2, 4, dtype=torch.float64)})
+    report, error = fold(
+        net, {"norm": (net.norm.weight, net.norm.bias, "last")}, {"x": torch.randn(2, 4, dtype=torch.float64)}
+    )
     assert report.left == {"norm": "also feeds `pow` in the model"}
     assert error == 0
 
@@ -345,7 +347,7 @@ def test_a_shift_needs_a_bias() -> None:
     report, _ = fold(model, table, {"x": torch.randn(2, 4, dtype=torch.float64)})
     assert report.left == {"bad": "'middle' has no bias to take the shift"}
     model, table = two(Plain())
-    model.bad.b.data.zero_()
+    model.bad.bias.data.zero_()
     report, error = fold(model, table, {"x": torch.randn(2, 4, dtype=torch.float64)})
     assert report.left == {}
     assert error <= 1e-14
@@ -386,7 +388,7 @@ def test_outputs_in_objects_of_any_class_are_compared() -> None:
 
     net = Net()
     x = torch.randn(2, 4, dtype=torch.float64)
-    report = fold_affines(net, {"norm": (net.norm.a, net.norm.b, "last")}, lambda: net(x))
+    report = fold_affines(net, {"norm": (net.norm.weight, net.norm.bias, "last")}, lambda: net(x))
     assert report.left == {"norm": "returned by the model"}
 
 
@@ -482,7 +484,7 @@ def test_nothing_is_left_behind_in_the_model() -> None:
 
 def test_weights_that_do_not_fit_float16() -> None:
     model, _ = two(nn.Linear(4, 4))
-    model.bad.a.data.fill_(6e4)
+    model.bad.weight.data.fill_(6e4)
     model.middle.weight.data.fill_(3.0)
     model = model.half()
     table = table_of(model)
