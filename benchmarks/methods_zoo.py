@@ -129,8 +129,11 @@ class Written(nn.Module):
     def __init__(self, way: str) -> None:
         super().__init__()
         self.way, self.num_heads = way, 4
-        self.qkv, self.out, self.mix = nn.Linear(16, 48), nn.Linear(16, 16), nn.Linear(4, 4)
-        self.sink = nn.Parameter(torch.randn(4, 1, 1))
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+        if way == "talking heads":
+            self.mix = nn.Linear(4, 4)
+        if way == "sink":
+            self.sink = nn.Parameter(torch.randn(4, 1, 1))
         self.expert = nn.Parameter(torch.randn(3, 16, 16))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -69,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_export(commands.add_parser("export", help="turn a checkpoint into a plain model, checked"))
     _add_compare(commands.add_parser("compare", help="a table, a page and a picture of runs, from their logs"))
     _add_ablate(commands.add_parser("ablate", help="train with methods toggled, over seeds, and compare"))
+    _add_schema(commands.add_parser("schema", help="a JSON schema of the methods' keys, for editors"))
     _add_demo(commands.add_parser("demo", help="a tour: train a small ViT with every method, compare and export"))
     return parser
 
@@ -128,6 +129,14 @@ def _add_ablate(parser: argparse.ArgumentParser) -> None:
     add("--engine", choices=("local", "ray"), default="local", help="default: %(default)s")
     add("--address", metavar="ADDRESS", help="of a Ray cluster; default: one on this machine")
     add("--checkpoint-every", type=float, default=30.0, metavar="SECONDS", help="resume points; default: %(default)s")
+
+
+def _add_schema(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "First line of the YAML file: # yaml-language-server: $schema=methods.schema.json"
+    parser.add_argument(
+        "--config", action="store_true", help="for a configuration of `lightning-efficient fit`, which has other keys"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write it; default: the terminal")
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:

@@ -134,6 +134,22 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
         raise ValueError(f"{type(model).__name__} has no submodule {name!r}; it has {parts}.") from None
 
 
+def run_schema(options: Namespace) -> None:
+    """``schema``: what editors complete and check methods' keys with.
+
+    Args:
+        options: ``config``, ``out``.
+    """
+    from lightning_efficient.cli.editors import json_schema
+
+    text = json.dumps(json_schema(alone=not options.config), indent=2) + "\n"
+    with short_errors():
+        if options.out is None:
+            print(text, end="")
+        else:
+            options.out.write_text(text, encoding="utf-8")
+
+
 def run_compare(options: Namespace) -> None:
     """``compare``: a table of runs from their logs, a page, a picture and the numbers on request.
 

@@ -145,6 +145,7 @@ def test_step_time_measures_every_variant(script: Any, monkeypatch: pytest.Monke
     ("family", "expected"),
     [
         ("mixtral", {"temperature": "exact, weights", "padded": "exact", "save": "kept", "monitor": "2 read"}),
+        ("mamba", {"temperature": "nothing to do", "linear": "nothing to do"}),
         ("mpt", {"temperature": "exact, 2 of 2 by an adapter", "padded": "exact", "save": "refused by name"}),
         ("by hand: mask -100", {"temperature": "exact, weights", "monitor": "1 read"}),
         ("fnet", {"temperature": "nothing to do"}),
@@ -164,3 +165,12 @@ def test_the_table_of_methods_has_no_silent_cell() -> None:
         assert row["temperature"].startswith(("exact", "refused by name", "nothing to do")), row["family"]
         assert row["monitor"].endswith(" read") or "named: " in row["monitor"], row["family"]
         assert row.get("save", "kept") in ("kept", "refused by name", "no such method"), row["family"]
+        assert row["norms"].startswith(("repbn: ", "affine, as ", "nothing to do", "refused by name")), row["family"]
+        assert "%" in row["units"] or "none: structured pruning: nothing of " in row["units"], row["family"]
+        assert row["masks"].endswith("%"), row["family"]
+        assert all(value < 1e-9 for key, value in row.items() if key.endswith("error")), row["family"]
+
+
+def test_the_page_of_models_says_what_the_results_say(script: Any) -> None:
+    works = script("works_page")
+    assert works.PAGE.read_text("utf-8") == works.page(), "python benchmarks/works_page.py"
