@@ -3,6 +3,8 @@
 python benchmarks/works_page.py
 """
 
+# ruff: noqa: E501  (prose)
+
 from __future__ import annotations
 
 import json

@@ -20,7 +20,7 @@ from lightning_efficient.lifecycle.base import EfficientCallback, peers
 from lightning_efficient.lifecycle.recipe import RecipeError
 from lightning_efficient.lifecycle.state import attachment
 from lightning_efficient.lifecycle.weights import sites_of
-from lightning_efficient.structured.slim import Cuts
+from lightning_efficient.structured.cuts import Cuts
 from lightning_efficient.trainer.averages import averages
 from lightning_efficient.weightspace.snapshot import SNAPSHOT, Snapshot, check_snapshot, copied, rewind, take
 
