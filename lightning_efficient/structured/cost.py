@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_efficient.common.eager import uncompiled
 from lightning_efficient.common.match import canonical_name
+from lightning_efficient.common.nests import tensors_in
 from lightning_efficient.common.running import evaluating
 from lightning_efficient.structured.groups import UnitGroup
 
@@ -89,23 +93,65 @@ class Cost:
 
 def _macs(model: nn.Module, run: Callable[[], object]) -> tuple[dict[str, float], float]:
     """Parameter → multiply-accumulates, and those of no parameter."""
-    counter = FlopCounterMode(display=False)
+    counter = _Counter(model)
     with evaluating(model), _countable(), torch.enable_grad(), counter:
         run()
-    prefix = type(model).__name__
-    whole = {name: sum(ops.values()) / 2 for name, ops in counter.get_flop_counts().items()}
-    amounts: dict[str, float] = {}
-    seen: set[int] = set()
-    for name, module in model.named_modules():
-        if name:
-            children = [f"{prefix}.{name}.{child}" for child, _ in module.named_children()]
-            own = whole.get(f"{prefix}.{name}", 0.0) - sum(whole.get(child, 0.0) for child in children)
-            mine = [(n, p) for n, p in module.named_parameters(recurse=False) if p.ndim > 1 and id(p) not in seen]
-            seen |= {id(p) for _, p in mine}
-            size = sum(p.numel() for _, p in mine)
-            for attribute, param in mine if own > 0 else ():
-                amounts[canonical_name(f"{name}.{attribute}")] = own * param.numel() / size
-    return amounts, max(whole.get("Global", 0.0) - sum(amounts.values()), 0.0)
+    return counter.amounts, counter.fixed
+
+
+class _Counter(TorchDispatchMode):
+    """Counts the multiply-accumulates of a run for the parameters that they are done with, whatever class they are in.
+
+    A product of an activation with a parameter, or with something made of parameters alone, counts for these
+    parameters; a product of activations for none.
+
+    Args:
+        model: Whose parameters.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.amounts: dict[str, float] = {}
+        self.fixed = 0.0
+        self._sizes = {canonical_name(name): p.numel() for name, p in model.named_parameters() if p.ndim > 1}
+        # Views of a parameter, `.data` too, lie in its storage; what is computed from parameters alone is noted.
+        self._stored: dict[int, frozenset[str]] = {}
+        for tensor in model.buffers():
+            self._stored[tensor.untyped_storage().data_ptr()] = frozenset()
+        for name, param in model.named_parameters():
+            self._stored[param.untyped_storage().data_ptr()] = frozenset({canonical_name(name)} & self._sizes.keys())
+        self._made: Any = WeakTensorKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and count it."""
+        kwargs = kwargs or {}
+        counts = flop_registry.get(func.overloadpacket)
+        if counts is None and func.namespace == "aten":
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        whose = [self._of(tensor) for tensor in tensors_in((args, kwargs))]
+        out = func(*args, **kwargs)
+        owners = frozenset[str]().union(*(names for names in whose if names is not None))
+        if counts is not None:
+            self._count(counts(*args, **kwargs, out_val=out) / 2, owners)
+        if all(names is not None for names in whose):
+            for tensor in tensors_in(out):
+                self._made[tensor] = owners
+        return out
+
+    def _of(self, tensor: Tensor) -> frozenset[str] | None:
+        """The parameters that a tensor is made of, and of nothing else; None: an activation."""
+        made: frozenset[str] | None = self._made.get(tensor)
+        return self._stored.get(tensor.untyped_storage().data_ptr()) if made is None else made
+
+    def _count(self, macs: float, owners: frozenset[str]) -> None:
+        size = sum(self._sizes[name] for name in owners)
+        for name in owners:
+            self.amounts[name] = self.amounts.get(name, 0.0) + macs * self._sizes[name] / size
+        if not owners:
+            self.fixed += macs
 
 
 @contextmanager
