@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from lightning_efficient.structured.hesso import (
     Pruner,
     shrink_factor,
 )
+from lightning_efficient.structured.published import published_choice, published_share
 from lightning_efficient.structured.saliency import all_sums, saliency
 from lightning_efficient.trainer.cycles import CYCLES, Cycles, cycles_schema
 from lightning_efficient.weightspace import Boundary, Transform
@@ -67,6 +69,7 @@ class HESSOPruning(UnitPruningCallback):
         round_to: Every tensor of a group that loses units keeps a multiple of so many channels, such as 8.
         uniform: Groups of as many units (heads, or others) lose as many, so that widths that are equal stay equal, as
             the ``config`` of a model of Hugging Face's must have it.
+        published: Choose and shrink as the published code does, to reproduce it; the docs say what differs.
 
     Raises:
         ValueError: An argument is out of range, the schedule does not fit into the run, nothing can be pruned, or the
@@ -94,10 +97,13 @@ class HESSOPruning(UnitPruningCallback):
         inexact: bool = False,
         round_to: int = 1,
         uniform: bool = False,
+        published: bool = False,
     ) -> None:
         super().__init__(enabled, include, exclude, inexact, round_to)
-        self.options = HessoConfig(target, unit, start, duration, periods, group_divisible, saliency, uniform)
-        self.cric = cric
+        if cric and published:
+            raise ValueError("`published=True` is about HESSO without CRIC; leave out `cric` or `published`.")
+        own = (target, unit, start, duration, periods, group_divisible, saliency, uniform, published)
+        self.options, self.cric = HessoConfig(*own), cric
         self.hesso = HessoState()
         self._cycles: Cycles | None = None
         self._plan: Plan | None = None
@@ -202,7 +208,10 @@ class HESSOPruning(UnitPruningCallback):
         chosen, periods = self.hesso.chosen, self.standing.schedule[2] if self.standing.schedule else 1
         moving = any(bool(where.any()) for where in self.hesso.marked(SHRINKING).values())
         share, lost = self.options.target * chosen / periods, self.hesso.lost()
-        right = self._pruner.fewest(lost, share) if moving else self._pruner.reached(lost, share)
+        if self.options.published:  # whose rounding leaves units over
+            right = sum(lost.values()) <= math.ceil(share * self._pruner.total)
+        else:
+            right = self._pruner.fewest(lost, share) if moving else self._pruner.reached(lost, share)
         if not right:
             expected = f"of {share:.1%} of the {self.options.unit} that are gone or going, after {chosen} period(s)"
             self.refuse("['hesso']['status']", expected, lost)
@@ -225,7 +234,8 @@ class HESSOPruning(UnitPruningCallback):
         if self._cycles is not None and self._boundary is not None:  # of a run that is resumed
             where = f"the checkpoint's state of {self.state_key}, field"
             self._cycles.check(trainer, pl_module, self._sites(), where, RecipeError)
-        self._plan = Plan(*self.standing.fix(trainer, type(self).__name__, self._resolve, lambda s: s[0] + s[1]))
+        first, span, periods = self.standing.fix(trainer, type(self).__name__, self._resolve, lambda s: s[0] + s[1])
+        self._plan = Plan(first, span, periods, self.options.published)
         if self.cric:
             self._cycles = self._cycles or Cycles(CricPlan(self._plan.first, self._plan.span, self._plan.periods))
             self._follow()
@@ -287,9 +297,10 @@ class HESSOPruning(UnitPruningCallback):
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
     def _judge(self, trainer: Trainer, period: int) -> None:
-        competing = {name: ~gone for name, gone in self.hesso.marked(PRUNED).items()}
+        published = self.options.published
+        competing = None if published else {name: ~gone for name, gone in self.hesso.marked(PRUNED).items()}
         groups = list(self.groups.found.values())
-        scores = saliency(groups, self._sums, self._shapes, self.options.saliency, competing)
+        scores = saliency(groups, self._sums, self._shapes, self.options.saliency, competing, published)
         self._sums = {}
         # Infinite in a step that the gradient scaler will skip: try the next one.
         if all(bool(torch.isfinite(score).all()) for score in scores.values()):
@@ -325,8 +336,13 @@ class HESSOPruning(UnitPruningCallback):
 
     def _pick(self, trainer: Trainer, scores: Mapping[str, Tensor], period: int) -> None:
         assert self._plan is not None
+        assert self._pruner is not None
+        units = self._lowest(scores, (period + 1) / self._plan.periods)
+        if self.options.published:
+            count = published_share(self._pruner.total, self.options.target, self._plan.periods, period)
+            units = published_choice(self._pruner, scores, self.hesso.marked(SHRINKING, PRUNED), count)
         # Weights are equal on all processes, and scores almost surely: one of them decides.
-        units = trainer.strategy.broadcast(self._lowest(scores, (period + 1) / self._plan.periods))
+        units = trainer.strategy.broadcast(units)
         self.hesso.choose(units, period, self.step(trainer))
         self._follow()
 
@@ -353,7 +369,7 @@ class HESSOPruning(UnitPruningCallback):
         """Steps done when the present shrinking begins and ends."""
         if self._cycles is not None:
             return self._cycles.interval()
-        return plan.begin(self.hesso.chosen - 1), plan.begin(self.hesso.chosen)
+        return plan.begin(self.hesso.chosen - 1), plan.end(self.hesso.chosen - 1)
 
     def quantities(self, transforms: Mapping[str, Transform]) -> dict[str, Tensor]:
         """The share that is gone, and how many units are on their way."""

@@ -46,6 +46,7 @@ class HessoConfig:
         group_divisible: As many units as a multiple of this stay in every group that loses any.
         saliency: Criterion → weight, see :mod:`lightning_efficient.structured.saliency`; None: 0.2 each.
         uniform: Groups of as many units, heads or others, lose as many, so that equal widths stay equal.
+        published: As the published code chooses and shrinks, see :mod:`lightning_efficient.structured.published`.
     """
 
     target: float = 0.5
@@ -56,6 +57,7 @@ class HessoConfig:
     group_divisible: int = 1
     saliency: Mapping[str, float] | None = None
     uniform: bool = False
+    published: bool = False
 
     def __post_init__(self) -> None:
         number = isinstance(self.target, (int, float)) and not isinstance(self.target, bool)
@@ -73,6 +75,11 @@ class HessoConfig:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be a whole number from 1; got {value!r}.")
         check_weights(self.saliency)
+        if self.published and (self.unit != "groups" or self.uniform):
+            raise ValueError(
+                f"`published=True` counts units, each layer by itself; got `unit`={self.unit!r}, "
+                f"`uniform`={self.uniform}. Leave one of them out."
+            )
 
     def plan(self, total: int | None) -> Plan:
         """The schedule in a run of ``total`` steps; None: its length is unknown.
@@ -84,13 +91,13 @@ class HessoConfig:
             return Plan(0, 1, 1)
         first, span = transition_steps(total, hold=self.start, length=self.duration, names=("start", "duration"))
         if self.periods is None:
-            return Plan(first, span, max(min(PERIODS, span), 1))
+            return Plan(first, span, max(min(PERIODS, span), 1), self.published)
         if span < self.periods:
             raise ValueError(
                 f"{self.periods} `periods` need at least one step each, but `duration`={self.duration!r} is {span} "
                 f"step(s) of the run's {total}. Train longer, lower `periods`, or raise `duration`."
             )
-        return Plan(first, span, self.periods)
+        return Plan(first, span, self.periods, self.published)
 
 
 @dataclass(frozen=True)
@@ -101,20 +108,31 @@ class Plan:
         first: Steps done when the first units are chosen.
         span: Steps until the last are gone.
         periods: Portions.
+        published: Periods of equal length, each with a shrinking step less than it has steps.
     """
 
     first: int
     span: int
     periods: int
+    published: bool = False
 
     def begin(self, period: int) -> int:
         """Steps done when a period begins; ``begin(periods)`` is the end of the last."""
+        if self.published:
+            return self.first + period * (self.span // self.periods)
         return self.first + period * self.span // self.periods
+
+    def end(self, period: int) -> int:
+        """Steps done when the units of a period are zero."""
+        begin, end = self.begin(period), self.begin(period + 1)
+        return max(end - 1, begin + 1) if self.published else end
 
     def period(self, step: int) -> int:
         """The period to which the step after ``step`` steps belongs: -1 in the warm-up, ``periods`` after the last."""
         if step < self.first:
             return -1
+        if self.published:
+            return min((step - self.first) // (self.span // self.periods), self.periods)
         return min(((step - self.first + 1) * self.periods - 1) // self.span, self.periods)
 
 

@@ -136,7 +136,9 @@ class PagcpConfig:
             first and may cost more; below 1 those that save the least come first.
         step: By how much the share of a layer's units grows from one trial to the next.
         most: Largest share of a layer's units that one round may drop.
-        topk: Share of the layers that stay pruned, those with the least cost for the compute saved; of at least one.
+        topk: Share of the layers that stay pruned, rounded down but at least one: those with the least cost for the
+            compute saved. Costs are in shares of a budget, as losses of several tasks have several units; with one
+            budget that is the order of loss increase over compute saved.
     """
 
     first: float = 1.5
@@ -238,7 +240,7 @@ def search(
 def _ordered(layers: Sequence[Layer], compute: Callable[[Mapping[str, int]], float], first: float) -> list[Layer]:
     """By the compute that a fixed share of their units would save."""
     whole = compute({})
-    saved = [whole - compute({layer.name: max(round(_PROBE * layer.left), 1)}) for layer in layers]
+    saved = [whole - compute({layer.name: max(int(_PROBE * layer.left), 1)}) for layer in layers]
     order = sorted(range(len(layers)), key=lambda i: -saved[i] if first >= 1 else saved[i])
     return [layers[i] for i in order]
 
@@ -247,7 +249,7 @@ def _best(rows: Sequence[Row], topk: float) -> list[Row]:
     """The layers to keep pruned, the cheapest first."""
     some = [row for row in rows if row.dropped]
     some.sort(key=lambda row: row.spent / max(row.saved, 1e-12))
-    return some[: math.ceil(topk * len(some) - 1e-9)]
+    return some[: max(int(topk * len(some) + 1e-9), 1)]
 
 
 class _Search:

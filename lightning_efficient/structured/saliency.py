@@ -136,11 +136,12 @@ def _lines(tensor: Tensor, dim: int) -> Tensor:
     return wide.movedim(dim, 0).reshape(wide.shape[dim], -1)
 
 
-def criteria_of(sums: UnitSums) -> dict[str, Tensor]:
+def criteria_of(sums: UnitSums, published: bool = False) -> dict[str, Tensor]:
     """The five criteria of every unit, not yet normalised.
 
     Args:
         sums: Of a group.
+        published: ``cos + 1`` for the cosine.
 
     Returns:
         Criterion → ``(units,)``.
@@ -151,7 +152,7 @@ def criteria_of(sums: UnitSums) -> dict[str, Tensor]:
     return {
         "magnitude": magnitude,
         "avg_magnitude": magnitude / sums.entries,
-        "cosine": 1 - cosine.clamp(-1, 1),
+        "cosine": 1 + (1 if published else -1) * cosine.clamp(-1, 1),
         "taylor1": sums.xg.abs(),
         "taylor2": sums.xg.square() / 2,
     }
@@ -163,6 +164,7 @@ def saliency(
     shapes: Mapping[str, Sequence[int]],
     weights: Mapping[str, float] | None = None,
     competing: Mapping[str, Tensor] | None = None,
+    published: bool = False,
 ) -> dict[str, Tensor]:
     """The saliency of every unit; the lowest are redundant.
 
@@ -172,16 +174,18 @@ def saliency(
         shapes: Parameter → its shape.
         weights: Criterion → its weight in the sum; None: 0.2 each.
         competing: Group → bool, ``(units,)``: those that count in the norms. None: all.
+        published: As the published code: the cosine by the other sign, and units that are zero compete by it.
 
     Returns:
-        Group → ``(units,)``, on the CPU in float32 or wider. Units that are zero already have a saliency of 0.
+        Group → ``(units,)``, on the CPU in float32 or wider. Units that are zero already have a saliency of 0, unless
+        ``published``.
 
     Raises:
         ValueError: As :func:`check_weights` and :func:`unit_sums`.
     """
     shares = check_weights(weights)
     added = {group.name: unit_sums(group, sums, shapes) for group in groups}
-    criteria = {name: criteria_of(of_group) for name, of_group in added.items()}
+    criteria = {name: criteria_of(of_group, published) for name, of_group in added.items()}
     total = {name: torch.zeros_like(values["magnitude"]) for name, values in criteria.items()}
     for criterion, share in shares.items():
         everyone = [
@@ -192,4 +196,6 @@ def saliency(
         if share and norm != 0:  # zero where there are no gradients anywhere
             for name, values in criteria.items():
                 total[name] += share * values[criterion] / norm
+    if published:
+        return total
     return {name: value.masked_fill(added[name].xx == 0, 0.0) for name, value in total.items()}

@@ -123,9 +123,9 @@ def linear_compute(weights: Mapping[str, float]) -> Any:
 
 def by_hand(layers: list[Layer], oracle: Toy, shares: Mapping[str, float], weights: Any, config: PagcpConfig) -> Any:
     """The description once more, in the simplest words: lists, no early stop but the one that is described."""
-    order = sorted(layers, key=lambda x: -weights[x.name] * max(round(0.3 * x.left), 1))
+    order = sorted(layers, key=lambda x: -weights[x.name] * max(int(0.3 * x.left), 1))
     if config.first < 1:
-        order.sort(key=lambda x: weights[x.name] * max(round(0.3 * x.left), 1))
+        order.sort(key=lambda x: weights[x.name] * max(int(0.3 * x.left), 1))
     start = oracle({})
     reached = dict.fromkeys(shares, 1.0)
     last = dict.fromkeys(shares, 1.0)
@@ -149,7 +149,7 @@ def by_hand(layers: list[Layer], oracle: Toy, shares: Mapping[str, float], weigh
         if accepted:
             done[layer.name] = accepted
     ranked_layers = sorted(done, key=lambda n: spent[n] / (weights[n] * len(done[n])))
-    keep = ranked_layers[: math.ceil(config.topk * len(ranked_layers) - 1e-9)]
+    keep = ranked_layers[: max(int(config.topk * len(ranked_layers) + 1e-9), 1)]
     return {name: done[name] for name in keep}
 
 
@@ -349,3 +349,24 @@ def test_a_mask_of_units_zeroes_and_survives() -> None:
         again.load_state_dict({"axis3": torch.zeros(1, dtype=torch.uint8)}, weight.detach())
     with pytest.raises(ValueError, match="Was the model changed"):
         again.load_state_dict({"axis0": torch.zeros(9, dtype=torch.uint8)}, weight.detach())
+
+
+@pytest.mark.parametrize(("topk", "layers", "left"), [(0.8, 4, 3), (0.8, 5, 4), (0.8, 1, 1), (0.5, 3, 1), (1.0, 4, 4)])
+def test_of_few_layers_too_some_are_given_back(topk: float, layers: int, left: int) -> None:
+    """Rounded down, as published: the dearest for the compute it saves first."""
+    names = [f"l{i}" for i in range(layers)]
+    prices = {"loss": {name: [0.001 * (i + 1)] * 4 for i, name in enumerate(names)}}
+    found = search(
+        layers_of(dict.fromkeys(names, 4), 0), read_budgets({"loss": 4.0}), Toy(prices),
+        linear_compute(dict.fromkeys(names, 1.0)), PagcpConfig(step=0.25, most=0.75, topk=topk),
+    )  # fmt: skip
+    assert list(found.dropped) == [name for name in (row.name for row in found.rows) if name in names[:left]]
+    assert len(found.dropped) == left
+
+
+def test_the_order_is_by_whole_units() -> None:
+    """0.3 of 9 units are 2, not 3."""
+    layers = layers_of({"a": 9, "b": 10}, 0)
+    found = search(layers, read_budgets({"loss": 1.0}), Toy({"loss": {"a": [0.0] * 9, "b": [0.0] * 10}}),
+                   linear_compute({"a": 1.2, "b": 1.0}))  # fmt: skip
+    assert [row.name for row in found.rows] == ["b", "a"]
