@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_efficient.common.registry import METHODS
-from lightning_efficient.lifecycle.methods import callback_class
+from lightning_efficient.lifecycle.methods import build_callback, callback_class
 
 ROOT = Path(__file__).parents[2]
 # Those that need a model or a script of their own have tests of their own.
@@ -83,6 +84,18 @@ def test_the_cards_name_every_argument_and_no_other() -> None:
         tables = re.findall(r"^\| argument \|.*\n((?:\|.*\n)+)", card, re.MULTILINE)
         rows = [line.split("|")[1] for table in tables for line in table.splitlines()]
         assert set(re.findall(r"`(\w+)`", " ".join(rows))) <= expected, name
+
+
+def test_the_cards_say_first_what_they_are_for() -> None:
+    """The key with a recipe, the use, the price and the limits, before the first block of code."""
+    for method in METHODS.with_callback:
+        card = (ROOT / "docs" / f"{CARD_OF.get(method, method)}.md").read_text("utf-8")
+        rows = re.findall(r"^\| (key|use it for|it costs|not for) \| (.+) \|$", card.partition("```")[0], re.MULTILINE)
+        assert [name for name, _ in rows] == ["key", "use it for", "it costs", "not for"], method
+        assert f"`{method}: " in rows[0][1], method
+        for recipe in re.findall(r"`(\w+: [^`]+)`", rows[0][1]):
+            ((name, arguments),) = yaml.safe_load(recipe).items()
+            build_callback(name, arguments)
 
 
 def test_the_readme_gives_every_callback_its_yaml_key() -> None:
