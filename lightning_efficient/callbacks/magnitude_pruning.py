@@ -17,7 +17,9 @@ from torch.utils.hooks import RemovableHandle
 from lightning_efficient.common.match import Globs, NoMatchError, modules_by_name, references
 from lightning_efficient.common.schedule import Schedule, check_amount, transition_steps
 from lightning_efficient.common.schema import Flag, OrNone, Record
+from lightning_efficient.common.shards import local
 from lightning_efficient.lifecycle.masks import PruningCallback
+from lightning_efficient.lifecycle.strategies import is_sharded
 from lightning_efficient.lifecycle.weights import Plan
 from lightning_efficient.pruning import criteria
 from lightning_efficient.pruning.granularity import Granularity
@@ -64,6 +66,7 @@ class MagnitudePruning(PruningCallback):
     """
 
     method = "magnitude_pruning"
+    sharded = True
     progress_schema = Record({"snapshot": OrNone(SNAPSHOT), "back": Flag()})
 
     def __init__(
@@ -150,6 +153,19 @@ class MagnitudePruning(PruningCallback):
                 )
         return plan
 
+    def check_sharded(self, pl_module: LightningModule) -> None:
+        """Refuse what needs more than parts of the weights; which units there can be, every weight says by its cut."""
+        if self._returns:
+            raise ValueError(
+                f"MagnitudePruning(schedule='iterative', rewind={self.rewind!r}) goes back to a copy of the training "
+                "state, for which files of sharded models have no place. Use rewind='none', or another schedule."
+            )
+        if self.criterion == "wanda":
+            raise ValueError(
+                "MagnitudePruning(criterion='wanda') looks at the inputs of layers, which a sharded model may have in "
+                "parts. Use criterion='magnitude' or 'taylor'."
+            )
+
     def progress(self) -> dict[str, Any]:
         """What to go back to, and whether that is due."""
         return {"snapshot": None if self._snapshot is None else self._snapshot.as_plain(), "back": self._back}
@@ -233,7 +249,7 @@ class MagnitudePruning(PruningCallback):
         if self._boundary is not None and self.criterion == "taylor" and self._due(self.step(trainer)):
             grads = {name: self._targets[name].param.grad for name in self._transforms}
             self._scores = {
-                name: criteria.taylor(self._targets[name].param, grad)
+                name: criteria.taylor(self._sites()[name].weight, local(grad))
                 for name, grad in grads.items()
                 if grad is not None
             }
@@ -243,7 +259,7 @@ class MagnitudePruning(PruningCallback):
         if self._handles:
             self._scores = self._input_scores(trainer)
         scores, self._scores = self._scores, {}
-        finite = all(bool(torch.isfinite(score).all()) for score in scores.values())
+        finite = not any(self._counts({name: ~torch.isfinite(score) for name, score in scores.items()}).values())
         # A missing or infinite score (an unused layer, a step that the gradient scaler will skip): try the next step.
         if scores and finite and scores.keys() == self._transforms.keys():
             self._prune(trainer, pl_module, scores, advance=False)
@@ -293,10 +309,10 @@ class MagnitudePruning(PruningCallback):
         return {glob: share for glob, share in shares.items() if share > self._applied.get(glob, 0.0)}
 
     def _score(self, name: str) -> Tensor:
-        param = self._targets[name].param
+        site = self._sites()[name]
         if self.criterion == "random":
-            return criteria.random(param, self.seed + zlib.crc32(name.encode()))
-        return criteria.magnitude(param)
+            return site.layout.part(criteria.random(site.param, self.seed + zlib.crc32(name.encode())))
+        return criteria.magnitude(site.weight)
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule, scores: Mapping[str, Tensor], advance: bool) -> None:
         if self._waits(trainer):
@@ -312,6 +328,7 @@ class MagnitudePruning(PruningCallback):
                 scope=self.scope,
                 kept={name: target.canonical(kept[name]) for name, target in targets.items()},
                 heads={name: target.heads for name, target in targets.items() if target.heads},
+                layouts={name: self._layout(name) for name in targets} if is_sharded(trainer) else None,
             )
             masks |= {name: target.canonical(chosen[name]) for name, target in targets.items()}
         changed = self._set_masks(trainer, pl_module, masks, advance)

@@ -36,6 +36,8 @@ class RunCost(EfficientCallback):
     """
 
     method = "run_cost"
+    sharded = True
+    changes_weights = False
 
     def __init__(self, enabled: bool = True, every_n_steps: int = 20) -> None:
         super().__init__(enabled)

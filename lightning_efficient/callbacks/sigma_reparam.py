@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.running import as_call
+from lightning_efficient.common.shards import is_cut
 from lightning_efficient.lifecycle.state import Request
 from lightning_efficient.lifecycle.structural import install_before_averaging, rebind_optimizers
 from lightning_efficient.lifecycle.weights import Plan, WeightSpaceCallback
@@ -55,6 +56,7 @@ class SigmaReparam(WeightSpaceCallback):
     """
 
     method = METHOD
+    sharded = True
     transform = SpectralTransform
     resume_may_change = frozenset({"enabled", "init"})
 
@@ -92,6 +94,14 @@ class SigmaReparam(WeightSpaceCallback):
             )
             install_before_averaging(self, trainer, pl_module, request)
 
+    def check_sharded(self, pl_module: LightningModule) -> None:
+        """Removing norms of a sharded model is refused."""
+        if self.remove_norms:
+            raise ValueError(
+                "SigmaReparam(remove_norms=True) replaces modules, which a sharded model has no place for: build it "
+                "without norms, or train unsharded."
+            )
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop removed norms from the optimizers, then put the transforms on."""
         if self.enabled and self.remove_norms:
@@ -119,6 +129,8 @@ class SigmaReparam(WeightSpaceCallback):
             return {}
         if saved := self._saved(pl_module):
             return {name: "matrix" if p.dim() == 2 else "stack" for name, p in loose.items() if name in saved}
+        if any(is_cut(p) for p in pl_module.parameters()):  # a copy of it to run is not to be had
+            return None
         if self._trainer is None:  # asked before any training: `lightning-efficient targets`
             given = getattr(pl_module, "example_input_array", None)
             return None if given is None else find_uses(pl_module, lambda: as_call(given).run(pl_module))

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_efficient.common.shards import is_cut
+
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 
 
@@ -59,9 +61,10 @@ def check_weight(name: str, param: nn.Parameter, method: str) -> str | None:
     """
     if isinstance(param, nn.parameter.UninitializedParameter) or param.is_meta:
         raise ValueError(f"{name!r} has no values yet (lazy or meta). Run one batch through the model, or exclude it.")
-    dense = type(param.data) in (Tensor, nn.Parameter) and param.layout == torch.strided and not param.is_quantized
+    known = type(param.data) in (Tensor, nn.Parameter) or is_cut(param)
+    dense = known and param.layout == torch.strided and not param.is_quantized
     if param.is_complex() or not param.is_floating_point() or not dense:
-        kind = "" if type(param.data) in (Tensor, nn.Parameter) else f", {type(param.data).__name__}"
+        kind = "" if known else f", {type(param.data).__name__}"
         raise ValueError(
             f"{name!r} is {param.dtype}, {param.layout}{kind}; {method} works on real, dense, floating-point weights. "
             f"Exclude it: `exclude=[{name.rpartition('.')[0]!r}]`."

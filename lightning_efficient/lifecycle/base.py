@@ -9,7 +9,6 @@ from typing import Any, ClassVar, NoReturn
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
@@ -21,6 +20,7 @@ from lightning_efficient.lifecycle import recipe
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
 from lightning_efficient.lifecycle.standing import STANDING, Standing
 from lightning_efficient.lifecycle.state import attachment
+from lightning_efficient.lifecycle.strategies import check_strategy, is_sharded
 from lightning_efficient.trainer.tensorboard import write_hparams, write_layout
 
 HPARAM_PREFIX = "efficient/"
@@ -44,6 +44,10 @@ class EfficientCallback(Callback):
     guards: ClassVar[bool] = False
     # Of what `progress` returns: a file is checked against it before anything is loaded.
     progress_schema: ClassVar[Record] = Record({})
+    # Whether it works on shards of parameters (FSDP2, tensor parallel).
+    sharded: ClassVar[bool] = False
+    # Whether it changes weights, or only looks.
+    changes_weights: ClassVar[bool] = True
     _autolog_paused = False
 
     def __init__(
@@ -215,11 +219,20 @@ class EfficientCallback(Callback):
         """Refuse what cannot work before anything has changed; begin anew."""
         if stage == "fit":
             if self.enabled:
-                check_strategy(trainer, type(self).__name__)
                 METHODS.check([cb.method for cb in peers(trainer)])
+                check_strategy(trainer, type(self).__name__, self.sharded, self.changes_weights)
+                if is_sharded(trainer):
+                    self.check_sharded(pl_module)
             self.standing = Standing()
             self._logged_step = -1
             self.restart()
+
+    def check_sharded(self, pl_module: LightningModule) -> None:
+        """Where :attr:`sharded`, refuse arguments and modules that do not work on shards; changes nothing.
+
+        Raises:
+            ValueError: Says what works instead.
+        """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse globs that name nothing; log one record of hyper-parameters for the whole suite."""
@@ -301,22 +314,6 @@ def _two_samples(tensor: Tensor) -> Tensor:
 def peers(trainer: Trainer) -> list[EfficientCallback]:
     """The enabled callbacks of this package in a Trainer, in their listed order."""
     return [cb for cb in trainer.callbacks if isinstance(cb, EfficientCallback) and cb.enabled]  # type: ignore[attr-defined]
-
-
-def check_strategy(trainer: Trainer, who: str) -> None:
-    """Raise unless the strategy keeps whole parameters on every process.
-
-    Raises:
-        ValueError: A sharded or unknown strategy.
-    """
-    strategy = trainer.strategy
-    if isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(strategy, DeepSpeedStrategy):
-        return
-    raise ValueError(
-        f"{who} does not support {type(strategy).__name__}: it needs whole parameters on every process. Use "
-        "Trainer(strategy='auto') on one device, or 'ddp' (also 'ddp_spawn', 'ddp_fork', 'ddp_notebook'); or switch "
-        f"it off with {who}(enabled=False)."
-    )
 
 
 def log_hparams(trainer: Trainer, pl_module: LightningModule, callbacks: list[EfficientCallback]) -> None:

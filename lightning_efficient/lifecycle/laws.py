@@ -34,6 +34,7 @@ from lightning_efficient.common.schema import (
 from lightning_efficient.lifecycle import recipe
 from lightning_efficient.lifecycle.checkpoint import STATES
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
+from lightning_efficient.weightspace.memory import without_memory
 from lightning_efficient.weightspace.scale import tau_at
 
 _WHERE = "temp_scale in the checkpoint's recipe"
@@ -116,7 +117,8 @@ def _check_entry(entry: Entry, laws: Mapping[str, Law], state: Mapping[str, Any]
         check(tau, _TAU, f"{_WHERE}, `tau`")
     if entry.config["per_head"] and (unknown := [name for name, what in layout.items() if what["heads"] is None]):
         raise ValueError(f"{_WHERE}, `heads` of {unknown[0]!r} should be a number, as `per_head` is True; got None.")
-    check(entry.tensors, MapOf(Text(), _STATE), f"{_WHERE}, `tensors`")
+    tensors = {name: without_memory(state) for name, state in entry.tensors.items()}
+    check(tensors, MapOf(Text(), _STATE), f"{_WHERE}, `tensors`")
     _check_knobs(layout, state)
     taus: list[float] = list(tau) if isinstance(tau, (list, tuple)) else [tau] * len(layout)
     driven = _check_weights(entry, taus)

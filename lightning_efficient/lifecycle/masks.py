@@ -14,16 +14,20 @@ from torch import Tensor
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.registry import METHODS
 from lightning_efficient.common.schema import Record, check
+from lightning_efficient.common.shards import is_cut
 from lightning_efficient.lifecycle.base import peers
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
 from lightning_efficient.lifecycle.state import attachment
+from lightning_efficient.lifecycle.strategies import gather_anew, is_sharded
 from lightning_efficient.lifecycle.weights import Plan, WeightSpaceCallback
-from lightning_efficient.metrics.functional import sparsity
+from lightning_efficient.pruning.selection import check_layout
 from lightning_efficient.pruning.targets import PrunableWeight, find_targets
 from lightning_efficient.trainer.averages import averages, prune_copies
 from lightning_efficient.weightspace import Boundary, Site, Transform
+from lightning_efficient.weightspace.layout import Layout
 from lightning_efficient.weightspace.mask import MaskTransform, forget, pack_mask, packed_mask, set_mask, unpack_mask
 from lightning_efficient.weightspace.snapshot import Snapshot, check_snapshot, rewind, take
+from lightning_efficient.weightspace.sums import run, total
 
 # Biases and layers that start at zero make some; no initialization makes this many.
 _ZEROS_TO_NAME = 0.05
@@ -55,7 +59,7 @@ class PruningCallback(WeightSpaceCallback):
     ) -> None:
         super().__init__(enabled, include, exclude)
         self.embeddings, self.keep_zeros = embeddings, keep_zeros
-        self.granularity, self.criterion = "element", "magnitude"
+        self.granularity, self.criterion, self.scope = "element", "magnitude", "global"
         self._targets: dict[str, PrunableWeight] = {}
         self._snapshot: Snapshot | None = None
         self._sparsity = 0.0
@@ -74,6 +78,8 @@ class PruningCallback(WeightSpaceCallback):
         change = Change(method=self.method, skipped=dict(found.skipped))
         plan = Plan(change=change)
         for name, target in found.matched.items():
+            if is_cut(target.param):
+                check_layout(name, self.granularity, self.scope, self._layout(name))
             plan.sites[name] = (target.param, partial(MaskTransform, target.param.shape))
             change.targets[name] = "×".join(map(str, target.param.shape))
         return plan
@@ -82,7 +88,10 @@ class PruningCallback(WeightSpaceCallback):
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Parameter name → bool mask, True where the weight is kept; of the run that goes on, or of the last one."""
+        """Parameter name → bool mask, True where the weight is kept; of the run that goes on, or of the last one.
+
+        Of a weight that is cut over processes: of what is here.
+        """
         return {name: t.mask for name, t in self._mask_transforms().items()}
 
     def carried(self, pl_module: LightningModule) -> Entry | None:
@@ -101,21 +110,41 @@ class PruningCallback(WeightSpaceCallback):
         self, trainer: Trainer, pl_module: LightningModule, masks: Mapping[str, Tensor], advance: bool
     ) -> bool:
         """Put masks on weights, memory of the optimizers and averaged copies alike; whether anything changed."""
-        if trainer.world_size > 1:  # weights are equal on all processes, scores almost surely: one of them decides
+        if trainer.world_size > 1 and not is_sharded(trainer):
+            # Weights are equal on all processes, scores almost surely: one of them decides.
             packed = trainer.strategy.broadcast({name: pack_mask(mask).cpu() for name, mask in masks.items()})
             masks = {name: unpack_mask(packed[name], mask.shape).to(mask.device) for name, mask in masks.items()}
         transforms = self._mask_transforms()
-        changed = {name: mask for name, mask in masks.items() if not torch.equal(mask, transforms[name].mask)}
+        # Of a weight that is cut, perhaps in another part than this.
+        news = self._counts({name: mask != transforms[name].mask for name, mask in masks.items()})
+        changed = {name: mask for name, mask in masks.items() if news[name]}
         for name, mask in changed.items():
             set_mask(self._sites()[name], transforms[name], mask, advance=advance)
         if changed:
             forget(trainer.optimizers, {self._targets[name].param: transforms[name].dropped for name in changed})
             prune_copies(trainer, pl_module, {name: mask.dropped for name, mask in transforms.items()})
+            gather_anew(pl_module)
             self._measure()
         return bool(changed)
 
     def _measure(self) -> None:
-        self._sparsity = float(sparsity(target.param.detach() for target in self._present().values()))
+        zeros = self._counts({name: self._sites()[name].weight == 0 for name in self._present()})
+        self._sparsity = sum(zeros.values()) / max(self._size(), 1)
+
+    def _size(self) -> int:
+        return sum(target.param.numel() for target in self._present().values())
+
+    def _counts(self, where: Mapping[str, Tensor]) -> dict[str, int]:
+        """Name of a weight → how many are true, in all parts of it."""
+        sites = self._sites()
+        found = run(total(sites[name].layout, torch.count_nonzero(mask)) for name, mask in where.items())
+        return {name: int(count) for name, count in zip(where, found, strict=True)}
+
+    def _layout(self, name: str) -> Layout:
+        """How a weight is cut, seen as ``(outputs, inputs, ...)``."""
+        target = self._targets[name]
+        layout = Layout.find(name, target.param)
+        return layout.transposed() if target.transposed else layout
 
     def _present(self) -> dict[str, PrunableWeight]:
         return {name: self._targets[name] for name in self._transforms}
@@ -173,17 +202,18 @@ class PruningCallback(WeightSpaceCallback):
         if fresh:
             self._meet_zeros()
         for name, transform in self._mask_transforms().items():
-            if not transform.fits(self._targets[name].param.detach(), 0.0):  # weights from elsewhere
+            if not run([transform.fits(self._sites()[name].weight, 0.0)])[0]:  # weights from elsewhere
                 set_mask(self._sites()[name], transform, transform.mask)
         self._measure()
 
     def _meet_zeros(self) -> None:
         """Zeros that no mask explains: of a model that was pruned elsewhere, or loaded without its recipe."""
-        zero = {name: target.param.detach() == 0 for name, target in self._present().items()}
-        share = sum(int(where.sum()) for where in zero.values()) / max(sum(w.numel() for w in zero.values()), 1)
+        zero = {name: self._sites()[name].weight == 0 for name in self._present()}
+        counts = self._counts(zero)
+        share = sum(counts.values()) / max(self._size(), 1)
         if self.keep_zeros:
             for name, where in zero.items():
-                if bool(where.any()):
+                if counts[name]:
                     set_mask(self._sites()[name], self._mask_transforms()[name], ~where)
         elif share > _ZEROS_TO_NAME:
             rank_zero_warn(
@@ -203,14 +233,15 @@ class PruningCallback(WeightSpaceCallback):
             return
         self._measure()
         present = self._present()
-        size = sum(target.param.numel() for target in present.values())
+        size = self._size()
         everything = sum(p.numel() for p in pl_module.parameters())
         zeros = round(self._sparsity * size)
         rank_zero_info(
             f"{type(self).__name__}: {zeros} of {size} weights in {len(present)} tensors are zero "
             f"({self._sparsity:.1%}; {zeros / max(everything, 1):.1%} of all parameters). {NO_SPEED}"
         )
-        gone = [name for name, target in present.items() if not bool(target.param.detach().any())]
+        left = self._counts({name: self._sites()[name].weight != 0 for name in present})
+        gone = [name for name, count in left.items() if not count]
         if gone:
             rank_zero_warn(
                 f"{type(self).__name__} pruned {len(gone)} weight(s) altogether ({gone[:3]}), so nothing passes them "

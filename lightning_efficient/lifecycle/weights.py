@@ -22,9 +22,10 @@ from lightning_efficient.lifecycle.base import EfficientCallback, peers
 from lightning_efficient.lifecycle.hooks import hook_files
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
 from lightning_efficient.lifecycle.state import attachment
+from lightning_efficient.lifecycle.strategies import gather_anew, is_sharded
 from lightning_efficient.lifecycle.structural import rebind_all
 from lightning_efficient.surgery.optimizer import add_parameters
-from lightning_efficient.surgery.schedulers import adopt_untrained_groups
+from lightning_efficient.surgery.schedulers import adopt_untrained_groups, take_added_groups
 from lightning_efficient.weightspace import Boundary, Site, Transform
 
 
@@ -57,8 +58,8 @@ class WeightSpaceCallback(EfficientCallback):
         self._chosen: dict[str, tuple[nn.Parameter, Transform]] = {}
         self._transforms: dict[str, Transform] = {}
         self._trained: Callable[[], object] = no_model
-        # A checkpoint that was written without this callback, until its optimizers' states are restored.
-        self._foreign: dict[str, Any] | None = None
+        # The checkpoint of a fit that resumes, until its optimizers' states are restored.
+        self._file: dict[str, Any] | None = None
 
     @abstractmethod
     def plan(self, pl_module: LightningModule) -> Plan:
@@ -86,7 +87,7 @@ class WeightSpaceCallback(EfficientCallback):
 
     def restart(self) -> None:
         """Forget what a fit that failed has left."""
-        self._foreign = None
+        self._file = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, and begin anew."""
@@ -107,10 +108,25 @@ class WeightSpaceCallback(EfficientCallback):
         if not self.enabled:
             return
         rebind_all(trainer, pl_module)  # callbacks that replace modules may be listed after this one
+        if is_sharded(trainer):  # whose files are read later than this
+            return
         self._chosen = self._choose(trainer, pl_module)
         members = _members(trainer)
         if members[-1] is self:
             _start(trainer, pl_module, members)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on the optimizers' steps are ours: to read a sharded file, Lightning has them take one."""
+        members = _members(trainer)
+        if self.enabled and members[0] is self:
+            if is_sharded(trainer):
+                gather_anew(pl_module)  # or what evaluation has gathered stands in place of the parameters
+                for member in members:
+                    member._chosen = member._choose(trainer, pl_module)
+                _start(trainer, pl_module, members)
+            if self._boundary is not None:  # a tuner's loop runs before anything has started
+                self._boundary.attach(trainer.optimizers)
+        super().on_train_start(trainer, pl_module)
 
     def _choose(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, tuple[nn.Parameter, Transform]]:
         """The weights of this run and their transforms; nothing of the model has changed yet."""
@@ -130,7 +146,7 @@ class WeightSpaceCallback(EfficientCallback):
                 del sites[name]
                 skipped[name] = "left alone when the checkpoint was written"
         self.change = plan.change
-        # An optimizer that outlives the fit (LightningCLI makes those) holds the transforms' parameters already.
+        # An optimizer that outlives the fit (LightningCLI makes those) may hold the transforms' parameters already.
         known = self._transforms if self._trained() is pl_module else {}
         return {name: (param, known.get(name) or make()) for name, (param, make) in sites.items()}
 
@@ -148,6 +164,8 @@ class WeightSpaceCallback(EfficientCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log this method's scalars on the Trainer's logging steps."""
+        if self._boundary is not None and _members(trainer)[0] is self:
+            self._boundary.leave()  # of a step that was skipped
         if self._boundary is not None and self.logs_now(trainer, pl_module):
             for name, value in self.quantities(self._transforms).items():
                 pl_module.log(f"{self.prefix}/{name}", value, on_step=True, on_epoch=False)
@@ -167,7 +185,7 @@ class WeightSpaceCallback(EfficientCallback):
     def _begin(self, pl_module: LightningModule, boundary: Boundary) -> None:
         self._boundary, self._trained = boundary, ref(pl_module)
         self._transforms = {name: transform for name, (_, transform) in self._chosen.items()}
-        self._foreign = None
+        self._file = None
         # The transforms own the state now: the copy in the model would be old, and double the memory.
         mine = attachment(pl_module)
         mine.entries = [e for e in mine.entries if (e.method, e.key) != (self.method, self.state_key)]
@@ -176,7 +194,7 @@ class WeightSpaceCallback(EfficientCallback):
         if (entry := self.entry(pl_module)) is not None and self._boundary is not None:
             attachment(pl_module).leave(entry)
             self._boundary.detach()
-        self._boundary, self._chosen, self._foreign = None, {}, None
+        self._boundary, self._chosen, self._file = None, {}, None
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -228,11 +246,17 @@ class WeightSpaceCallback(EfficientCallback):
         if self._boundary is not None:
             for name, state in ({} if mine is None else mine.tensors).items():
                 self._boundary.sites[name].load(self._transforms[name], state)
-        elif mine is None and self.state_key not in checkpoint.get("callbacks", {}):
-            self._foreign = checkpoint
+            return
+        self._file = checkpoint
+        if not self._was_there(pl_module):
             rank_zero_info(
                 f"{type(self).__name__}: the checkpoint was trained without it; its weights are taken as they are."
             )
+
+    def _was_there(self, pl_module: LightningModule) -> bool:
+        """Whether the file of the fit that resumes was written with this callback."""
+        states = {} if self._file is None else self._file.get("callbacks", {})
+        return self.carried(pl_module) is not None or self.state_key in states
 
     def _check_config(self, entry: Entry) -> None:
         now = self.config()
@@ -249,12 +273,7 @@ class WeightSpaceCallback(EfficientCallback):
 
     def _live_tensors(self) -> dict[str, dict[str, Tensor]]:
         assert self._boundary is not None
-        out = {}
-        for name, transform in self._transforms.items():
-            out[name] = transform.state_dict()
-            if (raw := self._boundary.sites[name].raw) is not None:
-                out[name]["raw"] = raw.clone()
-        return out
+        return self._boundary.saved(self._transforms)
 
     def _report(self) -> None:
         if self.change is None:
@@ -270,7 +289,7 @@ class WeightSpaceCallback(EfficientCallback):
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a running fit, so that ``ddp_spawn`` can send the callback to its processes."""
         return self.__dict__ | {
-            "_boundary": None, "_chosen": {}, "_transforms": {}, "_trained": no_model, "_foreign": None,
+            "_boundary": None, "_chosen": {}, "_transforms": {}, "_trained": no_model, "_file": None,
         }  # fmt: skip
 
 
@@ -316,23 +335,9 @@ def _start(trainer: Trainer, pl_module: LightningModule, members: list[WeightSpa
             except ValueError as error:
                 raise (ValueError if state is None else RecipeError)(f"{type(member).__name__}: {error}") from error
     boundary.check(trainer.optimizers)
-    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-    thetas = [boundary.thetas(optimizer) for optimizer in trainer.optimizers]
-    if any(thetas) and any(isinstance(cb, BaseFinetuning) for cb in trainer.callbacks):  # type: ignore[attr-defined]
-        raise ValueError(
-            f"{type(members[0]).__name__} trains parameters that are not the module's, and Lightning's BaseFinetuning "
-            "looks up every parameter of the optimizer by its name in the module. Freeze and unfreeze in hooks of the "
-            "LightningModule instead, or leave the parameters constant (SigmaReparam(learnable_gain=False))."
-        )
-    foreign = members[0]._foreign if all(member._foreign is not None for member in members) else None
-    for index, optimizer in enumerate(trainer.optimizers):
-        known = trained_by(optimizer)
-        new = [(theta, weight) for theta, weight in thetas[index] if id(theta) not in known]
-        add_parameters(optimizer, new, schedulers)
-        if new and foreign is not None:
-            adopt_untrained_groups(foreign, index, optimizer, new, schedulers)
+    _fill_optimizers(trainer, pl_module, members, boundary)
     strangers = boundary.start()
-    boundary.attach(trainer.optimizers)
+    gather_anew(pl_module)
     for member in members:
         member._begin(pl_module, boundary)
     if strangers:
@@ -342,3 +347,29 @@ def _start(trainer: Trainer, pl_module: LightningModule, members: list[WeightSpa
         )
     for member in members:
         member._report()
+
+
+def _fill_optimizers(
+    trainer: Trainer, pl_module: LightningModule, members: list[WeightSpaceCallback], boundary: Boundary
+) -> None:
+    """Give the optimizers the parameters that stay with them, and see to the states that are about to be restored."""
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    transforms = [transform for member in members for _, transform in member._chosen.values()]
+    residents = {id(transform.theta) for transform in transforms if transform.resident}
+    if residents and any(isinstance(cb, BaseFinetuning) for cb in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ValueError(
+            f"{type(members[0]).__name__} trains parameters that are not the module's, and Lightning's BaseFinetuning "
+            "looks up every parameter of the optimizer by its name in the module. Freeze and unfreeze in hooks of the "
+            "LightningModule instead, or leave the parameters constant."
+        )
+    file = members[0]._file
+    foreign = file is not None and not any(member._was_there(pl_module) for member in members)
+    for index, optimizer in enumerate(trainer.optimizers):
+        known = trained_by(optimizer)
+        thetas = boundary.thetas(optimizer)
+        new = [(theta, weight) for theta, weight in thetas if id(theta) in residents and id(theta) not in known]
+        if file is not None and not residents and thetas:
+            boundary.memory |= take_added_groups(file, index, optimizer, thetas, schedulers)
+        add_parameters(optimizer, new, schedulers)
+        if new and file is not None and foreign:
+            adopt_untrained_groups(file, index, optimizer, new, schedulers)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_efficient.attention.owners import head_count
 from lightning_efficient.common.match import canonical_name, modules_by_name, select_modules
+from lightning_efficient.common.shards import whole
 from lightning_efficient.common.weights import check_weight, is_transposed, weight_attributes, weight_layers
 from lightning_efficient.pruning.granularity import Granularity
 
@@ -140,7 +141,7 @@ def _shared(name: str, param: nn.Parameter, users: dict[int, dict[str, nn.Module
 
 def _unranked(name: str, param: nn.Parameter) -> str | None:
     """A reason to leave a weight alone, or an error if its values cannot be ranked."""
-    if (reason := check_weight(name, param, "pruning")) is None and not bool(torch.isfinite(param.detach()).all()):
+    if (reason := check_weight(name, param, "pruning")) is None and not bool(torch.isfinite(whole(param)).all()):
         raise ValueError(f"{name!r} holds NaN or infinite values, which cannot be ranked. Check the checkpoint.")
     return reason
 
@@ -148,7 +149,7 @@ def _unranked(name: str, param: nn.Parameter) -> str | None:
 def _unscorable(modules: dict[str, nn.Module], name: str, layer: str, criterion: str, known: bool) -> str | None:
     """A reason why the criterion has nothing to say about a weight."""
     module, attribute = modules[layer], name[len(layer) :].lstrip(".")
-    if criterion != "random" and not known and not bool(module._parameters[attribute].detach().any()):  # type: ignore[union-attr]
+    if criterion != "random" and not known and not bool(whole(module._parameters[attribute]).any()):  # type: ignore[arg-type]
         return "all zero: nothing to rank"
     if criterion == "wanda":
         if isinstance(module, nn.Embedding):

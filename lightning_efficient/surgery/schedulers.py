@@ -207,3 +207,50 @@ def _grow_group(saved: dict[str, Any], live: dict[str, Any], groups: int, source
                 _grow_group(inner, inner_live, groups, sources)
         elif isinstance(value, list) and isinstance(other, list) and len(other) == groups == len(value) + len(sources):
             saved[key] = [*value, *(deepcopy(value[source]) for source in sources)]
+
+
+def take_added_groups(
+    checkpoint: dict[str, Any],
+    index: int,
+    optimizer: Optimizer,
+    added: Sequence[tuple[nn.Parameter, nn.Parameter]],
+    schedulers: Sequence[Scheduler],
+) -> dict[nn.Parameter, dict[str, Any]]:
+    """Take groups that ``optimizer`` lacks out of a checkpoint, in place: earlier versions left some there.
+
+    Args:
+        checkpoint: A Lightning checkpoint that is about to be restored.
+        index: Position of ``optimizer`` in the Trainer.
+        optimizer: The optimizer, without the parameters.
+        added: (parameter, source weight) pairs, as ``add_parameters`` was given them.
+        schedulers: All schedulers of the Trainer, in order.
+
+    Returns:
+        Parameter → the state that the checkpoint had of it; empty where it has no such groups.
+    """
+    home = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    groups: dict[int, list[nn.Parameter]] = {}
+    for parameter, source in added:
+        groups.setdefault(home[source], []).append(parameter)
+    state, live = checkpoint["optimizer_states"][index], len(optimizer.param_groups)
+    behind = state["param_groups"][live:]
+    if [len(group["params"]) for group in behind] != [len(parameters) for parameters in groups.values()]:
+        return {}
+    places = [place for group in behind for place in group["params"]]
+    parameters = [parameter for group in groups.values() for parameter in group]
+    found = {p: state["state"].pop(i, {}) for i, p in zip(places, parameters, strict=True)}
+    del state["param_groups"][live:]
+    for saved, scheduler in zip(checkpoint.get("lr_schedulers", []), schedulers, strict=False):
+        if scheduler.optimizer is optimizer:
+            _shrink_groups(saved, scheduler.state_dict(), live, live + len(groups))
+    return found
+
+
+def _shrink_groups(saved: dict[str, Any], live: dict[str, Any], groups: int, before: int) -> None:
+    for key, value in saved.items():
+        other = live.get(key)
+        if key == "_schedulers" and isinstance(other, list):
+            for inner, inner_live in zip(value, other, strict=True):
+                _shrink_groups(inner, inner_live, groups, before)
+        elif isinstance(value, list) and isinstance(other, list) and (len(value), len(other)) == (before, groups):
+            saved[key] = value[:groups]

@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_efficient.common.schema import Record, Schema, Such, TensorOf
+from lightning_efficient.common.shards import local
 from lightning_efficient.weightspace import Site, Transform
+from lightning_efficient.weightspace.layout import Layout
+from lightning_efficient.weightspace.sums import Sums, run, summed, total
 
 
 def pack_mask(mask: Tensor) -> Tensor:
@@ -107,12 +110,17 @@ class MaskTransform(Mask):
     def __init__(self, shape: Iterable[int]) -> None:
         # All bits set where a weight is kept: `and` with the bits of a float is ten times faster than `masked_fill_`,
         # and unlike a product it turns an infinite gradient into a zero, not into NaN.
-        self._bits = torch.full(torch.Size(shape), -1, dtype=torch.int32)
+        self._bits = torch.tensor(-1, dtype=torch.int32).expand(torch.Size(shape))
         self._any = False
+
+    def place(self, layout: Layout) -> None:
+        """Mask what is here."""
+        super().place(layout)
+        self._bits = self._bits.new_tensor(-1).expand(layout.local)
 
     @property
     def mask(self) -> Tensor:
-        """True where the weight is kept."""
+        """True where the weight is kept; of what is here."""
         return self._bits != 0
 
     @mask.setter
@@ -141,9 +149,13 @@ class MaskTransform(Mask):
         """Keep everything, zeros included."""
         self.mask = torch.ones_like(weight, dtype=torch.bool)
 
-    def fits(self, weight: Tensor, tolerance: float) -> bool:
+    @summed
+    def fits(self, weight: Tensor, tolerance: float) -> Sums[bool]:
         """Whether everything pruned is zero."""
-        return not self._any or not bool(weight[self.dropped].any())
+        if not self._any and not self.layout.groups:
+            return True
+        strangers = yield from total(self.layout, torch.count_nonzero(weight[self.dropped]))
+        return not strangers
 
     @classmethod
     def state_schema(cls, weight: Tensor) -> Schema:
@@ -154,15 +166,23 @@ class MaskTransform(Mask):
 
         return Such(Record({"mask": packed_mask(weight.shape)}), zero, _ZERO)
 
-    def state_dict(self) -> dict[str, Tensor]:
+    @summed
+    def state_dict(self) -> Sums[dict[str, Tensor]]:
         """``mask``, packed eight entries a byte."""
-        return {"mask": pack_mask(self.mask)}
+        mask = self.mask
+        if self.layout.groups:  # every process puts its part into zeros, and these are added up
+            whole = torch.zeros(self.layout.shape, dtype=torch.uint8, device=mask.device)
+            self.layout.part(whole).copy_(mask)
+            (whole,) = yield self.layout.everyone, [whole]
+            mask = whole.bool()
+        return {"mask": pack_mask(mask)}
 
     def load_state_dict(self, state: Mapping[str, Tensor], weight: Tensor) -> None:
         """Take over a mask."""
         if set(state) != {"mask"}:
             raise ValueError(f"the state of a mask holds 'mask'; got {sorted(state)}.")
-        self.mask = unpack_mask(state["mask"].to(weight.device), weight.shape)
+        shape = self.layout.shape or weight.shape
+        self.mask = self.layout.part(unpack_mask(state["mask"].to(weight.device), shape))
 
 
 @contextmanager
@@ -170,13 +190,13 @@ def _changed(site: Site, transform: Mask, advance: bool) -> Iterator[None]:
     """A mask that changes inside; then ``W``, ``Ŵ`` and the gradient have its zeros."""
     window = site.pulled  # the parameter holds W already, and will be pushed after the step
     if not window:
-        site.pull(None)
+        run([site.pull(None)])
     yield
-    transform.write(site.param.data)
+    transform.write(site.weight)
     if site.param.grad is not None:
-        transform.write(site.param.grad)
+        transform.write(local(site.param.grad))
     if not window:
-        site.push(advance=False, follow=advance)
+        run([site.push(advance=False, follow=advance)])
 
 
 @torch.no_grad()
@@ -184,9 +204,9 @@ def set_mask(site: Site, transform: MaskTransform, mask: Tensor, *, advance: boo
     """Put a new mask on a weight, now: ``W`` and ``Ŵ`` become zero where it is False.
 
     Args:
-        site: The weight.
+        site: The weight; if it is cut, all processes that hold a part have to come here.
         transform: Its mask.
-        mask: True where the weight is kept; may also bring weights back, as zeros.
+        mask: True where the weight is kept, of what is here; may also bring weights back, as zeros.
         advance: Let the other transforms of the weight follow (a power iteration on what is left). For changes outside
             the optimizer's step; inside, the step itself does.
     """
@@ -199,13 +219,13 @@ def forget(optimizers: Iterable[Optimizer], dropped: Mapping[nn.Parameter, Tenso
 
     Args:
         optimizers: They hold the parameters.
-        dropped: Parameter → True where it is pruned.
+        dropped: Parameter → True where it is pruned, of what is here.
     """
     for optimizer in optimizers:
         for param, where in dropped.items():
             for value in optimizer.state.get(param, {}).values():
                 if isinstance(value, Tensor) and value.shape == param.shape:
-                    value.masked_fill_(where, 0)
+                    local(value).masked_fill_(where, 0)
 
 
 class UnitMask(Mask):

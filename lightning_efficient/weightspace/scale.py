@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from lightning_efficient.common.schedule import transition
 from lightning_efficient.common.schema import Record, Schema, TensorOf
-from lightning_efficient.weightspace.transform import Block, Transform, compute_dtype
+from lightning_efficient.weightspace.block import Block
+from lightning_efficient.weightspace.layout import Layout
+from lightning_efficient.weightspace.sums import Sums, summed
+from lightning_efficient.weightspace.transform import Transform, compute_dtype
 
 # exp(±20): beyond that a temperature is 0 or infinite for any attention, and dividing it out again would lose bits.
 _LARGEST_LOG = 20.0
@@ -121,7 +124,7 @@ class ScaleTransform(Transform):
 
     def __init__(self, temperature: Temperature, blocks: Sequence[Block], heads: Sequence[int] | None = None) -> None:
         self.temperature = temperature
-        self.blocks = tuple(blocks)
+        self.blocks = self._here = tuple(blocks)
         self.heads = (0,) * len(self.blocks) if heads is None else tuple(heads)
         count = len(temperature.log_tau)
         if len(self.heads) != len(self.blocks) or not all(0 <= head < count for head in self.heads):
@@ -130,6 +133,16 @@ class ScaleTransform(Transform):
             )
         self.step = 0
         self._factors = torch.ones(count)
+
+    def place(self, layout: Layout) -> None:
+        """Work on the parts of the blocks that are here."""
+        super().place(layout)
+        self._here = tuple(layout.block(block) for block in self.blocks)
+
+    @property
+    def resident(self) -> bool:
+        """Where a forward reads the temperature itself."""
+        return not self.blocks
 
     @property
     def theta(self) -> nn.Parameter | None:
@@ -141,17 +154,19 @@ class ScaleTransform(Transform):
         self.temperature.follow(weight)
         self.temperature.at(self.step)
 
-    def pull(self, weight: Tensor, grad: Tensor | None) -> None:
+    @summed
+    def pull(self, weight: Tensor, grad: Tensor | None) -> Sums[None]:
         """Multiply by the temperature of the last :meth:`push`; add to ``log_tau.grad``."""
         if grad is not None:
             share = torch.zeros_like(self._factors)
-            for block, head in zip(self.blocks, self.heads, strict=True):
+            for block, head in zip(self._here, self.heads, strict=True):
                 g = block.of(grad)
                 share[head] -= (g * block.of(weight)).sum()
                 g.mul_(self._factors[head])
             if self.theta is not None and self.blocks:
+                (share,) = yield self.layout.everyone, [share]
                 self.temperature.add_gradient(self, share)
-        for block, head in zip(self.blocks, self.heads, strict=True):
+        for block, head in zip(self._here, self.heads, strict=True):
             block.of(weight).div_(self._factors[head])
 
     def advance(self, weight: Tensor) -> None:
@@ -163,7 +178,7 @@ class ScaleTransform(Transform):
         """Divide by the temperature as it is now."""
         # Kept, as another parameter's transform may move the temperature on before this one's is pulled.
         self._factors = 1 / self.temperature.tau.to(weight)
-        for block, head in zip(self.blocks, self.heads, strict=True):
+        for block, head in zip(self._here, self.heads, strict=True):
             block.of(weight).mul_(self._factors[head])
 
     def fits(self, weight: Tensor, tolerance: float) -> bool:

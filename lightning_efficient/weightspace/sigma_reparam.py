@@ -27,11 +27,12 @@ from lightning_efficient.common.match import (
     select_modules,
 )
 from lightning_efficient.common.running import Inputs, as_call, evaluating
+from lightning_efficient.common.shards import whole
 from lightning_efficient.common.weights import check_weight, is_transposed, trained_by, weight_attributes, weight_layers
 from lightning_efficient.surgery.optimizer import add_parameters
 from lightning_efficient.surgery.schedulers import Scheduler
 from lightning_efficient.weightspace import Block, Boundary, SpectralTransform
-from lightning_efficient.weightspace.transform import as_matrices
+from lightning_efficient.weightspace.block import as_matrices
 from lightning_efficient.weightspace.used import Use, low_rank, matrices_used
 
 METHOD = "sigma_reparam"
@@ -293,7 +294,7 @@ def _weights(
 
 def _vanishes(name: str, param: nn.Parameter, blocks: Sequence[Block]) -> str | None:
     """A reason to leave alone what cannot be divided by its norm, or an error if it has none."""
-    matrices = [matrix for block in blocks for matrix in as_matrices(block, param.detach())]
+    matrices = [matrix for block in blocks for matrix in as_matrices(block, whole(param))]
     largest = [torch.linalg.vector_norm(matrix, ord=float("inf")) for matrix in matrices]
     magnitudes: list[float] = torch.stack(largest).tolist()
     if not all(value <= _LARGEST for value in magnitudes):  # false for NaN

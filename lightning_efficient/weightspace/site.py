@@ -7,7 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_efficient.common.schema import TensorOf, check
+from lightning_efficient.common.schema import MapOf, TensorOf, Text, check
+from lightning_efficient.common.shards import local
+from lightning_efficient.weightspace.layout import Layout
+from lightning_efficient.weightspace.memory import Memory, pack, unpack, without_memory
+from lightning_efficient.weightspace.sums import Sums, steps, summed
 from lightning_efficient.weightspace.transform import Transform, compute_dtype
 
 
@@ -26,8 +30,9 @@ def check_state(
     Raises:
         ValueError: ``error``, with the field and what was expected.
     """
-    own = {name: tensor for name, tensor in state.items() if name != "raw"}
+    own = {name: tensor for name, tensor in without_memory(state).items() if name != "raw"}
     check(own, transform.state_schema(weight), where, error)
+    check(dict(state), MapOf(Text(), TensorOf(finite=True)), where, error)
     if "raw" in state:
         check(state["raw"], TensorOf("floating", shape=tuple(weight.shape)), f"{where}, 'raw',", error)
 
@@ -38,15 +43,23 @@ class Site:
     Args:
         name: Name of the parameter in the model.
         param: The parameter; it keeps its identity for good.
+        memory: What optimizers remember of the transforms' own parameters while these are not with them.
     """
 
-    def __init__(self, name: str, param: nn.Parameter) -> None:
+    def __init__(self, name: str, param: nn.Parameter, memory: Memory | None = None) -> None:
         self.name = name
         self.param = param
+        self.layout = Layout.find(name, param)
+        self.memory: Memory = {} if memory is None else memory
         self.chain: list[Transform] = []
         self.raw: Tensor | None = None
         self.pulled = False
         self._fresh: list[Transform] = []
+
+    @property
+    def weight(self) -> Tensor:
+        """What is here of the parameter, to be written to."""
+        return local(self.param)
 
     @property
     def narrow(self) -> bool:
@@ -59,25 +72,46 @@ class Site:
         return self.narrow or not all(t.invertible for t in self.chain)
 
     def add(self, transform: Transform) -> None:
-        """Give a transform its place in the chain; it does nothing before :meth:`start`."""
+        """Give a transform its place in the chain; it does nothing before :meth:`start`.
+
+        Raises:
+            ValueError: It cannot work on a parameter that is cut like this one.
+        """
+        transform.place(self.layout)
+        if self.layout.groups and (self.narrow or not transform.invertible):
+            raise ValueError(
+                f"{self.name!r} is {self.param.dtype} and cut over processes, and a second copy of it, which the "
+                f"{transform.kind!r} transform would need, has no place in sharded checkpoints. Keep it in float32 "
+                "(`MixedPrecisionPolicy` computes in half precision), or `exclude` it."
+            )
         self.chain = sorted([*self.chain, transform], key=lambda t: t.order)
         self._fresh.append(transform)
 
     def load(self, transform: Transform, state: Mapping[str, Tensor]) -> None:
-        """Give a transform of the chain a saved state, ``"raw"`` among it if ``W`` was kept: the parameter is ``Ŵ``."""
-        own = dict(state)
+        """Give a transform of the chain a saved state, as :meth:`saved` returns it: the parameter is ``Ŵ``."""
+        own = without_memory(state)
         raw = own.pop("raw", None)
         try:
             if raw is not None and raw.shape != self.param.shape:
                 raise ValueError(f"raw weights of shape {tuple(raw.shape)} for {tuple(self.param.shape)}.")
-            transform.load_state_dict(own, self.param.detach())
+            transform.load_state_dict(own, self.weight)
         except ValueError as error:
             raise ValueError(f"the saved state of {self.name!r} does not fit: {error}") from error
+        if transform.theta is not None:
+            self.memory[transform.theta] = unpack(state, transform.theta, self.layout)
         self._fresh = [t for t in self._fresh if t is not transform]
         if raw is not None:
             self.raw = raw.to(self.param, copy=True)
 
-    def start(self) -> bool:
+    @summed
+    def saved(self, transform: Transform) -> Sums[dict[str, Tensor]]:
+        """A transform's state, what optimizers remember of its parameter, and ``"raw"`` where ``W`` is kept beside."""
+        state: dict[str, Tensor] = dict((yield from steps(transform.state_dict())))
+        state |= pack(self.memory.get(transform.theta, {})) if transform.theta is not None else {}
+        return state if self.raw is None else state | {"raw": self.raw.clone()}
+
+    @summed
+    def start(self) -> Sums[bool]:
         """Choose the state of every transform without one, on its input; the parameter becomes ``Ŵ``.
 
         Returns:
@@ -89,13 +123,14 @@ class Site:
         # The weights are the output of the saved transforms alone: judge those by themselves, go back to W through
         # them, and only then forward through the whole chain, in which new ones may stand in the middle.
         self.chain = [t for t in chain if t not in fresh]
-        if not (fitted := self._fits()):
-            self._rebase()
+        fitted: bool = yield from steps(self._fits())
+        if not fitted:
+            yield from steps(self._rebase())
         if not fresh:
             return fitted
-        self.pull(None)
+        yield from steps(self.pull(None))
         self.chain = chain
-        work = self._work(self.param.data)
+        work = self._work(self.weight)
         for transform in chain:
             if transform in fresh:
                 transform.start(work)
@@ -103,35 +138,38 @@ class Site:
         self._settle(work)
         return fitted
 
-    def pull(self, grad: Tensor | None) -> None:
-        """``Ŵ → W`` in place, and ``∂L/∂Ŵ → ∂L/∂W``."""
-        weight = self._work(self.param.data)
-        self._pull(weight, grad)
+    @summed
+    def pull(self, grad: Tensor | None) -> Sums[None]:
+        """``Ŵ → W`` in place, and ``∂L/∂Ŵ → ∂L/∂W``; of a parameter that is cut, ``grad`` is what is here."""
+        weight = self._work(self.weight)
+        yield from self._pull(weight, grad)
         if self.raw is not None:  # to the bit: W divided out of a few bits, or of zeros, would be another one
             self.param.data.copy_(self.raw)
         elif self.keeps_raw:  # the work was done on a copy
-            self.param.data.copy_(weight)
+            self.weight.copy_(weight)
         self.pulled = True
 
-    def pull_gradient(self, grad: Tensor) -> None:
+    @summed
+    def pull_gradient(self, grad: Tensor) -> Sums[None]:
         """``∂L/∂Ŵ → ∂L/∂W``, without rounding a single bit of the parameter."""
-        self._pull(self.param.data.to(compute_dtype(self.param.dtype), copy=True), grad)
+        yield from self._pull(self.weight.to(compute_dtype(self.param.dtype), copy=True), grad)
 
-    def _pull(self, weight: Tensor, grad: Tensor | None) -> None:
+    def _pull(self, weight: Tensor, grad: Tensor | None) -> Sums[None]:
         gradient = None if grad is None else self._work(grad)
         for transform in reversed(self.chain):
-            transform.pull(weight, gradient)
+            yield from steps(transform.pull(weight, gradient))
         if grad is not None and gradient is not None and gradient is not grad:
             grad.copy_(gradient)
 
-    def push(self, advance: bool, follow: bool = False) -> None:
+    @summed
+    def push(self, advance: bool, follow: bool = False) -> Sums[None]:
         """``W → Ŵ`` in place, after advancing every transform's state, or having it follow a changed ``W``."""
-        work = self._work(self.param.data)
+        work = self._work(self.weight)
         for transform in self.chain:
             if advance:
-                transform.advance(work)
+                yield from steps(transform.advance(work))
             elif follow:
-                transform.follow(work)
+                yield from steps(transform.follow(work))
             transform.push(work)
         self._settle(work)
 
@@ -152,10 +190,11 @@ class Site:
         # Above what another device or fewer bits in a file round; weights of another run or an average are off by more.
         return max(1e-3, 8 * torch.finfo(self.param.dtype).eps)
 
-    def _fits(self) -> bool:
+    @summed
+    def _fits(self) -> Sums[bool]:
         """Whether the present weights can have come from the present state of the chain."""
         dtype = compute_dtype(self.param.dtype)
-        work = self.param.detach().to(dtype, copy=True)
+        work = self.weight.to(dtype, copy=True)
         if self.raw is not None:
             made = self.raw.to(dtype, copy=True)
             for transform in self.chain:
@@ -165,16 +204,17 @@ class Site:
             made = made.to(self.param.dtype).to(dtype)
             return torch.allclose(made, work, rtol=2 * info.eps, atol=2 * info.eps * info.smallest_normal)
         for transform in reversed(self.chain):  # from the outside in: each judges what it has put out itself
-            if not transform.fits(work, self._tolerance):
+            if not (yield from steps(transform.fits(work, self._tolerance))):
                 return False
-            transform.pull(work, None)
+            yield from steps(transform.pull(work, None))
         return True
 
-    def _rebase(self) -> None:
+    @summed
+    def _rebase(self) -> Sums[None]:
         """Take the present weights for the network's, whatever the state was; the function stays as it is."""
-        work = self.param.detach().to(compute_dtype(self.param.dtype), copy=True)
+        work = self.weight.to(compute_dtype(self.param.dtype), copy=True)
         for transform in reversed(self.chain):
             transform.rebase(work)
-            transform.pull(work, None)
+            yield from steps(transform.pull(work, None))
         if self.keeps_raw:
             self.raw = work.to(self.param.dtype)

@@ -36,6 +36,8 @@ from lightning_efficient.common.schema import (
 )
 from lightning_efficient.weightspace import Site
 from lightning_efficient.weightspace.mask import MaskTransform, forget, set_mask
+from lightning_efficient.weightspace.memory import without_memory
+from lightning_efficient.weightspace.sums import run
 
 _State = TypeVar("_State")
 _TENSORS = MapOf(Text(), TensorOf())
@@ -94,7 +96,9 @@ def take(
     """
     transforms: dict[str, dict[str, dict[str, Tensor]]] = {}
     for name, site in sites.items():
-        transforms[name] = {t.kind: t.state_dict() for t in site.chain if masks or not isinstance(t, MaskTransform)}
+        kept = [t for t in site.chain if masks or not isinstance(t, MaskTransform)]
+        found = {t.kind: run([site.saved(t)])[0] for t in kept}
+        transforms[name] = {kind: {k: v for k, v in state.items() if k != "raw"} for kind, state in found.items()}
         if site.raw is not None:
             transforms[name]["raw"] = {"raw": site.raw}
     states = ([part.state_dict() for part in parts] for parts in (optimizers, schedulers))
@@ -171,7 +175,7 @@ def rewind(
     for site in sites.values():
         for transform in site.chain:
             if isinstance(transform, MaskTransform):
-                if weights and not transform.fits(site.param.detach(), 0.0):
+                if weights and not run([transform.fits(site.weight, 0.0)])[0]:
                     set_mask(site, transform, transform.mask, advance=True)
                 dropped[site.param] = transform.dropped
     forget(optimizers, dropped)
@@ -233,10 +237,11 @@ def _check_site(
     chain = {t.kind: t for t in site.chain if not isinstance(t, MaskTransform) or t.kind in saved}
     fields = {kind: transform.state_schema(weight) for kind, transform in chain.items()}
     raw = {} if site.raw is None else {"raw": Record({"raw": _like(site.raw)})}
-    check(saved, Part(fields | raw), where, error)
+    own = {kind: without_memory(state) for kind, state in saved.items()}
+    check(own, Part(fields | raw), where, error)
     for kind, transform in chain.items():
         try:
-            deepcopy(transform).load_state_dict(saved[kind], weight)
+            deepcopy(transform).load_state_dict(own[kind], weight)
         except ValueError as misfit:
             raise error(f"{where}: {misfit}") from misfit
 
@@ -317,7 +322,7 @@ def _restore_site(site: Site, saved: Mapping[str, Mapping[str, Tensor]]) -> None
     """Transforms of a snapshot, for a parameter that holds the snapshot's ``Ŵ`` already."""
     for transform in site.chain:
         if transform.kind in saved:
-            transform.load_state_dict(saved[transform.kind], site.param.detach())
+            site.load(transform, saved[transform.kind])
     if site.raw is not None and "raw" in saved:
         site.raw.copy_(saved["raw"]["raw"])
 

@@ -6,13 +6,18 @@ with ``c = γ / σ`` and ``a = ⟨∂L/∂Ŵ, W⟩ / σ`` the chain rule gives `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_efficient.common.schema import MapOf, Schema, Such, TensorOf, Text
-from lightning_efficient.weightspace.transform import Block, Transform, as_matrices, as_matrix, compute_dtype
+from lightning_efficient.weightspace.block import Block, as_matrices
+from lightning_efficient.weightspace.layout import Groups, Layout
+from lightning_efficient.weightspace.sums import Sums, summed
+from lightning_efficient.weightspace.transform import Transform, compute_dtype
 
 # Up to this many rows or columns the eigenvectors of the Gram matrix are cheaper than Lanczos steps.
 _EXACT_UP_TO = 256
@@ -115,7 +120,7 @@ class SpectralTransform(Transform):
         learnable: bool = True,
         monitor: bool = False,
     ) -> None:
-        self.blocks = tuple(blocks)
+        self.blocks = self._here = tuple(blocks)
         self.init = init
         self.monitor = monitor
         self.stack = any(block.stack for block in self.blocks)
@@ -128,21 +133,52 @@ class SpectralTransform(Transform):
         self.right: list[Tensor] = []
         self._scale = torch.ones(count)
 
+    def place(self, layout: Layout) -> None:
+        """Work on the parts of the matrices that are here.
+
+        Raises:
+            ValueError: The parameter is cut inside a convolution's kernel, or is a stack of matrices that is cut.
+        """
+        super().place(layout)
+        if layout.groups and (self.stack or max(layout.groups) > 1):
+            what = "a stack of matrices" if self.stack else "cut along an axis of its kernel"
+            raise ValueError(f"a parameter of shape {layout.shape} is {what}, and cut over processes: exclude it.")
+        self._here = tuple(layout.block(block) for block in self.blocks)
+
     @property
     def theta(self) -> nn.Parameter | None:
         """The gains ``γ``, one a matrix, or None when they are not trained."""
         return self.gain if self.gain.requires_grad else None
 
     def start(self, weight: Tensor) -> None:
-        """Accurate singular vectors of every block, and the first gain."""
-        triplets = [leading_singular_triplet(matrix) for matrix in self._matrices(weight)]
-        self.left = [u for u, _, _ in triplets]
-        self.right = [v for _, _, v in triplets]
+        """Accurate singular vectors of every block, and the first gain, from the whole matrix."""
+        whole = self.layout.gather(weight)
+        triplets = [leading_singular_triplet(m) for block in self.blocks for m in as_matrices(block, whole)]
+        self.left = [self._part(i, u, 0).clone() for i, (u, _, _) in enumerate(triplets)]
+        self.right = [self._part(i, v, 1).clone() for i, (_, _, v) in enumerate(triplets)]
         self.sigma = torch.stack([sigma for _, sigma, _ in triplets])
         self.gain.data = self.sigma.clone() if self.init == "preserve" else torch.ones_like(self.sigma)
         self._rescale()
 
-    def pull(self, weight: Tensor, grad: Tensor | None) -> None:
+    def _part(self, i: int, vector: Tensor, axis: int) -> Tensor:
+        """What is here of a vector over the rows (0) or columns (1) of matrix ``i``, a view."""
+        if not self.layout.groups:
+            return vector
+        start, length = self.layout.within(self.blocks[i], axis)
+        rest = math.prod(self.layout.shape[2:]) if axis else 1
+        return vector.narrow(0, start * rest if length else 0, length * rest)
+
+    @property
+    def _rows(self) -> Groups:
+        """The processes that share out the rows."""
+        return self.layout.groups.get(0, ())
+
+    @property
+    def _columns(self) -> Groups:
+        return self.layout.groups.get(1, ())
+
+    @summed
+    def pull(self, weight: Tensor, grad: Tensor | None) -> Sums[None]:
         """Divide by ``c``; project the gradient; leave ``∂L/∂γ`` in ``gain.grad``."""
         if self.monitor:
             return
@@ -150,17 +186,18 @@ class SpectralTransform(Transform):
             self._pull_stack(weight, grad)
             return
         if grad is not None:
-            rates = []
-            for block, c, sigma, u, v in zip(self.blocks, self._scale, self.sigma, self.left, self.right, strict=True):
-                g, w = block.of(grad), block.of(weight)
-                a = torch.dot(g.reshape(-1), w.reshape(-1)) / (c * sigma)
-                column = (a * u).view(-1, *[1] * (g.ndim - 1))
-                # Not `addr`: its scalars would have to leave the device.
-                g.addcmul_(column, v.view(1, *g.shape[1:]), value=-1).mul_(c)
-                rates.append(a)
+            dots = [torch.dot(block.of(grad).reshape(-1), block.of(weight).reshape(-1)) for block in self._here]
+            (products,) = yield self.layout.everyone, [torch.stack(dots)]
+            rates = products / (self._scale * self.sigma)
+            for block, c, a, u, v in zip(self._here, self._scale, rates, self.left, self.right, strict=True):
+                g = block.of(grad)
+                if g.numel():
+                    column = (a * u).view(-1, *[1] * (g.ndim - 1))
+                    # Not `addr`: its scalars would have to leave the device.
+                    g.addcmul_(column, v.view(1, *g.shape[1:]), value=-1).mul_(c)
             if self.theta is not None:
-                self.theta.grad = torch.stack(rates)
-        for block, c in zip(self.blocks, self._scale, strict=True):
+                self.theta.grad = rates
+        for block, c in zip(self._here, self._scale, strict=True):
             block.of(weight).div_(c)
 
     def _pull_stack(self, weight: Tensor, grad: Tensor | None) -> None:
@@ -174,22 +211,51 @@ class SpectralTransform(Transform):
         weight.div_(c)
 
     def _matrices(self, weight: Tensor) -> list[Tensor]:
-        return [matrix for block in self.blocks for matrix in as_matrices(block, weight)]
+        return [matrix for block in self._here for matrix in as_matrices(block, weight)]
 
-    def advance(self, weight: Tensor) -> None:
+    @summed
+    def advance(self, weight: Tensor) -> Sums[None]:
         """One power iteration on the new weights."""
         if self.stack:
             u, self.sigma, v = _power_steps(weight, torch.stack(self.right))
             self.left, self.right = list(u), list(v)
-            self._rescale()
-            return
-        for i, block in enumerate(self.blocks):
-            self.left[i], self.sigma[i], self.right[i] = _power_step(as_matrix(block.of(weight)), self.right[i])
+        else:
+            yield from self._power_step(self._matrices(weight))
         self._rescale()
 
-    def follow(self, weight: Tensor) -> None:
+    def _power_step(self, matrices: list[Tensor]) -> Sums[None]:
+        """``u = W v / |W v|`` and ``v' = Wᵀ u / |Wᵀ u|``; then ``uᵀ W v' = |Wᵀ u|`` costs nothing.
+
+        Of parts of ``W``, ``W v`` is a sum over those of the columns, and ``Wᵀ u`` one over those of the rows, which
+        brings ``|W v|`` along.
+        """
+        tiny = torch.finfo(self.sigma.dtype).tiny
+        lefts = [torch.mv(matrix, v) for matrix, v in zip(matrices, self.right, strict=True)]
+        if self._columns:
+            lefts = yield self._columns, lefts
+        if not self._rows:
+            self.left = [_normalize(left)[0] for left in lefts]
+            rights = [torch.mv(matrix.t(), u) for matrix, u in zip(matrices, self.left, strict=True)]
+        else:
+            # The last norm makes them about 1 long, so that nothing over- or underflows.
+            lefts = [left / sigma for left, sigma in zip(lefts, self.sigma.clamp_min(tiny), strict=True)]
+            rights = [torch.mv(matrix.t(), left) for matrix, left in zip(matrices, lefts, strict=True)]
+            squares = torch.stack([left.dot(left) for left in lefts])
+            *rights, squares = yield self._rows, [*rights, squares]
+            lengths = squares.sqrt().clamp_min(tiny)
+            self.left = [left / length for left, length in zip(lefts, lengths, strict=True)]
+            rights = [right / length for right, length in zip(rights, lengths, strict=True)]
+        if self._columns:
+            (squares,) = yield self._columns, [torch.stack([right.dot(right) for right in rights])]
+            self.sigma = squares.sqrt()
+            self.right = [right / norm for right, norm in zip(rights, self.sigma.clamp_min(tiny), strict=True)]
+        else:
+            pairs = [_normalize(right) for right in rights]
+            self.right, self.sigma = [v for v, _ in pairs], torch.stack([norm for _, norm in pairs])
+
+    def follow(self, weight: Tensor) -> Any:
         """One power iteration on what is left."""
-        self.advance(weight)
+        return self.advance(weight)
 
     def push(self, weight: Tensor) -> None:
         """Multiply by ``c = γ / σ``."""
@@ -199,21 +265,18 @@ class SpectralTransform(Transform):
         if self.stack:
             weight.mul_(self._scale.view(-1, 1, 1))
             return
-        for block, c in zip(self.blocks, self._scale, strict=True):
+        for block, c in zip(self._here, self._scale, strict=True):
             block.of(weight).mul_(c)
 
-    def fits(self, weight: Tensor, tolerance: float) -> bool:
+    @summed
+    def fits(self, weight: Tensor, tolerance: float) -> Sums[bool]:
         """``uᵀ Ŵ v`` is ``γ`` by construction; weights from elsewhere miss it, as those of no norm do."""
         if self.monitor:
             return True
         if not bool((self.sigma > 0).all()):
             return False
-        found = torch.stack(
-            [
-                torch.dot(u, torch.mv(matrix, v))
-                for matrix, u, v in zip(self._matrices(weight), self.left, self.right, strict=True)
-            ]
-        )
+        parts = zip(self._matrices(weight), self.left, self.right, strict=True)
+        (found,) = yield self.layout.everyone, [torch.stack([torch.dot(u, torch.mv(m, v)) for m, u, v in parts])]
         return bool(torch.allclose(found, self.gain.detach(), rtol=tolerance, atol=1e-6))
 
     def rebase(self, weight: Tensor) -> None:
@@ -227,29 +290,54 @@ class SpectralTransform(Transform):
         vectors = MapOf(Text(), TensorOf("floating", ndim=1, finite=True))
         return Such(vectors, lambda state: bool((state.get("sigma", torch.ones(1)) >= 0).all()), "no 'sigma' below 0")
 
-    def state_dict(self) -> dict[str, Tensor]:
+    @summed
+    def state_dict(self) -> Sums[dict[str, Tensor]]:
         """``gain`` and ``sigma`` of shape ``(matrices,)``, and ``left.i``/``right.i`` of each matrix."""
         state = {"gain": self.gain.detach().clone(), "sigma": self.sigma.clone()}
-        for i, (u, v) in enumerate(zip(self.left, self.right, strict=True)):
-            state |= {f"left.{i}": u.clone(), f"right.{i}": v.clone()}
+        lefts, rights = [u.clone() for u in self.left], [v.clone() for v in self.right]
+        # Every process puts its part into zeros, and these are added up.
+        if self._rows:
+            lefts = yield self._rows, [self._whole(i, u, 0) for i, u in enumerate(lefts)]
+        if self._columns:
+            rights = yield self._columns, [self._whole(i, v, 1) for i, v in enumerate(rights)]
+        for i, (u, v) in enumerate(zip(lefts, rights, strict=True)):
+            state |= {f"left.{i}": u, f"right.{i}": v}
         return state
+
+    def _whole(self, i: int, part: Tensor, axis: int) -> Tensor:
+        whole = part.new_zeros(self._lengths()[i][axis])
+        self._part(i, whole, axis).copy_(part)
+        return whole
+
+    def _lengths(self) -> list[tuple[int, int]]:
+        """Rows and columns of every matrix, wherever its parts are."""
+        found = []
+        for block in self.blocks:
+            sizes = [block.length if axis == block.dim else size for axis, size in enumerate(self.layout.shape)]
+            if block.stack:
+                found += [(sizes[1], sizes[2])] * sizes[0]
+            else:
+                found.append((sizes[0], math.prod(sizes[1:])))
+        return found
 
     def load_state_dict(self, state: Mapping[str, Tensor], weight: Tensor) -> None:
         """Take over gains, norms and vectors; the matrices must be of the same number and shapes."""
-        matrices = self._matrices(weight)
-        expected = {"gain": (len(matrices),), "sigma": (len(matrices),)}
-        for i, matrix in enumerate(matrices):
-            expected |= {f"left.{i}": (matrix.shape[0],), f"right.{i}": (matrix[0].numel(),)}
+        if not self.layout.shape:
+            self.place(Layout.find("a weight", weight))
+        lengths = self._lengths()
+        expected: dict[str, tuple[int, ...]] = {"gain": (len(lengths),), "sigma": (len(lengths),)}
+        for i, (rows, columns) in enumerate(lengths):
+            expected |= {f"left.{i}": (rows,), f"right.{i}": (columns,)}
         found = {name: tuple(tensor.shape) for name, tensor in state.items()}
         if found != expected:
             raise ValueError(
-                f"a spectral state of {len(matrices)} block(s) holds {expected}; got {found}. "
+                f"a spectral state of {len(lengths)} block(s) holds {expected}; got {found}. "
                 "Was `qkv` or the model changed since it was saved?"
             )
         own = {k: v.to(weight.device, compute_dtype(weight.dtype), copy=True) for k, v in state.items()}
         self.gain.data, self.sigma = own["gain"], own["sigma"]
-        self.left = [own[f"left.{i}"] for i in range(len(matrices))]
-        self.right = [own[f"right.{i}"] for i in range(len(matrices))]
+        self.left = [self._part(i, own[f"left.{i}"], 0) for i in range(len(lengths))]
+        self.right = [self._part(i, own[f"right.{i}"], 1) for i in range(len(lengths))]
         self._rescale()
 
     def _rescale(self) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_efficient.common.schema import MapOf, Schema, TensorOf, Text
+from lightning_efficient.weightspace.layout import Layout
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -18,43 +18,15 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@dataclass(frozen=True)
-class Block:
-    """A matrix inside a parameter: ``length`` slices along ``dim`` from ``start``, the other axes flattened.
-
-    A fused query-key-value projection holds three of them; a convolution kernel ``(out, in/groups, k, ...)`` is the
-    matrix ``(out, in/groups · k · ...)``. With ``stack`` it is the ``length`` matrices of a parameter
-    ``(length, m, n)`` that is nothing but a stack of them (experts): what holds for a matrix holds for each.
-    """
-
-    start: int
-    length: int
-    dim: int = 0
-    stack: bool = False
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """The block as a view of ``tensor``, in the tensor's own number of dimensions (safe to write to)."""
-        if self.start == 0 and self.length == tensor.shape[self.dim]:
-            return tensor
-        return tensor.narrow(self.dim, self.start, self.length)
-
-
-def as_matrices(block: Block, tensor: Tensor) -> Tensor:
-    """The matrices of a block, ``(matrices, m, n)``, for reading: one, but of a stack."""
-    part = block.of(tensor)
-    return part if block.stack else as_matrix(part).unsqueeze(0)
-
-
-def as_matrix(block: Tensor) -> Tensor:
-    """``block`` as a matrix, for reading only: a channels-last kernel is copied here."""
-    return block if block.ndim == 2 else block.reshape(block.shape[0], -1)
-
-
 class Transform(ABC):
     """One reparametrization of one parameter.
 
     Every method works in place, under ``torch.no_grad``, on tensors of the compute dtype. Inverting is part of the
     contract unless ``invertible`` is False, in which case the site keeps a copy of ``W``.
+
+    Of a parameter that is cut over processes a transform is given what is here, and :attr:`layout` says which part that
+    is. States in files are of the whole parameter. Where sums over all parts are needed, the method is
+    :func:`~lightning_efficient.weightspace.sums.summed`.
 
     Attributes:
         kind: What the transform does; a parameter takes at most one transform of each kind.
@@ -65,6 +37,17 @@ class Transform(ABC):
     kind: ClassVar[str]
     order: ClassVar[int]
     invertible: ClassVar[bool] = True
+    layout: Layout = Layout()
+
+    def place(self, layout: Layout) -> None:
+        """Take note of how the parameter is cut, once, before anything else."""
+        self.layout = layout
+
+    @property
+    def resident(self) -> bool:
+        """Whether :attr:`theta` stays in the optimizer between steps, because a forward reads it and autograd makes its
+        gradient. Else it visits for the time of a step, and optimizers keep their parameters to themselves."""
+        return False
 
     @property
     def theta(self) -> nn.Parameter | None:
@@ -83,7 +66,7 @@ class Transform(ABC):
     def advance(self, weight: Tensor) -> None:
         """Move the state one optimizer step on, from the new ``W``."""
 
-    def follow(self, weight: Tensor) -> None:  # noqa: B027
+    def follow(self, weight: Tensor) -> Any:  # noqa: B027
         """Take note that ``W`` was changed between two steps (pruned, shrunk); the default does not depend on it."""
 
     @abstractmethod

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from zoo import Classifier, Manual, loader
 
 from lightning_efficient import SigmaReparam
+from lightning_efficient.lifecycle.state import attachment
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 
@@ -216,7 +217,7 @@ def test_manual_optimization_in_three_ways(tmp_path: Path) -> None:
         t.fit(module, loader(4))
         assert len(noted) == 4 * len(transforms(callback))
         assert {name for _, name in noted} == set(transforms(callback))
-        assert [len(o.param_groups) for o in t.optimizers] == [2, 2]
+        assert [len(o.param_groups) for o in t.optimizers] == [1, 1], "gains are visitors"
         results.append(weights(module))
     assert not differing(results[0], results[1]), "past the wrappers the optimizer's own hook does it"
     assert not differing(results[0], results[2])
@@ -270,10 +271,11 @@ def test_prebuilt_optimizers_fit_twice_without_dead_parameters(tmp_path: Path) -
     module, callback = Prebuilt(), one()
     for _ in range(2):
         trainer(tmp_path, callback).fit(module, loader())
-        groups = module.made.param_groups
-        assert len(groups) == 2
-        assert {id(p) for p in groups[1]["params"]} == {id(s.gain) for s in transforms(callback).values()}
-    steps = {int(module.made.state[s.gain]["step"]) for s in transforms(callback).values()}
+        assert len(module.made.param_groups) == 1
+        assert {id(p) for p in module.made.state} == {id(p) for p in module.parameters()}
+    entry = attachment(module).entry("sigma_reparam")
+    assert entry is not None
+    steps = {int(state["optimizer.step"]) for state in entry.tensors.values()}
     assert steps == {8}, "the gains' own optimizer state goes on too"
 
 
@@ -472,14 +474,10 @@ class Backboned(Classifier):
 
 @pytest.mark.filterwarnings("ignore:The provided params to be frozen")
 @pytest.mark.filterwarnings("ignore:The provided params to be freezed")
-def test_lightnings_finetuning_is_refused_with_trained_gains(tmp_path: Path) -> None:
-    """It maps every parameter in the optimizer to its name in the module, and the gains have none."""
-    match = r"BaseFinetuning looks up every parameter.*learnable_gain=False"
-    refused(Backboned(), tmp_path, match, BackboneFinetuning(1, verbose=False), one())
-
-
-def test_lightnings_finetuning_with_constant_gains(tmp_path: Path) -> None:
-    module, callback = Backboned(), SigmaReparam(learnable_gain=False)
+@pytest.mark.parametrize("learnable", [True, False])
+def test_lightnings_finetuning(learnable: bool, tmp_path: Path) -> None:
+    """It maps every parameter in the optimizer to its name in the module, and finds no other there."""
+    module, callback = Backboned(), SigmaReparam(learnable_gain=learnable)
     frozen = weights(module)
     finetuning = BackboneFinetuning(2, lambda epoch: 1.5, verbose=False)
     first: dict[str, Tensor] = {}
@@ -610,18 +608,18 @@ def test_gains_follow_their_weights_in_any_grouping(grouping: Any, schedule: str
         callback = SigmaReparam(enabled=on)
 
         def note(t: Trainer, m: LightningModule, on: bool = on, callback: SigmaReparam = callback) -> None:
-            groups = t.optimizers[0].param_groups
-            rates[on].append([g["lr"] for g in groups])
-            home = {id(p): g for g in groups for p in g["params"]}
+            rates[on].append([g["lr"] for g in t.optimizers[0].param_groups])
+
+        def inside(t: Trainer, m: LightningModule, callback: SigmaReparam = callback) -> None:
+            home = {id(p): g for g in t.optimizers[0].param_groups for p in g["params"]}
             for name, transform in transforms(callback).items():
                 mine, weights_own = home[id(transform.gain)], home[id(m.get_parameter(name))]
                 placed[name] = (mine["weight_decay"], mine["lr"] == weights_own["lr"], mine is weights_own)
 
-        t = trainer(tmp_path, callback, Do(on_train_batch_start=note), max_steps=20)
+        t = trainer(tmp_path, callback, Do(on_train_batch_start=note, on_before_optimizer_step=inside), max_steps=20)
         t.fit(with_optimizers(configure, "encoder"), loader(20))
     assert set(placed.values()) == {(0.0, True, False)}
     assert len(placed) == 10
     assert len(rates[True]) == 20
-    old = len(rates[False][0])
-    assert [step[:old] for step in rates[True]] == rates[False], "the user's own groups are as without us"
+    assert rates[True] == rates[False], "between steps the groups are the user's own"
     assert len({step[0] for step in rates[True]}) > 4

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from forking import forked
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from sigma_runs import trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from zoo import Classifier, Manual, loader
 
 from lightning_efficient import SigmaReparam
-from lightning_efficient.lifecycle.base import check_strategy
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
@@ -217,30 +213,3 @@ def test_two_of_them_are_one_record(tmp_path: Path) -> None:
     session, _ = hparams(tmp_path)
     assert "include=['net.encoder']" in session["efficient/sigma_reparam_config"]
     assert "include=['net.head'], init=one" in session["efficient/sigma_reparam_config"]
-
-
-# -- strategies ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy, object])
-def test_sharding_strategies_are_refused_by_name(strategy: type) -> None:
-    stub: Any = SimpleNamespace(strategy=object.__new__(strategy))
-    match = (
-        rf"SigmaReparam does not support {strategy.__name__}: .*'ddp' \(also 'ddp_spawn'.*SigmaReparam\(enabled=False\)"
-    )
-    with pytest.raises(ValueError, match=match):
-        check_strategy(stub, "SigmaReparam")
-    for known in (DDPStrategy(), Trainer(accelerator="cpu", devices=1, logger=False).strategy):
-        check_strategy(SimpleNamespace(strategy=known), "SigmaReparam")  # type: ignore[arg-type]
-
-
-@pytest.mark.forks
-def test_a_sharded_run_ends_with_our_error(tmp_path: Path) -> None:
-    """FSDP2 in two CPU processes; the same script with ``off`` trains."""
-    ended = forked(SCRIPTS / "sharded.py", tmp_path, "on", processes=2)
-    assert ended.code == 1, ended.output
-    last = [line for line in ended.output.splitlines() if "Error" in line][-1]
-    assert "ValueError: SigmaReparam does not support ModelParallelStrategy" in last
-    assert "trained" not in ended.output
-    ended = forked(SCRIPTS / "sharded.py", tmp_path, "off", processes=2)
-    assert (ended.code, ended.output.count("trained 2")) == (0, 2), ended.output

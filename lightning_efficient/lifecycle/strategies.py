@@ -1,0 +1,90 @@
+"""Which strategies a callback works with: whole parameters on every process, or shards of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
+from torch.distributed.fsdp import FSDPModule
+
+_WHOLE = "Trainer(strategy='auto') on one device, or 'ddp' (also 'ddp_spawn', 'ddp_fork', 'ddp_notebook')"
+_COPYING = (WeightAveraging, StochasticWeightAveraging)
+_TUNING = (LearningRateFinder, BatchSizeFinder)
+
+
+def is_sharded(trainer: Trainer) -> bool:
+    """Whether the strategy leaves it to the module to cut its parameters (FSDP2, tensor parallel)."""
+    return isinstance(trainer.strategy, ModelParallelStrategy)
+
+
+def gather_anew(pl_module: LightningModule) -> None:
+    """Have the next forward gather FSDP's parameters anew: an evaluation leaves some gathered, as they were then."""
+    for module in pl_module.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def check_strategy(trainer: Trainer, who: str, sharded: bool, weights: bool = True) -> None:
+    """Refuse what cannot work, before anything has changed.
+
+    Args:
+        trainer: Of the fit.
+        who: Name of the callback.
+        sharded: Whether it works on shards of parameters.
+        weights: Whether it changes weights: what that needs of a sharded run is then looked at, too.
+
+    Raises:
+        ValueError: The strategy, or with a sharded model the precision or another callback; says what works instead.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, ModelParallelStrategy) and sharded:
+        if weights:
+            _check_company(trainer, who)
+        return
+    whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(strategy, DeepSpeedStrategy)
+    if whole:
+        return
+    more = " ModelParallelStrategy works, too." if sharded else ""
+    if isinstance(strategy, ModelParallelStrategy):
+        why = "it needs whole parameters on every process"
+    elif isinstance(strategy, FSDPStrategy):
+        why = "FSDP1 cuts all weights of a layer as one flat vector, in which none can be told"
+    elif isinstance(strategy, DeepSpeedStrategy):
+        why = "DeepSpeed steps copies of the weights, which no optimizer's hook sees"
+    else:
+        why = "whether it keeps whole parameters on every process is not known"
+    raise ValueError(
+        f"{who} does not support {type(strategy).__name__}: {why}. Use {_WHOLE};{more} or switch it off with "
+        f"{who}(enabled=False)."
+    )
+
+
+def _check_company(trainer: Trainer, who: str) -> None:
+    """What a sharded model cannot have beside a method that changes its weights."""
+    name = type(trainer.strategy).__name__
+    if (precision := str(trainer.precision)).endswith("-true") and precision not in ("32-true", "64-true"):
+        raise ValueError(
+            f"{who} does not support precision={precision!r} with {name}: weights of so few bits need a second copy, "
+            "which sharded checkpoints have no place for. Keep them in float32, and compute in half precision by "
+            "precision='bf16-mixed' or fully_shard(..., mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))."
+        )
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for other in callbacks:
+        if isinstance(other, _COPYING):
+            raise ValueError(
+                f"{type(other).__name__} copies the whole model, and with {name} parts of it are elsewhere: use it "
+                f"with {_WHOLE}, or drop it."
+            )
+        if isinstance(other, _TUNING):
+            raise ValueError(
+                f"{type(other).__name__} tries a run and goes back to the file it has written before, which {who} "
+                f"does not support with {name}: set the learning rate and the batch size from short runs instead."
+            )

@@ -1,0 +1,140 @@
+"""Checks of sharded runs, many in one set of processes.
+
+Usage: ``shards.py FOLDER CHECK...``, started as torchrun does; FOLDER has what one process got: ``test_sharded.py``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
+from shard_models import PRUNING, How, Module, loader, trainer
+
+from lightning_efficient import SigmaReparam
+from lightning_efficient.lifecycle.recipe import read
+
+ROOT = Path(sys.argv[1])
+
+
+def fit(module: Module, *callbacks: Any, steps: int = 6, distributed: bool = False, tp: int = 1, **options: Any) -> Any:
+    world = dist.get_world_size() if dist.is_initialized() else int(__import__("os").environ["WORLD_SIZE"])
+    strategy = ModelParallelStrategy(
+        world // tp, tp, save_distributed_checkpoint=distributed, process_group_backend="gloo"
+    )
+    ckpt = options.pop("ckpt_path", None)
+    t = trainer(ROOT, *callbacks, steps=steps, devices=world, strategy=strategy, **options)
+    t.fit(module, loader(), loader(1), ckpt_path=ckpt)
+    return t
+
+
+def state(t: Any) -> dict[str, Any]:
+    """What a full file of this run says of its weights and of the methods; losses of the global batch."""
+    t.save_checkpoint(ROOT / "now.ckpt")
+    dist.barrier()
+    file = torch.load(ROOT / "now.ckpt", weights_only=True)
+    entries = {e.method: e.tensors for e in read(file)}
+    losses = torch.stack(t.lightning_module.losses)
+    dist.all_reduce(losses)
+    return {"weights": file["state_dict"], "entries": entries, "losses": losses / dist.get_world_size()}
+
+
+def compare(found: dict[str, Any], name: str, bound: float = 1e-12) -> None:
+    expected = torch.load(ROOT / f"{name}.pt", weights_only=True)
+    worst = difference(found, expected)
+    print(f"{name}: {worst:.1e}")
+    assert worst <= bound, f"{name}: {worst:.1e}"
+
+
+def difference(found: Any, expected: Any) -> float:
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), sorted(found.keys() ^ expected.keys())
+        return max((difference(found[key], value) for key, value in expected.items()), default=0.0)
+    assert found.shape == expected.shape
+    if expected.dtype == torch.uint8:
+        return float(not torch.equal(found, expected))
+    return float((found.double() - expected.double()).abs().max())
+
+
+class Calls(Callback):
+    """Counts our all-reduces from step to step."""
+
+    def __init__(self) -> None:
+        self.now, self.a_step = 0, []
+
+    def on_train_start(self, *_: Any) -> None:
+        real = dist.all_reduce
+
+        def count(*args: Any, **kwargs: Any) -> Any:
+            self.now += 1
+            return real(*args, **kwargs)
+
+        self.patch = patch("lightning_efficient.weightspace.sums.dist.all_reduce", count)
+        self.patch.start()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.a_step.append(self.now)
+        self.now = 0
+
+    def on_train_end(self, *_: Any) -> None:
+        self.patch.stop()
+
+
+def sigma() -> None:
+    """Fused; the two all-reduces of a step."""
+    calls = Calls()
+    t = fit(Module("fsdp", options={"foreach": True}), SigmaReparam(), calls, gradient_clip_val=0.3)
+    assert calls.a_step == [2] * 6, calls.a_step
+    compare(state(t), "sigma")
+
+
+def split() -> None:
+    t = fit(Module("fsdp", options={"fused": True}), SigmaReparam(qkv="split", init="one"), accumulate_grad_batches=2)
+    compare(state(t), "split")
+
+
+def tensor_parallel() -> None:
+    t = fit(Module("tp"), SigmaReparam(), tp=dist.get_world_size())
+    compare(state(t), "sigma_free")
+
+
+def many(how: How, tp: int = 1) -> None:
+    compare(state(fit(Module(how), SigmaReparam(), tp=tp)), "sigma_free")
+
+
+def masks(name: str, how: How = "fsdp", tp: int = 1) -> None:
+    """Nothing is asked of other processes but when masks change."""
+    calls = Calls()
+    t = fit(Module(how), *PRUNING[name](), calls, tp=tp)
+    compare(state(t), name)
+    if name == "masks":
+        assert calls.a_step == [0, 0, 8, 8, 8, 0], calls.a_step  # float64: six digits
+
+
+def stale() -> None:
+    """What is written after an evaluation, which leaves the root gathered, is seen by the next forward."""
+    rows = {"num_sanity_val_steps": 1, "limit_val_batches": 1, "val_check_interval": 2}
+    t = fit(Module("fsdp"), *PRUNING["both"](), **rows)
+    compare(state(t), "both")
+
+
+CHECKS: dict[str, Callable[[], None]] = {
+    "sigma": sigma, "split": split, "tensor_parallel": tensor_parallel,
+    **{name: partial(masks, name) for name in PRUNING if name not in ("both", "tied")},
+    "tied": partial(masks, "tied"), "tied_inputs": partial(masks, "tied", "tp", 2), "stale": stale,
+    "masks_2d": partial(masks, "masks", "2d", 2), "masks_hsdp": partial(masks, "masks", "hsdp"),
+    "2d": partial(many, "2d", 2), "hsdp": partial(many, "hsdp"), "fsdp": partial(many, "fsdp"),
+}  # fmt: skip
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for check in sys.argv[2:]:
+        CHECKS[check]()
+        print("passed", check)

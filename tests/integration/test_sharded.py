@@ -1,0 +1,58 @@
+"""FSDP2, tensor parallel and both, in processes of their own: equal to one process, and files in all directions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forking import forked
+from shard_models import PRUNING, Module, loader, trainer
+
+from lightning_efficient import SigmaReparam
+from lightning_efficient.lifecycle.recipe import read
+
+SCRIPT = Path(__file__).parent / "scripts" / "shards.py"
+
+
+def alone(root: Path, name: str, *callbacks: Any, **options: Any) -> None:
+    """One process on the whole batches; for the script to compare with."""
+    module = Module()
+    t = trainer(root, *callbacks, **options)
+    t.fit(module, loader(), loader(1))
+    t.save_checkpoint(root / f"{name}.ckpt")
+    file = torch.load(root / f"{name}.ckpt", weights_only=True)
+    entries = {e.method: e.tensors for e in read(file)}
+    result = {"weights": file["state_dict"], "entries": entries, "losses": torch.stack(module.losses)}
+    torch.save(result, root / f"{name}.pt")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sharded")
+    alone(folder, "sigma", SigmaReparam(), gradient_clip_val=0.3)
+    alone(folder, "sigma_free", SigmaReparam())
+    alone(folder, "split", SigmaReparam(qkv="split", init="one"), accumulate_grad_batches=2)
+    for name, make in PRUNING.items():
+        alone(folder, name, *make())
+    return folder
+
+
+def passed(root: Path, processes: int, *checks: str) -> None:
+    ended = forked(SCRIPT, root, *checks, processes=processes, seconds=60 * processes)
+    assert (ended.code, ended.output.count("passed")) == (0, processes * len(checks)), ended.output
+
+
+@pytest.mark.forks
+def test_equal_to_one_process(root: Path) -> None:
+    pruned = [name for name in PRUNING if name != "both"]
+    passed(root, 2, "sigma", "split", "tensor_parallel", *pruned, "tied_inputs", "stale")
+
+
+@pytest.mark.forks
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("processes", [4, 8])
+def test_more_processes(root: Path, processes: int) -> None:
+    """Of eight, one has no row of the head, and most none of the gate."""
+    passed(root, processes, "2d", "hsdp", "fsdp", "masks", "masks_2d", "masks_hsdp", "tied")

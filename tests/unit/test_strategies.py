@@ -1,0 +1,78 @@
+"""Which strategies a callback works with: refused by name before anything changes, and as the card says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    EMAWeightAveraging,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+
+from lightning_efficient.common.registry import METHODS
+from lightning_efficient.lifecycle.methods import callback_class
+from lightning_efficient.lifecycle.strategies import check_strategy
+
+CARD = Path(__file__).parents[2] / "docs" / "sharded.md"
+
+
+def run(strategy: Any, precision: str = "32-true", *callbacks: Any) -> Any:
+    if isinstance(strategy, type):
+        strategy = object.__new__(strategy)
+    return SimpleNamespace(strategy=strategy, precision=precision, callbacks=list(callbacks))
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+@pytest.mark.parametrize(
+    ("strategy", "why"),
+    [(FSDPStrategy, "one flat vector"), (DeepSpeedStrategy, "steps copies"), (object, "not known")],
+)
+def test_what_cannot_work_is_refused_by_name(strategy: type, why: str, sharded: bool) -> None:
+    match = rf"Mine does not support {strategy.__name__}: .*{why}.*'ddp' \(also 'ddp_spawn'.*Mine\(enabled=False\)"
+    with pytest.raises(ValueError, match=match) as caught:
+        check_strategy(run(strategy), "Mine", sharded)
+    assert ("ModelParallelStrategy works" in str(caught.value)) is sharded
+
+
+def test_what_works() -> None:
+    one = Trainer(accelerator="cpu", devices=1, logger=False).strategy
+    for known in (DDPStrategy(), one):
+        check_strategy(run(known, "bf16-true", object.__new__(WeightAveraging)), "Mine", False)
+    for precision in ("32-true", "64-true", "bf16-mixed", "16-mixed"):
+        check_strategy(run(ModelParallelStrategy, precision, object.__new__(EarlyStopping)), "Mine", True)
+    with pytest.raises(ValueError, match="Mine does not support ModelParallelStrategy: it needs whole parameters"):
+        check_strategy(run(ModelParallelStrategy), "Mine", False)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_narrow_weights_are_refused_where_they_are_cut(precision: str) -> None:
+    with pytest.raises(ValueError, match=rf"precision='{precision}' with ModelParallelStrategy.*bf16-mixed.*mp_policy"):
+        check_strategy(run(ModelParallelStrategy, precision), "Mine", True)
+    check_strategy(run(ModelParallelStrategy, precision), "Mine", True, weights=False)
+
+
+@pytest.mark.parametrize(
+    "other", [WeightAveraging, EMAWeightAveraging, StochasticWeightAveraging, LearningRateFinder, BatchSizeFinder]
+)
+def test_what_copies_the_model_is_refused_beside_it(other: type) -> None:
+    with pytest.raises(ValueError, match=f"^{other.__name__} .*ModelParallelStrategy"):
+        check_strategy(run(ModelParallelStrategy, "32-true", object.__new__(other)), "Mine", True)
+
+
+def test_the_card_says_what_the_code_does() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (\w+) \| (\w+) \|$", CARD.read_text("utf-8"), re.MULTILINE)
+    found = {name: rest for name, *rest in rows}
+    here = {
+        name: ["yes", "yes" if callback_class(name).sharded else "refused", "refused"] for name in METHODS.with_callback
+    }
+    assert found == here
