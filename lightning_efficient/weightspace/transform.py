@@ -25,8 +25,8 @@ class Transform(ABC):
     contract unless ``invertible`` is False, in which case the site keeps a copy of ``W``.
 
     Of a parameter that is cut over processes a transform is given what is here, and :attr:`layout` says which part that
-    is. States in files are of the whole parameter. Where sums over all parts are needed, the method is
-    :func:`~lightning_efficient.weightspace.sums.summed`.
+    is; states in files are of the whole parameter. A method that needs sums over all parts is a generator that asks for
+    them. A transform that knows nothing of all this belongs to a callback that says so: its ``sharded`` is False.
 
     Attributes:
         kind: What the transform does; a parameter takes at most one transform of each kind.
