@@ -67,6 +67,7 @@ class Module(LightningModule):
         inside: The network is made in ``configure_model``, not in ``__init__``.
         dtype: Of the parameters.
         options: Of AdamW.
+        groups: Matrices in one group, the rest in another.
         mp_policy: Of FSDP.
     """
 
@@ -77,8 +78,10 @@ class Module(LightningModule):
         dtype: torch.dtype = torch.float64,
         options: dict[str, Any] | None = None,
         mp_policy: Any = None,
+        groups: bool = True,
     ) -> None:
         super().__init__()
+        self.groups = groups
         self.how, self.dtype_, self.options, self.mp_policy = how, dtype, options or {}, mp_policy
         self.net: nn.Module | None = None
         self.losses: list[Tensor] = []
@@ -125,6 +128,8 @@ class Module(LightningModule):
         self.log("val", F.cross_entropy(self(IMAGES[:8].to(self.dtype_)), LABELS[:8]), sync_dist=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        if not self.groups:
+            return torch.optim.AdamW(self.parameters(), lr=3e-3, **self.options)
         matrices = [p for p in self.parameters() if p.ndim > 1]
         others = [p for p in self.parameters() if p.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
@@ -155,6 +160,17 @@ def coarse(module: Any) -> None:
             p.copy_(((p * 8).floor() + 0.5) / 8)
 
 
+class SaveAt(Callback):
+    """Saves after a step, as a run that is killed there has done."""
+
+    def __init__(self, path: Any, step: int = 3) -> None:
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
 class Coarse(Callback):
     """Before training begins, so that the first masks meet equal magnitudes."""
 
@@ -166,6 +182,7 @@ _CUBIC: dict[str, Any] = {"amount": 0.6, "start": 1, "length": 3, "every": 1}
 PRUNING: dict[str, Callable[[], list[Any]]] = {
     "masks": lambda: [MagnitudePruning(**_CUBIC)],
     "both": lambda: [SigmaReparam(init="one"), MagnitudePruning(amount=0.5, schedule="one_shot", start=2)],
+    "everything": lambda: [SigmaReparam(qkv="split", init="one"), MagnitudePruning(**_CUBIC)],
     "layer": lambda: [MagnitudePruning(scope="layer", criterion="random", **_CUBIC)],
     "rows": lambda: [MagnitudePruning(granularity="row", scope="layer", exclude=["*.gate"], **_CUBIC)],
     "neurons": lambda: [MagnitudePruning(scope="neuron", criterion="taylor", **_CUBIC)],

@@ -9,11 +9,14 @@ from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
 from lightning_efficient.common.schema import Anything, MapOf, Part, Text, short
 
@@ -30,6 +33,10 @@ _TRUST = (
 )
 
 
+# Of a folder that ModelParallelStrategy writes: names in its index, and the file with everything but tensors.
+_STATE, _REST = "state_dict.", "meta.pt"
+
+
 class CheckpointError(ValueError):
     """A file is not a whole checkpoint of a LightningModule; the message says what it is, and what to do."""
 
@@ -39,7 +46,7 @@ class UnsafeCheckpointError(CheckpointError):
 
 
 class ShardedCheckpointError(CheckpointError):
-    """A folder of shards, which only the strategy that wrote them reads."""
+    """A folder of shards that another strategy wrote, or a part of one."""
 
 
 def check_checkpoint(path: str, weights_only: bool | None = None) -> None:
@@ -70,7 +77,8 @@ def read_checkpoint(path: File, weights_only: bool | None = None, mmap: bool = F
 
     Args:
         path: What ``LightningModule.load_from_checkpoint`` takes: a local path, a URL that fsspec knows (``file://``,
-            ``memory://``, ``s3://``), ``http(s)://``, or an open binary file, which is left where it was.
+            ``memory://``, ``s3://``), ``http(s)://``, or an open binary file, which is left where it was. Or a local
+            folder that ``ModelParallelStrategy`` wrote, of which the optimizers' states are left out.
         weights_only: As in ``torch.load``. None: True, which loads plain data and tensors and never runs code.
         mmap: Leave the tensors of a local file on disk until they are used. The file must not be written meanwhile.
 
@@ -95,6 +103,8 @@ def read_checkpoint(path: File, weights_only: bool | None = None, mmap: bool = F
 
 def _read_path(path: str, safe: bool, mmap: bool) -> dict[str, Any]:
     system = _found(path)
+    if system.isdir(path):
+        return _read_shards(path, safe)
     if mmap and Path(path).is_file() and zipfile.is_zipfile(path):
         return _load(path, path, safe, mmap=True)
     with system.open(path, "rb") as file:
@@ -108,7 +118,7 @@ def _found(path: str) -> Any:
     except (ValueError, ImportError) as error:  # an unknown protocol, or one whose package is missing
         raise CheckpointError(f"cannot read {path!r}: {error}.") from error
     if system.isdir(path):
-        _refuse_folder(path, _names(system, path))
+        _check_folder(path, _names(system, path))
     if not system.exists(path):
         folder = path.rpartition("/")[0] or ("/" if path.startswith("/") else ".")
         if not system.isdir(folder):
@@ -116,6 +126,26 @@ def _found(path: str) -> Any:
         close = difflib.get_close_matches(path.rpartition("/")[2], _names(system, folder), 3, 0.5)
         raise FileNotFoundError(f"no checkpoint {path!r}{f' (did you mean {close} there?)' if close else ''}.")
     return system
+
+
+def _read_shards(path: str, safe: bool) -> dict[str, Any]:
+    """A folder that ModelParallelStrategy has written, without the optimizers' states."""
+    if safe:
+        raise UnsafeCheckpointError(f"{path!r} is a folder of shards, whose index is pickled. {_TRUST}.")
+    try:
+        reader = FileSystemReader(path)
+        state: dict[str, Any] = {}
+        for name, part in reader.read_metadata().state_dict_metadata.items():
+            if name.startswith(_STATE):
+                tensor = isinstance(part, TensorStorageMetadata) and torch.empty(part.size, dtype=part.properties.dtype)
+                state[name.removeprefix(_STATE)] = b"" if tensor is False else tensor
+        load_shards({_STATE[:-1]: state}, storage_reader=reader, no_dist=True)
+        rest = torch.load(Path(path) / _REST, map_location="cpu", weights_only=False)
+    except OSError:
+        raise
+    except Exception as error:  # an index that is cut short or another one makes the reader raise anything
+        raise CheckpointError(f"{path!r} is not a whole folder of shards: {short(str(error))}.") from error
+    return _whole({**rest, "state_dict": state}, path)
 
 
 def _names(system: Any, folder: str) -> list[str]:
@@ -168,13 +198,13 @@ def _whole(content: Any, name: str) -> dict[str, Any]:
     raise CheckpointError(f"{name!r} is not a whole checkpoint that a Trainer wrote: it holds {found}.")
 
 
-def _refuse_folder(path: str, names: list[str]) -> NoReturn:
+def _check_folder(path: str, names: list[str]) -> None:
+    """Refuse a folder that holds no shards of ModelParallelStrategy."""
     said = f"{path!r} is not a whole checkpoint: it is "
     if ".metadata" in names or any(name.endswith(".distcp") for name in names):
-        raise ShardedCheckpointError(
-            f"{said}a folder of shards. Make one file of it first: `python -m "
-            f"lightning.pytorch.utilities.consolidate_checkpoint {path}` writes {path}.consolidated."
-        )
+        if _REST in names:
+            return
+        raise ShardedCheckpointError(f"{said}a folder of shards, without the {_REST} of a Trainer.")
     if "zero_to_fp32.py" in names or "checkpoint" in names:
         raise ShardedCheckpointError(
             f"{said}a folder of DeepSpeed's shards. Make one file of it first, with lightning.pytorch.utilities."

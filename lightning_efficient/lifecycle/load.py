@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from io import BytesIO
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
@@ -33,7 +36,8 @@ def load_from_checkpoint(
     Args:
         cls: The user's LightningModule class.
         path: A checkpoint written by a Trainer: a local path, a URL that fsspec knows (``file://``, ``memory://``,
-            ``s3://``), ``http(s)://``, or an open binary file.
+            ``s3://``), ``http(s)://``, or an open binary file. Also a local folder of shards, as
+            ``ModelParallelStrategy`` writes them, with ``weights_only=False``: its index is a pickle.
         map_location: As in ``torch.load``.
         weights_only: As in ``torch.load``. None: True, which loads plain data and tensors only. False runs what code
             the file asks for: for files that you trust.
@@ -49,6 +53,10 @@ def load_from_checkpoint(
         RecipeError: The recipe is malformed, newer, or does not fit the model.
     """
     content = read_checkpoint(path, weights_only)
+    if isinstance(path, (str, Path)) and Path(path).is_dir():  # Lightning's loader wants one file
+        path = BytesIO()
+        torch.save(content, path)
+        path.seek(0)
     if weights_only is not None:
         kwargs["weights_only"] = weights_only
     entries = recipe.read(content)

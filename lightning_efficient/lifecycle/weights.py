@@ -175,6 +175,9 @@ class WeightSpaceCallback(EfficientCallback):
         super().on_exception(trainer, pl_module, exception)
         if self._boundary is not None:
             self._boundary.restore()
+            if is_sharded(trainer):  # the state would have to be gathered, and other processes may not come
+                self._boundary.detach()
+                self._boundary = None
         self._release(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -368,7 +371,7 @@ def _fill_optimizers(
         known = trained_by(optimizer)
         thetas = boundary.thetas(optimizer)
         new = [(theta, weight) for theta, weight in thetas if id(theta) in residents and id(theta) not in known]
-        if file is not None and not residents and thetas:
+        if file is not None and "optimizer_states" in file and not residents and thetas:
             boundary.memory |= take_added_groups(file, index, optimizer, thetas, schedulers)
         add_parameters(optimizer, new, schedulers)
         if new and file is not None and foreign:

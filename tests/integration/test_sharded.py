@@ -8,23 +8,25 @@ from typing import Any
 import pytest
 import torch
 from forking import forked
-from shard_models import PRUNING, Module, loader, trainer
+from shard_models import PRUNING, Module, SaveAt, loader, trainer
 
-from lightning_efficient import SigmaReparam
+from lightning_efficient import SigmaReparam, load_from_checkpoint
+from lightning_efficient.lifecycle.files import UnsafeCheckpointError
 from lightning_efficient.lifecycle.recipe import read
+from lightning_efficient.lifecycle.state import attachment
 
 SCRIPT = Path(__file__).parent / "scripts" / "shards.py"
 
 
-def alone(root: Path, name: str, *callbacks: Any, **options: Any) -> None:
+def alone(root: Path, name: str, *callbacks: Any, module: Module | None = None, **options: Any) -> None:
     """One process on the whole batches; for the script to compare with."""
-    module = Module()
+    module, path = module or Module(), options.pop("ckpt_path", None)
     t = trainer(root, *callbacks, **options)
-    t.fit(module, loader(), loader(1))
+    t.fit(module, loader(), loader(1), ckpt_path=path)
     t.save_checkpoint(root / f"{name}.ckpt")
     file = torch.load(root / f"{name}.ckpt", weights_only=True)
     entries = {e.method: e.tensors for e in read(file)}
-    result = {"weights": file["state_dict"], "entries": entries, "losses": torch.stack(module.losses)}
+    result = {"weights": file["state_dict"], "entries": entries, "losses": torch.stack(module.losses)[-3:]}
     torch.save(result, root / f"{name}.pt")
 
 
@@ -36,6 +38,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     alone(folder, "split", SigmaReparam(qkv="split", init="one"), accumulate_grad_batches=2)
     for name, make in PRUNING.items():
         alone(folder, name, *make())
+    alone(folder, "half", *PRUNING["everything"](), SaveAt(folder / "half_way.ckpt"), module=Module(groups=False))
     return folder
 
 
@@ -48,6 +51,22 @@ def passed(root: Path, processes: int, *checks: str) -> None:
 def test_equal_to_one_process(root: Path) -> None:
     pruned = [name for name in PRUNING if name != "both"]
     passed(root, 2, "sigma", "split", "tensor_parallel", *pruned, "tied_inputs", "stale")
+
+
+@pytest.mark.forks
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
+def test_files(root: Path, tmp_path: Path) -> None:
+    passed(root, 2, "resume_full", "resume_folder", "from_one_process")
+    expected = torch.load(root / "half.pt", weights_only=True)["weights"]
+    alone(root, "back", *PRUNING["everything"](), module=Module(groups=False), ckpt_path=root / "full.ckpt")
+    back = torch.load(root / "back.pt", weights_only=True)["weights"]
+    assert max(float((back[name] - value).abs().max()) for name, value in expected.items()) < 1e-12
+    module = load_from_checkpoint(Module, root / "folder.ckpt", weights_only=False)
+    full = torch.load(root / "full.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(value, full[name]) for name, value in module.state_dict().items())
+    assert len(attachment(module).entries) == 2
+    with pytest.raises(UnsafeCheckpointError, match=r"folder of shards.*weights_only=False"):
+        load_from_checkpoint(Module, root / "folder.ckpt")
 
 
 @pytest.mark.forks

@@ -130,7 +130,8 @@ def test_what_is_no_whole_checkpoint_is_named(name: str, mmap: bool, tmp_path: P
 
 def test_folders_say_what_to_do(tmp_path: Path) -> None:
     for names, said in (
-        ([".metadata", "__0_0.distcp", "meta.pt"], "python -m lightning.pytorch.utilities.consolidate_checkpoint"),
+        ([".metadata", "__0_0.distcp", "meta.pt"], r"folder of shards, whose index is pickled.*weights_only=False"),
+        ([".metadata", "__0_0.distcp"], "without the meta.pt"),
         (["checkpoint", "latest", "zero_to_fp32.py"], "convert_zero_checkpoint_to_fp32_state_dict"),
         (["last.ckpt", "best.ckpt", "log.txt"], r"with \['best.ckpt', 'last.ckpt'\] in it: name one"),
     ):

@@ -5,7 +5,10 @@ Usage: ``shards.py FOLDER CHECK...``, started as torchrun does; FOLDER has what 
 
 from __future__ import annotations
 
+import faulthandler
+import os
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,16 +19,19 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
-from shard_models import PRUNING, How, Module, loader, trainer
+from shard_models import PRUNING, How, Module, SaveAt, loader, trainer
+from torch import Tensor
 
 from lightning_efficient import SigmaReparam
+from lightning_efficient.common.shards import local, whole
 from lightning_efficient.lifecycle.recipe import read
+from lightning_efficient.lifecycle.weights import WeightSpaceCallback
 
 ROOT = Path(sys.argv[1])
 
 
 def fit(module: Module, *callbacks: Any, steps: int = 6, distributed: bool = False, tp: int = 1, **options: Any) -> Any:
-    world = dist.get_world_size() if dist.is_initialized() else int(__import__("os").environ["WORLD_SIZE"])
+    world = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
     strategy = ModelParallelStrategy(
         world // tp, tp, save_distributed_checkpoint=distributed, process_group_backend="gloo"
     )
@@ -43,7 +49,7 @@ def state(t: Any) -> dict[str, Any]:
     entries = {e.method: e.tensors for e in read(file)}
     losses = torch.stack(t.lightning_module.losses)
     dist.all_reduce(losses)
-    return {"weights": file["state_dict"], "entries": entries, "losses": losses / dist.get_world_size()}
+    return {"weights": file["state_dict"], "entries": entries, "losses": losses[-3:] / dist.get_world_size()}
 
 
 def compare(found: dict[str, Any], name: str, bound: float = 1e-12) -> None:
@@ -58,7 +64,7 @@ def difference(found: Any, expected: Any) -> float:
         assert found.keys() == expected.keys(), sorted(found.keys() ^ expected.keys())
         return max((difference(found[key], value) for key, value in expected.items()), default=0.0)
     assert found.shape == expected.shape
-    if expected.dtype == torch.uint8:
+    if expected.dtype == torch.uint8 or not expected.numel():
         return float(not torch.equal(found, expected))
     return float((found.double() - expected.double()).abs().max())
 
@@ -125,16 +131,67 @@ def stale() -> None:
     compare(state(t), "both")
 
 
+def exact(t: Any) -> dict[str, Tensor]:
+    """All that is here of a run: weights, the optimizer's memory, the methods' states."""
+    found = {name: local(p).clone() for name, p in t.lightning_module.named_parameters()}
+    for i, memory in enumerate(t.optimizers[0].state.values()):
+        found |= {f"{i}/{key}": local(value).clone() for key, value in memory.items()}
+    for callback in t.callbacks:
+        if isinstance(callback, WeightSpaceCallback):
+            entry = callback.carried(t.lightning_module)
+            found |= {f"{n}/{key}": value for n, state in entry.tensors.items() for key, value in state.items()}
+    return found
+
+
+class AsLoaded(Callback):
+    """The weights with which training goes on are the file's: Lightning takes a step to read the optimizer's state."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        file = torch.load(self.path, weights_only=True)["state_dict"]
+        assert difference({name: whole(p) for name, p in pl_module.named_parameters()}, file) == 0
+
+
+def resume(distributed: bool) -> None:
+    """Killed and resumed equals uninterrupted, to the bit."""
+    path = ROOT / ("folder.ckpt" if distributed else "full.ckpt")
+    runs = []
+    for more, start in (([SaveAt(path)], None), ([] if distributed else [AsLoaded(path)], path)):
+        callbacks = [*PRUNING["everything"](), *more]
+        t = fit(Module("fsdp", groups=False), *callbacks, distributed=distributed, ckpt_path=start)
+        runs.append(exact(t))
+    assert len(runs[0]) > 60
+    assert difference(*runs) == 0
+    assert any(name.endswith("optimizer.exp_avg") for name in runs[0])
+
+
+def from_one_process() -> None:
+    t = fit(Module("fsdp", groups=False), *PRUNING["everything"](), ckpt_path=ROOT / "half_way.ckpt")
+    compare(state(t), "half")
+
+
+def other_number() -> None:
+    """What two processes have left."""
+    t = fit(Module("fsdp", groups=False), *PRUNING["everything"](), ckpt_path=ROOT / "full.ckpt")
+    compare(state(t), "half")
+
+
 CHECKS: dict[str, Callable[[], None]] = {
     "sigma": sigma, "split": split, "tensor_parallel": tensor_parallel,
     **{name: partial(masks, name) for name in PRUNING if name not in ("both", "tied")},
     "tied": partial(masks, "tied"), "tied_inputs": partial(masks, "tied", "tp", 2), "stale": stale,
     "masks_2d": partial(masks, "masks", "2d", 2), "masks_hsdp": partial(masks, "masks", "hsdp"),
+    "resume_full": partial(resume, False), "resume_folder": partial(resume, True),
+    "from_one_process": from_one_process, "other_number": other_number,
     "2d": partial(many, "2d", 2), "hsdp": partial(many, "hsdp"), "fsdp": partial(many, "fsdp"),
 }  # fmt: skip
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(45 * int(os.environ["WORLD_SIZE"]), exit=True)  # where they wait for each other
+    warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")  # batches go by the step
     for check in sys.argv[2:]:
         CHECKS[check]()
         print("passed", check)
