@@ -139,8 +139,10 @@ def _read_shards(path: str, safe: bool) -> dict[str, Any]:
             if name.startswith(_STATE):
                 tensor = isinstance(part, TensorStorageMetadata) and torch.empty(part.size, dtype=part.properties.dtype)
                 state[name.removeprefix(_STATE)] = b"" if tensor is False else tensor
-        load_shards({_STATE[:-1]: state}, storage_reader=reader, no_dist=True)
-        rest = torch.load(Path(path) / _REST, map_location="cpu", weights_only=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as it should be
+            load_shards({_STATE[:-1]: state}, storage_reader=reader, no_dist=True)
+        rest = torch.load(Path(path) / _REST, map_location="cpu", weights_only=safe)
     except OSError:
         raise
     except Exception as error:  # an index that is cut short or another one makes the reader raise anything
