@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from lightning_efficient.cli.efficient_cli import EfficientCLI
     from lightning_efficient.common.change import Change
     from lightning_efficient.common.match import select_modules
+    from lightning_efficient.companions.samplers import (
+        BalancedDistributedBatchSampler,
+        LengthGroupedBatchSampler,
+        TokenBudgetBatchSampler,
+    )
     from lightning_efficient.comparison import compare, read_runs
     from lightning_efficient.deploy.export import export
     from lightning_efficient.deploy.formats import save_exported
@@ -49,6 +54,7 @@ if TYPE_CHECKING:
 # Public name -> where it lives. No module of the package has the name of a thing in it that is public here, so that
 # importing the one never hides the other.
 _HOMES = {
+    "BalancedDistributedBatchSampler": "companions.samplers",
     "Change": "common.change",
     "CheckpointError": "lifecycle.files",
     "CollapseGuard": "callbacks.collapse_guard",
@@ -56,6 +62,7 @@ _HOMES = {
     "EfficientCLI": "cli.efficient_cli",
     "EfficientCallback": "lifecycle.base",
     "HESSOPruning": "callbacks.hesso_pruning",
+    "LengthGroupedBatchSampler": "companions.samplers",
     "MagnitudePruning": "callbacks.magnitude_pruning",
     "PAGCPPruning": "callbacks.pagcp_pruning",
     "PRepBN": "callbacks.prepbn",
@@ -67,6 +74,7 @@ _HOMES = {
     "SimplifiedLinearAttention": "callbacks.linear_attention",
     "StructuralCallback": "lifecycle.structural",
     "TempScale": "callbacks.temp_scale",
+    "TokenBudgetBatchSampler": "companions.samplers",
     "Transform": "weightspace",
     "WeightSpaceCallback": "lifecycle.weights",
     "ablate": "ablation.run",
@@ -89,6 +97,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "BalancedDistributedBatchSampler",
     "Change",
     "CheckpointError",
     "CollapseGuard",
@@ -96,6 +105,7 @@ __all__ = [
     "EfficientCLI",
     "EfficientCallback",
     "HESSOPruning",
+    "LengthGroupedBatchSampler",
     "MagnitudePruning",
     "PAGCPPruning",
     "PRepBN",
@@ -107,6 +117,7 @@ __all__ = [
     "SimplifiedLinearAttention",
     "StructuralCallback",
     "TempScale",
+    "TokenBudgetBatchSampler",
     "Transform",
     "WeightSpaceCallback",
     "ablate",

@@ -2,6 +2,7 @@
 
 from lightning_efficient.attention.linear import apply_linear_attention
 from lightning_efficient.attention.temperature import apply_temp_scale, remove_temp_scale
+from lightning_efficient.companions.lengths import balance, padding_of, sequence_cost, token_mean
 from lightning_efficient.companions.predictions import perplexity, sequence_perplexity
 from lightning_efficient.metrics.functional import (
     alignment,
@@ -42,6 +43,7 @@ __all__ = [
     "apply_temp_scale",
     "attention_entropy",
     "attention_filter_rate",
+    "balance",
     "classification_scores",
     "cosine_by_length",
     "cut_states",
@@ -51,6 +53,7 @@ __all__ = [
     "find_groups",
     "lidar",
     "mean_cosine",
+    "padding_of",
     "participation_ratio",
     "perplexity",
     "pq_bound",
@@ -60,10 +63,12 @@ __all__ = [
     "remove_temp_scale",
     "retrieval_scores",
     "row_logit_norm",
+    "sequence_cost",
     "sequence_perplexity",
     "sparsity",
     "spectral_norms",
     "stable_rank",
+    "token_mean",
     "tune_temperature",
     "uniformity",
 ]

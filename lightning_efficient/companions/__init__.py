@@ -1,1 +1,1 @@
-"""What accompanies the methods: scores of a canary, losses of distillation; torch only."""
+"""What accompanies the methods: scores of a canary, losses, batches by length, fixed heads, modulation; torch only."""

@@ -260,10 +260,10 @@ def _apart(loader: Any) -> Any:
 
 @contextmanager
 def _position_kept(loader: Any) -> Iterator[None]:
-    saved: list[tuple[Any, Any]] = []
-    if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
-        saved.append((loader.load_state_dict, loader.state_dict()))
     batch_sampler = getattr(loader, "batch_sampler", None)
+    parts: tuple[Any, ...] = (loader, batch_sampler)
+    stateful = [p for p in parts if hasattr(p, "state_dict") and hasattr(p, "load_state_dict")]
+    saved: list[tuple[Any, Any]] = [(part.load_state_dict, part.state_dict()) for part in stateful]
     drawing = [loader, *(getattr(loader, name, None) for name in ("sampler", "dataset")), batch_sampler]
     drawing.append(getattr(batch_sampler, "sampler", None))
     generators = {id(g): g for g in (getattr(part, "generator", None) for part in drawing)}
