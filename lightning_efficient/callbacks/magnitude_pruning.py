@@ -259,9 +259,8 @@ class MagnitudePruning(PruningCallback):
         if self._handles:
             self._scores = self._input_scores(trainer)
         scores, self._scores = self._scores, {}
-        finite = not any(self._counts({name: ~torch.isfinite(score) for name, score in scores.items()}).values())
         # A missing or infinite score (an unused layer, a step that the gradient scaler will skip): try the next step.
-        if scores and finite and scores.keys() == self._transforms.keys():
+        if scores and scores.keys() == self._transforms.keys() and self._finite(scores):
             self._prune(trainer, pl_module, scores, advance=False)
             self._unwatch()
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
@@ -284,6 +283,10 @@ class MagnitudePruning(PruningCallback):
         """Leave no hook behind."""
         self._unwatch()
         super().teardown(trainer, pl_module, stage)
+
+    def _finite(self, scores: Mapping[str, Tensor]) -> bool:
+        """On all processes."""
+        return not any(self._counts({name: ~torch.isfinite(score) for name, score in scores.items()}).values())
 
     # -- pruning ---------------------------------------------------------------------------------------------------
 
