@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_efficient.callbacks.magnitude_pruning import MagnitudePruning
     from lightning_efficient.callbacks.pagcp_pruning import PAGCPPruning
     from lightning_efficient.callbacks.prepbn import PRepBN
+    from lightning_efficient.callbacks.representation_monitor import RepresentationMonitor
     from lightning_efficient.callbacks.run_cost import RunCost
     from lightning_efficient.callbacks.sap_pruning import SAPPruning, sap_fits
     from lightning_efficient.callbacks.sigma_reparam import SigmaReparam
@@ -68,6 +69,7 @@ _HOMES = {
     "PRepBN": "callbacks.prepbn",
     "Plan": "lifecycle.weights",
     "RecipeError": "lifecycle.recipe",
+    "RepresentationMonitor": "callbacks.representation_monitor",
     "RunCost": "callbacks.run_cost",
     "SAPPruning": "callbacks.sap_pruning",
     "SigmaReparam": "callbacks.sigma_reparam",
@@ -111,6 +113,7 @@ __all__ = [
     "PRepBN",
     "Plan",
     "RecipeError",
+    "RepresentationMonitor",
     "RunCost",
     "SAPPruning",
     "SigmaReparam",

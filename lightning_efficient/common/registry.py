@@ -8,115 +8,21 @@ nowhere else.
 from __future__ import annotations
 
 import difflib
-import keyword
-import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, is_dataclass, replace
 from importlib.metadata import entry_points
 from itertools import combinations
-from pkgutil import resolve_name
-from types import MappingProxyType
 from typing import Any, Literal
+
+from lightning_efficient.common.method import Method
 
 # Entry points of this group are modules that register methods when they are imported.
 GROUP = "lightning_efficient.methods"
 
-_PLACE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
-# Keys that a configuration or the logged names have already.
-_RESERVED = {
-    "ckpt_path", "config", "data", "export", "lr_scheduler", "model", "optimizer", "seed_everything", "trainer",
-    "weights_only",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Method:
-    """What the package knows of a method.
-
-    Args:
-        name: Its key in YAML, on the command line, in recipes and in logged names (``efficient/<name>/...``).
-        callback: The class of its callback, or where it is, ``"package.module:Class"``. None: other callbacks record
-            it, and it has no key of its own.
-        after: The method that it follows in the order.
-        before: The method that it precedes.
-        replay: ``function(model, config, names) -> Change``, or where it is: replaces the modules ``names`` of a new
-            model as the callback did, before :func:`lightning_efficient.load_from_checkpoint` loads weights. None: the
-            method replaces no modules.
-        config: A dataclass, or where it is: its fields are what ``replay`` reads of ``config``, all of which a file has
-            to give. None: nothing is asked of it before ``replay`` sees it.
-        excludes: Method that cannot be used on the same model → why, and what to do instead.
-        charts: Title of a TensorBoard chart → regular expression for the names of the scalars in it.
-        prunes: What it makes zero, which stays so only while it runs: no run may then resume without it. None: nothing.
-        lasting: Whether it multiplies weights by something that stays in them, whoever trains them next, so that all
-            later files name it.
-    """
-
-    name: str
-    callback: str | type[Any] | None = None
-    after: str | None = None
-    before: str | None = None
-    replay: str | Callable[..., Any] | None = None
-    config: str | type[Any] | None = None
-    excludes: Mapping[str, str] = field(default_factory=dict)
-    charts: Mapping[str, str] = field(default_factory=dict)
-    prunes: Literal["weights", "units"] | None = None
-    lasting: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("excludes", "charts"):
-            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
-        if not self.name.isidentifier() or keyword.iskeyword(self.name) or self.name in _RESERVED:
-            raise ValueError(
-                f"a method cannot be called {self.name!r}: `name` is a key in YAML and a word of the command line, so "
-                f"it should be a Python identifier other than {', '.join(sorted(_RESERVED))}."
-            )
-        for argument in ("callback", "replay", "config"):
-            place = getattr(self, argument)
-            if isinstance(place, str) and not _PLACE.fullmatch(place):
-                raise ValueError(f"`{argument}` of {self.name} is {place!r}; expected 'package.module:name'.")
-        for title, pattern in self.charts.items():
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"`charts[{title!r}]` of {self.name} is no regular expression: {error}.") from None
-
-    @property
-    def class_name(self) -> str:
-        """Of its callback, without importing it; empty if it has none."""
-        return (_place(self.callback) or "").rpartition(":")[2].rpartition(".")[2]
-
-    def same_as(self, other: Method) -> bool:
-        """Whether both are one record, made twice: a class that a notebook defines again counts as the same."""
-        one, two = (
-            replace(m, callback=_place(m.callback), replay=_place(m.replay), config=_place(m.config))
-            for m in (self, other)
-        )
-        return one == two
-
-    def find(self, argument: str) -> Any:
-        """The thing itself that ``callback``, ``replay`` or ``config`` names, imported.
-
-        Raises:
-            ValueError: It is not there, or ``config`` is no dataclass.
-        """
-        place = getattr(self, argument)
-        try:
-            found = resolve_name(place) if isinstance(place, str) else place
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"`{argument}` of the method {self.name} is {place!r}: {error}.") from error
-        if argument == "config" and found is not None and not is_dataclass(found):
-            raise ValueError(f"`config` of the method {self.name} is {found!r}; expected a dataclass.")
-        return found
-
 
 def _plain(key: object) -> str:
     return str(key).rpartition(".")[2].replace("_", "").replace("-", "").lower()
-
-
-def _place(thing: Any) -> str | None:
-    return f"{thing.__module__}:{thing.__qualname__}" if callable(thing) else thing
 
 
 class Registry(Mapping[str, Method]):
@@ -383,6 +289,15 @@ METHODS = Registry(
             charts={
                 "the canary's score": "efficient/collapse_guard/canary",
                 "rollbacks": "efficient/collapse_guard/(trips|rollbacks)",
+            },
+        ),
+        _ours(
+            "representation_monitor",
+            "representation_monitor:RepresentationMonitor",
+            charts={
+                "effective dimensions": "efficient/representation_monitor/(.*/)?"
+                "(rankme|effective_rank|stable_rank|participation_ratio|lidar)",
+                "decay of the eigenvalues": "efficient/representation_monitor/(.*/)?alpha_req",
             },
         ),
         _ours(

@@ -21,7 +21,8 @@ import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_efficient.common.registry import METHODS, Method, near
+from lightning_efficient.common.method import Method
+from lightning_efficient.common.registry import METHODS, near
 from lightning_efficient.lifecycle.base import EfficientCallback
 from lightning_efficient.lifecycle.structural import StructuralCallback
 

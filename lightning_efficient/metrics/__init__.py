@@ -8,6 +8,7 @@ from lightning_efficient.metrics.lidar import LiDAR
 from lightning_efficient.metrics.pq_index import PQIndex
 from lightning_efficient.metrics.sparsity import Sparsity
 from lightning_efficient.metrics.spectrum import AlphaReQ, EffectiveRank, ParticipationRatio, RankMe, StableRank
+from lightning_efficient.metrics.spectrum_plot import plot_spectrum
 
 __all__ = [
     "Alignment",
@@ -24,4 +25,5 @@ __all__ = [
     "StableRank",
     "Uniformity",
     "plot_by_length",
+    "plot_spectrum",
 ]

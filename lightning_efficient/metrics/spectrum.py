@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +20,8 @@ from lightning_efficient.metrics.functional.spectrum import (
 from lightning_efficient.metrics.streaming import StreamingMetric
 
 
-class Gram(NamedTuple):
+@dataclass(frozen=True)
+class Gram:
     """``ZᵀZ`` of all embeddings ``Z``, and how many.
 
     Args:
@@ -29,6 +32,7 @@ class Gram(NamedTuple):
     matrix: Tensor
     samples: int
 
+    @cached_property
     def singular_values(self) -> Tensor:
         """Those of ``Z``, largest first: ``(min(samples, features),)`` float64, zero where within rounding of it."""
         squared = torch.linalg.eigvalsh(self.matrix).flip(0)[: self.samples]
@@ -38,7 +42,7 @@ class Gram(NamedTuple):
 
 
 class SpectrumMetric(StreamingMetric):
-    """Base of the metrics of the spectrum; ``compute`` gives the singular values.
+    """Base of the metrics of the spectrum.
 
     Keeps the features x features Gram matrix and the sum of the embeddings in float64 (and no embeddings), which add up
     over batches and processes. In float32 the small singular values would be lost: an embedding of rank 1 of 256 would
@@ -95,9 +99,13 @@ class SpectrumMetric(StreamingMetric):
             raise ValueError(f"{type(self).__name__}: no embedding was seen: call `update` first.")
         return Gram(self.gram - torch.outer(self.total, self.total) / count if center else self.gram, count)
 
+    def measure(self, gram: Gram) -> Tensor:
+        """What this metric reads off a spectrum, a scalar."""
+        raise NotImplementedError
+
     def compute(self) -> Tensor:
-        """Singular values, largest first, ``(min(samples, num_features),)`` float64."""
-        return self.seen(self.center).singular_values()
+        """Scalar float64; NaN where no direction is used."""
+        return self.measure(self.seen(self.center))
 
 
 class RankMe(SpectrumMetric):
@@ -127,9 +135,9 @@ class RankMe(SpectrumMetric):
         super().__init__(num_features, center, **kwargs)
         self.eps = eps
 
-    def compute(self) -> Tensor:
+    def measure(self, gram: Gram) -> Tensor:
         """Scalar float64, from about 1 to ``min(samples, num_features)``; NaN if all embeddings are zero."""
-        return rank_of_spectrum(super().compute(), self.eps)
+        return rank_of_spectrum(gram.singular_values, self.eps)
 
 
 class EffectiveRank(SpectrumMetric):
@@ -150,9 +158,9 @@ class EffectiveRank(SpectrumMetric):
 
     higher_is_better = True
 
-    def compute(self) -> Tensor:
+    def measure(self, gram: Gram) -> Tensor:
         """Scalar float64, from 1 to ``min(samples, num_features)``; NaN if all embeddings are zero."""
-        return rank_of_spectrum(super().compute(), 0.0)
+        return rank_of_spectrum(gram.singular_values, 0.0)
 
 
 class StableRank(SpectrumMetric):
@@ -171,9 +179,9 @@ class StableRank(SpectrumMetric):
 
     higher_is_better = True
 
-    def compute(self) -> Tensor:
+    def measure(self, gram: Gram) -> Tensor:
         """Scalar float64, from 1 to ``min(samples, num_features)``; NaN if all embeddings are zero."""
-        return stable_rank_of_spectrum(super().compute())
+        return stable_rank_of_spectrum(gram.singular_values)
 
 
 class ParticipationRatio(SpectrumMetric):
@@ -196,9 +204,9 @@ class ParticipationRatio(SpectrumMetric):
     def __init__(self, num_features: int | None = None, center: bool = True, **kwargs: Any) -> None:
         super().__init__(num_features, center, **kwargs)
 
-    def compute(self) -> Tensor:
+    def measure(self, gram: Gram) -> Tensor:
         """Scalar float64, from 1 to ``min(samples, num_features)``; NaN if all embeddings are equal."""
-        return participation_of_gram(self.seen(self.center).matrix)
+        return participation_of_gram(gram.matrix)
 
 
 class AlphaReQ(SpectrumMetric):
@@ -232,6 +240,6 @@ class AlphaReQ(SpectrumMetric):
         check_range(first, last)
         self.first, self.last = first, last
 
-    def compute(self) -> Tensor:
+    def measure(self, gram: Gram) -> Tensor:
         """Scalar float64; NaN if fewer than two eigenvalues in the range are above rounding."""
-        return alpha_of_spectrum(super().compute(), self.first, self.last)
+        return alpha_of_spectrum(gram.singular_values, self.first, self.last)

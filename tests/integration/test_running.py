@@ -25,6 +25,7 @@ from lightning_efficient import (
     MagnitudePruning,
     PAGCPPruning,
     PRepBN,
+    RepresentationMonitor,
     SAPPruning,
     SimplifiedLinearAttention,
     TempScale,
@@ -124,6 +125,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "pagcp": lambda: PAGCPPruning(budgets={"val_loss": 0.2}, start=4),
     "linear attention": lambda: SimplifiedLinearAttention(grid=SIDE, kernel_size=3),
     "monitor": lambda: CollapseMonitor(every_n_steps=2),
+    "representation": lambda: RepresentationMonitor(module="net.embed", metrics=["rankme"]),
     "wanda": lambda: MagnitudePruning(amount=0.3, criterion="wanda", scope="layer"),
     "taylor": lambda: MagnitudePruning(amount=0.3, criterion="taylor", scope="layer"),
 }
