@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_efficient.callbacks.hesso_pruning import HESSOPruning
     from lightning_efficient.callbacks.linear_attention import SimplifiedLinearAttention
     from lightning_efficient.callbacks.magnitude_pruning import MagnitudePruning
+    from lightning_efficient.callbacks.padding_report import PaddingReport
     from lightning_efficient.callbacks.pagcp_pruning import PAGCPPruning
     from lightning_efficient.callbacks.prepbn import PRepBN
     from lightning_efficient.callbacks.representation_monitor import RepresentationMonitor
@@ -67,6 +68,7 @@ _HOMES = {
     "MagnitudePruning": "callbacks.magnitude_pruning",
     "PAGCPPruning": "callbacks.pagcp_pruning",
     "PRepBN": "callbacks.prepbn",
+    "PaddingReport": "callbacks.padding_report",
     "Plan": "lifecycle.weights",
     "RecipeError": "lifecycle.recipe",
     "RepresentationMonitor": "callbacks.representation_monitor",
@@ -111,6 +113,7 @@ __all__ = [
     "MagnitudePruning",
     "PAGCPPruning",
     "PRepBN",
+    "PaddingReport",
     "Plan",
     "RecipeError",
     "RepresentationMonitor",

@@ -301,6 +301,14 @@ METHODS = Registry(
             },
         ),
         _ours(
+            "padding_report",
+            "padding_report:PaddingReport",
+            charts={
+                "share of tokens that are no padding": "efficient/padding_report/(batch_)?fill",
+                "share of compute that is padding": "efficient/padding_report/wasted",
+            },
+        ),
+        _ours(
             "run_cost",
             "run_cost:RunCost",
             charts={

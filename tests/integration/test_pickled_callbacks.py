@@ -31,6 +31,7 @@ MAKERS: dict[str, tuple[str, Callable[[], Any]]] = {
     "collapse_monitor": ("timm_vit", le.CollapseMonitor),
     "collapse_guard": ("cnn", partial(le.CollapseGuard, every_n_steps=2)),
     "representation_monitor": ("cnn", partial(le.RepresentationMonitor, module="net.head")),
+    "padding_report": ("cnn", partial(le.PaddingReport, mask="1")),
     "run_cost": ("cnn", le.RunCost),
 }  # fmt: skip
 
