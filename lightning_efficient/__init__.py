@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_efficient.attention.sites import find_attention
     from lightning_efficient.callbacks.collapse_guard import CollapseGuard
     from lightning_efficient.callbacks.collapse_monitor import CollapseMonitor
+    from lightning_efficient.callbacks.distillation import Distillation
     from lightning_efficient.callbacks.hesso_pruning import HESSOPruning
     from lightning_efficient.callbacks.linear_attention import SimplifiedLinearAttention
     from lightning_efficient.callbacks.magnitude_pruning import MagnitudePruning
@@ -61,6 +62,7 @@ _HOMES = {
     "CheckpointError": "lifecycle.files",
     "CollapseGuard": "callbacks.collapse_guard",
     "CollapseMonitor": "callbacks.collapse_monitor",
+    "Distillation": "callbacks.distillation",
     "EfficientCLI": "cli.efficient_cli",
     "EfficientCallback": "lifecycle.base",
     "HESSOPruning": "callbacks.hesso_pruning",
@@ -106,6 +108,7 @@ __all__ = [
     "CheckpointError",
     "CollapseGuard",
     "CollapseMonitor",
+    "Distillation",
     "EfficientCLI",
     "EfficientCallback",
     "HESSOPruning",

@@ -2,6 +2,12 @@
 
 from lightning_efficient.attention.linear import apply_linear_attention
 from lightning_efficient.attention.temperature import apply_temp_scale, remove_temp_scale
+from lightning_efficient.companions.distillation import (
+    attention_transfer,
+    distillation_cosine,
+    distillation_kl,
+    distillation_mse,
+)
 from lightning_efficient.companions.lengths import balance, padding_of, sequence_cost, token_mean
 from lightning_efficient.companions.predictions import perplexity, sequence_perplexity
 from lightning_efficient.metrics.functional import (
@@ -43,10 +49,14 @@ __all__ = [
     "apply_temp_scale",
     "attention_entropy",
     "attention_filter_rate",
+    "attention_transfer",
     "balance",
     "classification_scores",
     "cosine_by_length",
     "cut_states",
+    "distillation_cosine",
+    "distillation_kl",
+    "distillation_mse",
     "effective_rank",
     "entropy_lower_bound",
     "filter_rate",

@@ -74,7 +74,7 @@ class CollapseGuard(EfficientCallback):
     progress_schema = Record(
         {
             "best": OrNone(Number()), "failed": Int(low=0), "skipping": Int(low=0), "history": ListOf(_TRIP),
-            "kept": OrNone(TRAINING_STATE),
+            "rewound": Flag(), "kept": OrNone(TRAINING_STATE),
         }
     )  # fmt: skip
 
@@ -134,7 +134,8 @@ class CollapseGuard(EfficientCallback):
         self.history: list[dict[str, Any]] = []
         self._best: float | None = None
         self._failed = self._skipping = self._seen = self._checked = 0
-        self._spoilt = False
+        self._spoilt = self._rewound = False
+        self._rewinds: int | None = None
         self._canary: Canary | None = None
         self._kept: TrainingState | None = None
         self._plain: Mapping[str, Any] | None = None
@@ -144,13 +145,14 @@ class CollapseGuard(EfficientCallback):
         kept = self._plain if self._kept is None else self._kept.as_plain() if self.save_snapshot else None
         return {
             "best": self._best, "failed": self._failed, "skipping": self._skipping,
-            "history": [dict(row) for row in self.history], "kept": kept,
+            "history": [dict(row) for row in self.history], "rewound": self._rewound, "kept": kept,
         }  # fmt: skip
 
     def resume(self, progress: Mapping[str, Any]) -> None:
         """Go on from there."""
         self._best, self._failed, self._skipping = progress["best"], progress["failed"], progress["skipping"]
         self.history, self._plain = [dict(row) for row in progress["history"]], progress["kept"]
+        self._rewound = progress["rewound"]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After every callback's start of training, and before any has done something to a first batch."""
@@ -167,6 +169,7 @@ class CollapseGuard(EfficientCallback):
         """Find the canary, score it, and keep a way back."""
         self._canary = Canary(trainer, pl_module, self.canary, self.score, self.batches, self._larger)
         self._seen = self._checked = self.step(trainer)
+        self._look_for_rewinds(trainer)
         if self._plain is not None:
             self._kept = TrainingState.from_plain(self._plain, attachment(pl_module).cut)
             check_state(self._kept, trainer, pl_module, f"the checkpoint's state of {self.state_key}, field ['kept']")
@@ -195,6 +198,7 @@ class CollapseGuard(EfficientCallback):
         """Check, if a step has ended here and it is time."""
         if not self.enabled or self._canary is None:
             return
+        self._look_for_rewinds(trainer)
         self._spoilt |= self._skipping > 0
         self._skipping = max(self._skipping - 1, 0)
         before, self._seen = self._seen, self.step(trainer)
@@ -254,9 +258,17 @@ class CollapseGuard(EfficientCallback):
             self._kept = None  # not two of them at a time
             self._kept = take_state(trainer, pl_module, device)
 
+    def _look_for_rewinds(self, trainer: Trainer) -> None:
+        """A lottery ticket goes back to untrained weights on purpose, which are no worse for that."""
+        rewinds = sum(cb.rewinds for cb in peers(trainer))
+        self._rewound |= self._rewinds is not None and rewinds != self._rewinds
+        self._rewinds = rewinds
+
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> float:
         assert self._canary is not None
         value, self._checked = self._canary(), self.step(trainer)
+        if self._rewound and math.isfinite(value):
+            self._best, self._rewound = None, False
         if self._healthy(value):
             self._note(trainer, pl_module, value)
         else:

@@ -192,8 +192,8 @@ _MASKS_ON_UNITS = dict.fromkeys(
     " first, export the smaller model, and mask that one in a second run",
 )
 
-# Methods that replace modules come first: the rest bind to the Parameters they leave behind. What follows is the
-# chain raw weight -> used weight, from the inside out:
+# What keeps the model as it was comes first: a teacher. Then methods that replace modules: the rest bind to the
+# Parameters they leave behind. What follows is the chain raw weight -> used weight, from the inside out:
 # - temp_scale after sigma_reparam: W / sigma(W) divides any factor inside it out again, so a temperature inside would
 #   do nothing and a learned one would get a zero gradient;
 # - structured pruning and masks last: what they zero stays zero. They act on the raw weight, so that a spectral norm is
@@ -201,6 +201,14 @@ _MASKS_ON_UNITS = dict.fromkeys(
 # - slim, the cutting out of what they zeroed, after everything that changes a model.
 METHODS = Registry(
     (
+        _ours(
+            "distillation",
+            "distillation:Distillation",
+            charts={
+                "distillation, unweighted": "efficient/distillation/loss",
+                "weight of the teacher": "efficient/distillation/weight",
+            },
+        ),
         _ours("remove_norms", replay=_core("norms.remove:apply_remove_norms")),
         _ours(
             "norm_swap",

@@ -240,8 +240,13 @@ class Float64(TorchFunctionMode):
 
 def float64_copy(model: nn.Module) -> nn.Module:
     """A deep copy in float64 and evaluation mode, to try things on."""
+    return eager_copy(model).double().eval()
+
+
+def eager_copy(model: nn.Module) -> nn.Module:
+    """A deep copy, whose forwards are as they are written."""
     with torch.no_grad():  # copies of scripted modules would have a history
-        twin = copy.deepcopy(model).double().eval()
+        twin = copy.deepcopy(model)
     for module in twin.modules():
         # A compiled function is copied by reference, so that it would run the original.
         original = getattr(vars(module).get("forward"), "_torchdynamo_orig_callable", None)

@@ -40,6 +40,8 @@ class EfficientCallback(Callback):
     """
 
     method: ClassVar[str]
+    # Of what `progress` returns, what is the same all through a fit: a rollback need not copy it.
+    constants: ClassVar[tuple[str, ...]] = ()
     # Whether it watches the training, so that its own state is none of what a rollback puts back.
     guards: ClassVar[bool] = False
     # Of what `progress` returns: a file is checked against it before anything is loaded.
@@ -66,6 +68,8 @@ class EfficientCallback(Callback):
         self.include = include
         self.exclude = exclude
         self.standing = Standing()
+        # How often this callback has gone back to earlier weights on purpose: a guard then has to begin anew.
+        self.rewinds = 0
         self._resumes = True
         self._logged_step = -1
 

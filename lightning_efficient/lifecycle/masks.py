@@ -175,6 +175,7 @@ class PruningCallback(WeightSpaceCallback):
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         rewind(snapshot, pl_module, self._sites(), trainer.optimizers, schedulers, weights=weights)
         if weights:
+            self.rewinds += 1
             for average in averages(trainer):  # of a training that has been undone: begin anew
                 average.n_averaged.zero_()
         self._measure()

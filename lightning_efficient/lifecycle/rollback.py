@@ -93,7 +93,7 @@ def take_state(trainer: Trainer, pl_module: LightningModule, device: torch.devic
         {name: module.get_extra_state() for name, module in _with_extra_state(pl_module)},
         precision,
         [dict(average.state_dict()) for average in averages(trainer)],
-        {cb.state_key: state for cb in _with_state(trainer) if (state := cb.state_dict())},
+        {cb.state_key: _moving(cb, state) for cb in _with_state(trainer) if (state := cb.state_dict())},
     )
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     snapshot = take(pl_module, sites_of(trainer), trainer.optimizers, schedulers, masks=True, device=device)
@@ -132,6 +132,7 @@ def put_back(state: TrainingState, trainer: Trainer, pl_module: LightningModule)
     for callback in callbacks:
         plain = copied(state.methods[callback.state_key])
         callback.standing.start = plain.pop("standing")["start"] + trainer.global_step - state.step
+        plain |= _constant(callback)
         callback.resume({name: value for name, value in plain.items() if name != "method"})
     for callback in callbacks:
         callback.rewound(trainer, pl_module)
@@ -159,12 +160,20 @@ def check_state(state: TrainingState, trainer: Trainer, pl_module: LightningModu
             f"{state.step} and of {sorted(state.methods)}."
         )
     for key, saved in state.methods.items():
-        known[key].check_state(saved, state.step)
+        known[key].check_state({**saved, **_constant(known[key])}, state.step)
 
 
 def _with_state(trainer: Trainer) -> list[EfficientCallback]:
     """Callbacks of this package whose state is part of the training's; one that guards it is not."""
     return [cb for cb in peers(trainer) if not cb.guards]
+
+
+def _moving(callback: EfficientCallback, state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if name not in callback.constants}
+
+
+def _constant(callback: EfficientCallback) -> dict[str, Any]:
+    return {name: value for name, value in callback.progress().items() if name in callback.constants}
 
 
 def _unsaved(model: nn.Module) -> dict[str, Tensor]:

@@ -49,6 +49,24 @@ class ModuleView(nn.Module):
         named = type(type(pl_module).__name__, (cls,), {"__module__": cls.__module__})
         return cast(Self, named(pl_module, *args))
 
+    def swapped(self, pl_module: LightningModule) -> dict[int, Any]:
+        """What of the LightningModule has a copy in this view: ``id`` → copy.
+
+        Args:
+            pl_module: The module that this is a view of, or a deep copy of one.
+        """
+        swapped: dict[int, Any] = {}
+        mine = dict(self.named_modules(remove_duplicate=False))
+        for name, module in pl_module.named_modules(remove_duplicate=False):
+            copied = mine.get(name)
+            if copied is None:
+                continue
+            if name:
+                swapped[id(module)] = copied
+            for old, new in ((module._parameters, copied._parameters), (module._buffers, copied._buffers)):
+                swapped |= {id(tensor): new.get(key) for key, tensor in old.items() if tensor is not None}
+        return swapped
+
     def _precision(self) -> AbstractContextManager[Any]:
         context: AbstractContextManager[Any] = self._context.value()
         return context if _dtype(self) == self._dtype else nullcontext()
@@ -101,24 +119,10 @@ class WholeStep(ModuleView):
         """
         logged: dict[str, Any] = {}
         pl_module: LightningModule = self._whose.value
-        twin = stand_in(pl_module, lambda name, value, *_, **__: logged.update({name: value}), self._swapped(pl_module))
+        twin = stand_in(pl_module, lambda name, value, *_, **__: logged.update({name: value}), self.swapped(pl_module))
         twin.training = self.training
         with self._precision(), silent(pl_module.trainer):
             return run_step(twin, self.stage, batch), logged
-
-    def _swapped(self, pl_module: LightningModule) -> dict[int, Any]:
-        """What of the LightningModule has a copy in this view: ``id`` → copy."""
-        swapped: dict[int, Any] = {}
-        mine = dict(self.named_modules(remove_duplicate=False))
-        for name, module in pl_module.named_modules(remove_duplicate=False):
-            copied = mine.get(name)
-            if copied is None:
-                continue
-            if name:
-                swapped[id(module)] = copied
-            for old, new in ((module._parameters, copied._parameters), (module._buffers, copied._buffers)):
-                swapped |= {id(tensor): new.get(key) for key, tensor in old.items() if tensor is not None}
-        return swapped
 
 
 class AllSteps(WholeStep):

@@ -13,6 +13,7 @@ from test_contract import data, variants
 from lightning_efficient import (
     CollapseGuard,
     CollapseMonitor,
+    Distillation,
     HESSOPruning,
     MagnitudePruning,
     PAGCPPruning,
@@ -32,6 +33,7 @@ METHODS: dict[str, tuple[Callable[[], Any], str, bool]] = {
     "linear_attention": (partial(SimplifiedLinearAttention, kernel_size=3), "grid", False),
     "watched": (lambda: (CollapseMonitor(every_n_steps=2), MagnitudePruning(amount=0.5)), "encoder", True),
     "guarded": (lambda: (CollapseGuard(every_n_steps=2, max_ratio=1e3), MagnitudePruning(amount=0.5)), "cnn", True),
+    "taught": (lambda: (Distillation(alpha=0.3), MagnitudePruning(amount=0.5)), "cnn", True),
     "temp_scale": (partial(TempScale, tau=0.5), "timm_vit", True),
     "temp_scale_transition": (partial(TempScale, tau=0.5, transition=0.5), "encoder", True),
     "magnitude": (partial(MagnitudePruning, amount=0.5), "cnn", True),
@@ -50,6 +52,7 @@ CELLS = [(m, h) for m in METHODS for h in HISTORIES if (m, h) != ("norm_swap_rep
 RELATIVES = {
     "norm_swap": "norm_swap_repbn",
     "watched": "magnitude",
+    "guarded": "magnitude",
     "temp_scale_transition": "temp_scale",
     "iterative": "magnitude",
     "cric": "hesso",

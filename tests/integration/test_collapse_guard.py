@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -403,6 +404,27 @@ def test_collapsed_from_the_start(tmp_path: Path) -> None:
 
 
 # -- with other methods ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*stalled")
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(le.SAPPruning, p=1.0, q=2.0, iterations=2),
+        partial(MagnitudePruning, schedule="iterative", rounds=2, amount=0.3),
+    ],
+)
+def test_weights_that_go_back_to_their_beginning_on_purpose_are_no_collapse(make: Any, tmp_path: Path) -> None:
+    values: list[float] = []
+
+    def canary(module: Any) -> float:  # falls as the weights leave their start
+        values.append(1 / (1e-3 + float((module.net.bn.weight - 1).abs().sum())))
+        return values[-1]
+
+    guard = CollapseGuard(canary=canary, every_n_steps=1, max_ratio=1.5)
+    fit(tmp_path, (guard, make()), Classifier("cnn"), steps=12)
+    assert guard.trips == 0
+    assert any(after > 1.5 * before for before, after in pairwise(values))
 
 
 @pytest.mark.filterwarnings("ignore:MagnitudePruning. training ended at step 4")

@@ -29,6 +29,7 @@ MAKERS: dict[str, tuple[str, Callable[[], Any]]] = {
         "cnn", partial(le.PAGCPPruning, budgets={"val_loss": 2.0}, start=1, rounds=2, every=2, step=0.25, most=0.5),
     ),
     "collapse_monitor": ("timm_vit", le.CollapseMonitor),
+    "distillation": ("cnn", le.Distillation),
     "collapse_guard": ("cnn", partial(le.CollapseGuard, every_n_steps=2)),
     "representation_monitor": ("cnn", partial(le.RepresentationMonitor, module="net.head")),
     "padding_report": ("cnn", partial(le.PaddingReport, mask="1")),
