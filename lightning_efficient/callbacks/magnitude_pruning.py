@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_efficient.common.match import Globs, NoMatchError, modules_by_name, references
-from lightning_efficient.common.schedule import Schedule, check_amount, transition_steps
+from lightning_efficient.common.schedule import Schedule, check_amount, check_spans, transition_steps
 from lightning_efficient.common.schema import Flag, OrNone, Record
 from lightning_efficient.common.shards import local
 from lightning_efficient.lifecycle.masks import PruningCallback
@@ -107,6 +107,7 @@ class MagnitudePruning(PruningCallback):
         self._handles: list[RemovableHandle] = []
 
     def _check_arguments(self) -> None:
+        check_spans(rewind_to=self.rewind_to)
         cut = Granularity.parse(self.granularity)
         check_scope(self.scope, cut)
         for name, value, allowed in (
@@ -215,7 +216,7 @@ class MagnitudePruning(PruningCallback):
         first, span, every = self.schedule.steps(total)
         if not self._returns:
             return first, span, every, 0
-        back, _ = transition_steps(total, hold=self.rewind_to, length=0)
+        back, _ = transition_steps(total, hold=self.rewind_to, length=0, names=("rewind_to", None))
         if back >= first:
             raise ValueError(
                 f"`rewind_to`={self.rewind_to!r} is step {back}, but the first pruning is at step {first} already. "

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from lightning_efficient.common.schedule import moments
+from lightning_efficient.common.schedule import check_moments, moments
 from lightning_efficient.common.schema import Flag, Int, ListOf, MapOf, Number, Record, TensorOf, Text, check
 from lightning_efficient.lifecycle.recipe import RecipeError
 from lightning_efficient.lifecycle.units import FOUND, UnitPruningCallback
@@ -119,6 +119,7 @@ class PAGCPPruning(UnitPruningCallback):
         for name, value in (("rounds", rounds), ("batches", batches)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"`{name}` must be a whole number from 1; got {value!r}.")
+        check_moments(start, every, rounds)
         self.history: list[dict[str, Any]] = []
         self._gone: dict[str, Tensor] = {}
         self._moments: tuple[int, ...] = ()

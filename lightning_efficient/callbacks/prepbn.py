@@ -275,6 +275,12 @@ class PRepBN(StructuralCallback):
         """Log what the finished form's epoch comes to."""
         self._finished.end(self._norms)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From the end of the transition on, the finished form is the network."""
+        fits = self._norms and trainer.state.fn == "fit" and not trainer.sanity_checking
+        if fits and self.transition.at(self.step(trainer)) == 0:
+            self._finished.follow(trainer)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before a file of the last epoch is written, where there is no validation."""
         if self._norms and self._over(trainer):

@@ -32,7 +32,7 @@ from lightning_efficient.attention.temperature import (
 )
 from lightning_efficient.attention.verify import module_at
 from lightning_efficient.common.match import parameters_by_name
-from lightning_efficient.common.schedule import transition_steps
+from lightning_efficient.common.schedule import check_spans, transition_steps
 from lightning_efficient.common.weights import trained_by
 from lightning_efficient.lifecycle import recipe
 from lightning_efficient.lifecycle.base import peers
@@ -93,6 +93,7 @@ class TempScale(WeightSpaceCallback):
     ) -> None:
         super().__init__(enabled, include, exclude)
         self.options = TempScaleConfig(tau, mode, length, per_head)
+        check_spans(transition=transition)
         self.learnable, self.transition = learnable, transition
         if per_head and not learnable:
             raise ValueError("`per_head=True` is about learned temperatures: add `learnable=True`.")
@@ -167,7 +168,7 @@ class TempScale(WeightSpaceCallback):
             (self._steps,) = self.standing.fix(trainer, type(self).__name__, self._resolve, sum)
 
     def _resolve(self, total: int | None) -> tuple[int]:
-        return (transition_steps(total, length=self.transition, names=("hold", "transition"))[1],)
+        return (transition_steps(total, length=self.transition, names=(None, "transition"))[1],)
 
     def plan(self, pl_module: LightningModule) -> Plan:
         """Choose and check the weights, without changing anything."""

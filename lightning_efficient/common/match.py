@@ -131,7 +131,7 @@ def check_globs(argument: str, globs: Sequence[str], method: str) -> None:
     """
     if isinstance(globs, str):
         raise TypeError(f"{method}: {argument}={globs!r} is a string; write a list: {argument}=[{globs!r}].")
-    if not isinstance(globs, Collection):
+    if not isinstance(globs, list | tuple):
         raise TypeError(f"{method}: {argument}={globs!r}; expected a list of globs such as ['blocks.*'].")
     for glob in globs:
         if not isinstance(glob, str) or not glob:

@@ -52,7 +52,7 @@ def transition_steps(
     *,
     hold: int | float = 0,
     length: int | float = 0.8,
-    names: tuple[str, str] = ("hold", "length"),
+    names: tuple[str | None, str | None] = ("hold", "length"),
 ) -> tuple[int, int]:
     """When a transition starts and how many steps it takes.
 
@@ -60,7 +60,7 @@ def transition_steps(
         total: Optimizer steps in the run; None, -1 or infinity: unknown.
         hold: Steps (``int``) or fraction of the run (``float``) before it starts.
         length: Steps or fraction of the run from its start to its end.
-        names: Of the two, as the user knows them, for messages.
+        names: Of the two, as the user knows them, for messages; None: there is no such argument, or it was not given.
 
     Returns:
         (first step, number of steps). Fractions that fit together always do, however short the run: ``hold`` is rounded
@@ -70,8 +70,8 @@ def transition_steps(
         ValueError: As for ``transition``.
     """
     known = total is not None and math.isfinite(total) and total >= 0
-    for name, value in zip(names, (hold, length), strict=True):
-        _check(name, value, known)
+    for name, default, value in zip(names, ("hold", "length"), (hold, length), strict=True):
+        check_span(name or default, value, known)
     run = total if known and total is not None else 0
     first = hold if isinstance(hold, int) else math.floor(hold * run + 1e-9)
     if isinstance(length, int):
@@ -85,11 +85,33 @@ def transition_steps(
     else:
         span = 0
     if known and first + span > run:
+        said = [f"`{name}`={value!r}" for name, value in zip(names, (hold, length), strict=True) if name is not None]
+        where = "ends" if len(said) == 1 else "together end"
+        if said and first > run and names[0] is not None:  # whatever the length
+            said, where = said[:1], "begins"
         raise ValueError(
-            f"`{names[0]}`={hold!r} and `{names[1]}`={length!r} together end at step {first + span}, but the run has "
-            f"{total}: it would end half way. Lower one of them, or train longer."
+            f"{' and '.join(said) or 'the schedule'} {where} at step {first if where == 'begins' else first + span}, "
+            f"but the run has {total} steps. Lower {'it' if len(said) == 1 else 'one of them'}, or train longer."
         )
     return first, span
+
+
+def check_spans(**spans: int | float | None) -> None:
+    """Refuse what is no length of time, and what comes one after the other and fits into no run.
+
+    Args:
+        **spans: Argument → steps (int) or fraction of a run (float), one after the other; None: unknown.
+
+    Raises:
+        ValueError: Says which.
+    """
+    for name, value in spans.items():
+        if value is not None:
+            check_span(name, value)
+    fractions = {name: value for name, value in spans.items() if isinstance(value, float)}
+    if sum(fractions.values()) > 1 + 1e-9:
+        said = " and ".join(f"`{name}`={value!r}" for name, value in fractions.items())
+        raise ValueError(f"{said} are more than a whole run: together they may be 1.0 at most.")
 
 
 def check_amount(amount: float, name: str = "amount") -> None:
@@ -109,14 +131,26 @@ def check_amount(amount: float, name: str = "amount") -> None:
         )
 
 
-def _check(name: str, value: int | float, known: bool) -> None:
+def check_span(name: str, value: int | float, known: bool = True) -> None:
+    """Refuse what is no length of time.
+
+    Args:
+        name: Of the argument.
+        value: Steps (int) or fraction of a run (float).
+        known: Whether the run's length is; a fraction of an unknown one means nothing.
+
+    Raises:
+        ValueError: It is neither, out of range, or a fraction of what is unknown.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"`{name}` must be steps (int) or a fraction of the run (float); got {value!r}.")
     if isinstance(value, int):
         if value < 0:
-            raise ValueError(f"`{name}` must not be negative; got {value} steps.")
+            raise ValueError(
+                f"`{name}` must not be negative: steps (int) or a share of the run (float); got {value!r}."
+            )
     elif not 0.0 <= value <= 1.0:
-        raise ValueError(f"`{name}` as a fraction of the run must be within [0, 1]; got {value}. Steps are an int.")
+        raise ValueError(f"`{name}` as a fraction of the run must be within [0, 1]; got {value!r}. Steps are an int.")
     elif not known:
         raise ValueError(
             f"`{name}`={value} is a fraction of the run, but the run's length is unknown. Set `max_steps` or "
@@ -141,9 +175,9 @@ def moments(total: int | None, start: int | float, every: int | float, rounds: i
             the end of the run or beyond it.
     """
     known = total is not None and math.isfinite(total) and total >= 0
-    _check("start", start, known)
+    check_span("start", start, known)
     if rounds > 1:
-        _check("every", every, known)
+        check_span("every", every, known)
     if total == 0:
         return ()
     run = total if known and total is not None else 0
@@ -151,11 +185,26 @@ def moments(total: int | None, start: int | float, every: int | float, rounds: i
     apart = max(every if isinstance(every, int) else math.floor(every * run + 1e-9), 1)
     steps = tuple(first + i * apart for i in range(rounds))
     if known and steps[-1] >= run:
+        several = f", `every`={every!r} and `rounds`={rounds} make the last one begin" if rounds > 1 else " is"
         raise ValueError(
-            f"`start`={start!r}, `every`={every!r} and {rounds} rounds make the last one begin at step {steps[-1]}, "
-            f"but the run has {total}. Start earlier, or have fewer rounds."
+            f"`start`={start!r}{several} at step {steps[-1]}, but the run has {total} steps. Start earlier"
+            f"{', or have fewer rounds' if rounds > 1 else ''}."
         )
     return steps
+
+
+def check_moments(start: int | float, every: int | float, rounds: int) -> None:
+    """Refuse moments that lie in no run, whatever its length; as :func:`moments` does once that is known.
+
+    Raises:
+        ValueError: Says which argument.
+    """
+    check_span("start", start)
+    check_span("every", every)
+    apart = every * (rounds - 1) if isinstance(every, float) or rounds == 1 else 0
+    if isinstance(start, float) and start + apart >= 1:
+        more = f", `every`={every!r} and `rounds`={rounds} make the last one begin" if rounds > 1 else " is"
+        raise ValueError(f"`start`={start!r}{more} at the end of the run, or beyond it. Start earlier.")
 
 
 KINDS = ("cubic", "one_shot", "constant", "iterative")
@@ -244,6 +293,12 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"`schedule` must be one of {KINDS}; got {self.kind!r}.")
+        start, length = (getattr(self, name) for name in ("start", "length"))
+        check_spans(start=start, length=length)
+        if isinstance(start, float) and start >= 1:
+            raise ValueError(
+                f"`start`={start!r} is the end of the run, so nothing would be pruned. Give less than 1.0."
+            )
         for name, allowed in (("start", _START), ("length", _LENGTH)):
             if getattr(self, name) is not None and self.kind not in allowed:
                 raise ValueError(
@@ -283,8 +338,9 @@ class Schedule:
             return -(-total // (self.rounds + 1)), total, 1
         start = _START[self.kind] if self.start is None else self.start
         length = 0 if self.kind == "one_shot" else _LENGTH[self.kind] if self.length is None else self.length
+        names = None if self.start is None else "start", None if self.length is None else "length"
         try:
-            first, span = transition_steps(total, hold=start, length=length, names=("start", "length"))
+            first, span = transition_steps(total, hold=start, length=length, names=names)
         except ValueError as error:
             raise ValueError(f"schedule={self.kind!r}: {error}") from None
         if total is not None and first >= total:

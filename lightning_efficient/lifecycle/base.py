@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from typing import Any, ClassVar, NoReturn
 
 from lightning.pytorch import LightningModule, Trainer
@@ -13,10 +14,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_efficient.common.arguments import check_call
 from lightning_efficient.common.match import Choice, check_globs, parameters_by_name
 from lightning_efficient.common.registry import METHODS
 from lightning_efficient.common.schema import OneOf, Record, check, short
 from lightning_efficient.lifecycle import recipe
+from lightning_efficient.lifecycle.hooks import hook_loading
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
 from lightning_efficient.lifecycle.standing import STANDING, Standing
 from lightning_efficient.lifecycle.state import attachment
@@ -51,6 +54,12 @@ class EfficientCallback(Callback):
     # Whether it changes weights, or only looks.
     changes_weights: ClassVar[bool] = True
     _autolog_paused = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Have every callback refuse arguments of other types than its signature says, before it uses them."""
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            setattr(cls, "__init__", _checked(cls.__init__))  # noqa: B010
 
     def __init__(
         self, enabled: bool = True, include: list[str] | None = None, exclude: list[str] | None = None
@@ -221,6 +230,8 @@ class EfficientCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work before anything has changed; begin anew."""
+        if self.enabled:
+            hook_loading(pl_module)
         if stage == "fit":
             if self.enabled:
                 METHODS.check([cb.method for cb in peers(trainer)])
@@ -309,6 +320,17 @@ class EfficientCallback(Callback):
             return False
         self._logged_step = trainer.global_step
         return True
+
+
+def _checked(init: Callable[..., None]) -> Callable[..., None]:
+    @wraps(init)
+    def checked(self: EfficientCallback, *args: Any, **kwargs: Any) -> None:
+        if getattr(type(self).__init__, "__wrapped__", None) is init:  # not again on the way up to the base
+            # The base speaks of these three.
+            check_call(type(self), args, kwargs, skip=("enabled", "include", "exclude"))
+        init(self, *args, **kwargs)
+
+    return checked
 
 
 def _two_samples(tensor: Tensor) -> Tensor:

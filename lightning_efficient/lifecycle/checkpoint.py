@@ -5,6 +5,7 @@ Weight-space methods never come here: their ``state_dict`` is plain at all times
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Protocol, cast, runtime_checkable
@@ -23,6 +24,7 @@ from lightning_efficient.weightspace.site import check_state
 
 # `current_model_state` is where Lightning's WeightAveraging keeps the weights being trained.
 STATES = ("state_dict", "current_model_state")
+_NOTE = "lightning_efficient: this needs "
 
 
 @runtime_checkable
@@ -62,7 +64,13 @@ def fold(model: nn.Module, requests: Sequence[StructuralRequest], checkpoint: di
                     live = _take(state, prefix)
                     tensors[name] |= {f"{state_name}/{key}": value for key, value in live.items()}
                     state.update({prefix + key: value for key, value in module.fold_state(live).items()})
-        recipe.write(checkpoint, Entry(request.method, request.key, request.config, tensors))
+        entry = Entry(request.method, request.key, request.config, tensors)
+        recipe.write(checkpoint, entry)
+        if not all(isinstance(new, Foldable) for c in request.changes for _, new in c.swaps.values()):
+            # Without the callback torch lists keys that say nothing; this one is among them.
+            for state_name in STATES:
+                if state_name in checkpoint:
+                    checkpoint[state_name] = {**checkpoint[state_name], f"{_NOTE}{called(entry)}": torch.empty(0)}
     for state_name in STATES:
         if state_name in checkpoint:  # an averaged copy, made earlier, knows nothing of adapters
             write_laws(model, checkpoint[state_name])
@@ -81,12 +89,17 @@ def unfold(
     """
     saved = {(e.method, e.key): e for e in recipe.read(checkpoint) if METHODS[e.method].replay}
     if unknown := [key for key in saved if key not in {(r.method, r.key) for r in requests if r.changes}]:
+        needed = " and ".join(called(saved[key]) for key in unknown)
         raise RecipeError(
             f"the checkpoint was written with {[key for _, key in unknown]}, which this run lacks or "
-            f"configures differently (it has {[r.key for r in requests] or 'none'}). "
-            "Add the same callback with the same arguments."
+            f"configures differently (it has {[r.key for r in requests] or 'none'}). Add {needed}: the same callback "
+            "with the same arguments."
         )
-    states = {name: dict(checkpoint[name]) for name in STATES if name in checkpoint}
+    states = {
+        name: {key: value for key, value in checkpoint[name].items() if not key.startswith(_NOTE)}
+        for name in STATES
+        if name in checkpoint
+    }
     for request in requests:
         entry = saved.get((request.method, request.key))
         changed = {name for change in request.changes for name in change.swaps}
@@ -99,6 +112,16 @@ def unfold(
             for name, prefix, module in _prefixes(model, request.changes):
                 _unfold_one(state, prefix, module, name, request, entry, state_name)
     return states
+
+
+def called(entry: Entry) -> str:
+    """The callback of an entry as one would write it, with what its entry differs in from the defaults."""
+    cls = METHODS[entry.method].find("callback")
+    if cls is None:  # another callback's doing, which has an entry, or a key, of its own
+        return entry.method
+    defaults = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
+    given = {n: v for n, v in entry.config.items() if n in defaults and n != "enabled" and v != defaults[n]}
+    return f"{cls.__name__}({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
 
 def of_weights(entries: Sequence[Entry], states: Mapping[str, Mapping[str, Any]]) -> list[Entry]:
@@ -139,6 +162,8 @@ def _unfold_one(
             f"{request.key} changes {name!r} now but did not when the checkpoint was written (it changed "
             f"{list(entry.tensors)[:5]}). Use the same `include` and `exclude`."
         )
+    if entry is not None and not entry.tensors[name]:
+        _check_shape(state, prefix, module, name, request, entry)
     if not isinstance(module, Foldable):
         if entry is not None and entry.tensors[name]:
             raise RecipeError(
@@ -156,6 +181,26 @@ def _unfold_one(
     if raw:
         _check_raw(module, raw, plain, f"{request.method} in the checkpoint's recipe, `tensors` of {name!r}")
     state.update({prefix + k: v for k, v in (raw or module.unfold_state(plain)).items()})
+
+
+def _check_shape(
+    state: Mapping[str, Any], prefix: str, module: nn.Module, name: str, request: StructuralRequest, entry: Entry
+) -> None:
+    """Refuse tensors of a module that was made with other arguments, which torch would list key by key."""
+    there = {k: tuple(v.shape) for k, v in state.items() if k.startswith(prefix) and isinstance(v, Tensor)}
+    own = {prefix + k: tuple(v.shape) for k, v in module.state_dict().items() if isinstance(v, Tensor)}
+    if there and there != own:
+        changed = [
+            f"`{argument}`: {entry.config.get(argument)!r} then, {value!r} now"
+            for argument, value in request.config.items()
+            if entry.config.get(argument) != value
+        ]
+        odd = sorted(key for key in there.keys() | own.keys() if there.get(key) != own.get(key))
+        raise RecipeError(
+            f"{called(entry).partition('(')[0]} made {name!r} with other arguments when the checkpoint was written "
+            f"({'; '.join(changed) or 'of another model'}), so its tensors do not fit ({odd[0]!r}, ...). Use the saved "
+            "values, or start a new run from the weights alone."
+        )
 
 
 def _check_raw(module: Foldable, raw: dict[str, Tensor], plain: dict[str, Tensor], where: str) -> None:

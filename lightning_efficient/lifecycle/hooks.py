@@ -81,6 +81,11 @@ def hook_files(pl_module: LightningModule) -> None:
     _hook(pl_module, ("on_save_checkpoint", "on_load_checkpoint", "configure_optimizers"))
 
 
+def hook_loading(pl_module: LightningModule) -> None:
+    """Have a file with a recipe checked before its weights are loaded, whichever callback wrote it."""
+    _hook(pl_module, ("on_load_checkpoint",))
+
+
 def _hook(pl_module: LightningModule, names: Iterable[str]) -> None:
     mine = attachment(pl_module)
     for name in names:

@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_efficient.common.schedule import transition_steps
+from lightning_efficient.common.schedule import check_spans, transition_steps
 from lightning_efficient.common.schema import Int, MapOf, Record, TensorOf, Text
 from lightning_efficient.structured.cost import Cost
 from lightning_efficient.structured.groups import Groups, UnitGroup
@@ -74,6 +74,7 @@ class HessoConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be a whole number from 1; got {value!r}.")
+        check_spans(start=self.start, duration=self.duration)
         check_weights(self.saliency)
         if self.published and (self.unit != "groups" or self.uniform):
             raise ValueError(

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_efficient.common.registry import near
 from lightning_efficient.structured.groups import Slice, UnitGroup
 
 CRITERIA = ("magnitude", "avg_magnitude", "cosine", "taylor1", "taylor2")
@@ -57,7 +58,8 @@ def check_weights(weights: Mapping[str, float] | None) -> dict[str, float]:
         return dict.fromkeys(CRITERIA, 1 / len(CRITERIA))
     for name, weight in weights.items():
         if name not in CRITERIA:
-            raise ValueError(f"`saliency` names {name!r}; the criteria are {', '.join(CRITERIA)}.")
+            known = ", ".join(CRITERIA)
+            raise ValueError(f"`saliency` names {name!r}{near(name, CRITERIA)}; the criteria are {known}.")
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
             raise ValueError(f"`saliency[{name!r}]` must be a number from 0; got {weight!r}.")
     if not any(weights.values()):

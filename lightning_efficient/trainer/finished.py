@@ -67,6 +67,22 @@ class FinishedForm:
                 replay.pl_module.log(name, metric.compute(), add_dataloader_idx=False)
         self.stop()
 
+    def follow(self, trainer: Trainer) -> None:
+        """After a validation in which nothing is blended any more: the network's own metrics are the finished form's.
+
+        Without that the last values of the transition would stay behind as the run's final ones.
+
+        Args:
+            trainer: At the end of a validation.
+        """
+        metrics = trainer.callback_metrics
+        before = [name for name in metrics if name.startswith(self.prefix)]
+        same = {name: metrics[own] for name in before if (own := name.removeprefix(self.prefix)) in metrics}
+        if same:
+            metrics.update(same)
+            for logger in trainer.loggers:
+                logger.log_metrics({name: float(value) for name, value in same.items()}, trainer.global_step)
+
     def _run(self, replay: Replay, norms: Sequence[BlendNorm], what: Callable[[], object]) -> None:
         self._logged = []
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_efficient.common.guard import Clock, JumpGuard
-from lightning_efficient.common.schedule import transition, transition_steps
+from lightning_efficient.common.schedule import check_spans, transition, transition_steps
 from lightning_efficient.common.schema import Int, ListOf, MapOf, Number, Record, Text
 
 TRANSITION = Record(
@@ -52,6 +53,11 @@ class GuardedTransition:
             raise ValueError(f"`guard` must be 'pause', 'rollback' or 'off'; got {guard!r}.")
         if not (guard_length >= 1 if type(guard_length) is int else 0 < guard_length <= 1):
             raise ValueError(f"`guard_length` must be steps (int from 1) or a share in (0, 1]; got {guard_length!r}.")
+        if not 1 < guard_factor < math.inf:
+            raise ValueError(f"`guard_factor` must be a number above 1; got {guard_factor!r}.")
+        check_spans(hold=hold, transition=length)
+        if shape not in ("linear", "cosine"):
+            raise ValueError(f"`shape` must be 'linear' or 'cosine'; got {shape!r}.")
         self.asked = hold, length
         self.shape, self.guard = shape, guard
         self.guard_factor, self.guard_length = guard_factor, guard_length

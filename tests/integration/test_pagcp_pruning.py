@@ -287,8 +287,8 @@ def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None
     [
         ({}, r"names 'val_loss', which the validation of TwoTasks does not log; it logs \['val_accuracy', 'val_digit'"),
         ({"budgets": {"val_digits": 0.1}}, r"'val_digits' \(did you mean 'val_digit'"),
-        ({"budgets": LOSSES, "start": 40}, "begin at step 40, but the run has 32"),
-        ({"budgets": LOSSES, "start": 0.9, "rounds": 3}, "3 rounds make the last one begin at step 34"),
+        ({"budgets": LOSSES, "start": 40}, "is at step 40, but the run has 32"),
+        ({"budgets": LOSSES, "start": 0.9, "rounds": 3}, "`rounds`=3 make the last one begin at the end of the run"),
         ({"budgets": LOSSES, "start": 1.5}, "`start` as a fraction of the run"),
         ({"budgets": LOSSES, "every": -1, "rounds": 2}, "`every` must not be negative"),
         ({"budgets": LOSSES, "include": ["net.digit"]}, "nothing|match"),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader
@@ -260,6 +263,31 @@ def test_the_finished_forms_metrics_are_logged_beside_the_blends(tmp_path: Any) 
         assert half[f"efficient/norm_swap/finished/{name}"] == pytest.approx(expected[0.5], rel=1e-5)
     assert half["val_loss"] != pytest.approx(expected[0.5], rel=1e-4)
     assert half["val_count"] == half["efficient/norm_swap/finished/val_count"] == 1
+
+
+@pytest.mark.parametrize("loaders", [1, 2])
+def test_no_value_of_the_transition_stays_behind_as_the_last_one(tmp_path: Any, loaders: int) -> None:
+    class Several(Classifier):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            self.log("val_loss", self._loss(batch) + dataloader_idx)
+
+    logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
+    monitor = "efficient/norm_swap/finished/val_loss" + "/dataloader_idx_1" * (loaders > 1)
+    best = ModelCheckpoint(tmp_path / "best", monitor=monitor)
+    t = trainer(
+        tmp_path, PRepBN(transition=4, hold=0), best, val_check_interval=2, logger=logger, enable_checkpointing=True
+    )
+    t.fit(Several(), loader(batches=8), [loader(1), loader(1)][:loaders])
+    rows = list(csv.DictReader(Path(logger.log_dir, "metrics.csv").read_text(encoding="utf-8").splitlines()))
+    names = [name for name in t.callback_metrics if name.startswith("val_loss")]
+    assert len(names) == loaders
+    for name in names:
+        finished = f"efficient/norm_swap/finished/{name}"
+        assert t.callback_metrics[finished] == t.callback_metrics[name]
+        logged = {key: [float(row[key]) for row in rows if row.get(key)] for key in (name, finished)}
+        assert logged[finished][-2:] == logged[name][-2:], "at the two validations after the transition"
+        assert logged[finished][0] != logged[name][0], "within it"
+    assert best.best_model_score == min(t.callback_metrics[monitor], best.best_model_score)
 
 
 def test_several_validation_loaders(tmp_path: Any) -> None:

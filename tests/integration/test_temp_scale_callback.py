@@ -294,9 +294,9 @@ def test_disabled_does_nothing(tmp_path: Any) -> None:
     ("options", "message"),
     [
         ({"tau": 0.0}, "TempScale.`tau`. is 0.0; expected finite numbers above 0"),
-        ({"tau": float("nan")}, "is nan"),
+        ({"tau": float("nan")}, "got nan"),
         ({"tau": [0.5, -1.0]}, "is -1.0"),
-        ({"mode": "log"}, "takes 'constant', 'log_n' or 'ssmax'; got 'log'"),
+        ({"mode": "log"}, "one of 'constant', 'log_n', 'ssmax'; got 'log'"),
         ({"per_head": True}, "add `learnable=True`"),
         ({"learnable": True, "transition": 0.5}, "would overwrite"),
     ],
@@ -311,7 +311,7 @@ def test_bad_arguments(options: Any, message: str) -> None:
     [
         ("timm_vit", {"tau": [0.5]}, ValueError, r"holds 1 temperatures for 2 attentions"),
         ("cnn", {"tau": 0.5}, NoMatchError, "no attention was seen"),
-        ("timm_vit", {"tau": 0.5, "include": ["net.block.*"]}, NoMatchError, "covers no attention"),
+        ("timm_vit", {"tau": 0.5, "include": ["net.block.*"]}, NoMatchError, "matches no attention"),
     ],
 )
 def test_bad_targets_change_nothing(tmp_path: Any, net: str, options: Any, error: type, message: str) -> None:

@@ -104,10 +104,10 @@ def test_a_plan_follows_the_run() -> None:
         ({"unit": "flops"}, 100, "'groups', 'params', 'macs'"),
         ({"periods": 0}, 100, "`periods` must be a whole number from 1; got 0"),
         ({"group_divisible": 2.0}, 100, "`group_divisible` must be a whole number from 1; got 2.0"),
-        ({"saliency": {"size": 1.0}}, 100, "'size'; the criteria are"),
+        ({"saliency": {"size": 1.0}}, 100, "'size'.*; the criteria are"),
         ({"periods": 10}, 20, r"10 `periods` need at least one step each, but `duration`=0.2 is 4 step"),
         ({}, None, "run's length is unknown"),
-        ({"start": 0.9, "duration": 0.2}, 100, "end at step"),
+        ({"start": 0.9, "duration": 0.2}, 100, "are more than a whole run"),
     ],
 )
 def test_bad_schedules(arguments: dict[str, object], total: int | None, said: str) -> None:
