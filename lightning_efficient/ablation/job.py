@@ -45,6 +45,7 @@ class Job:
         cwd: Where the command runs.
         checkpoint_every: Least number of seconds between two resume points.
         export: Also measure the exported model.
+        time_limit: Seconds that the run may take, over all attempts; None: any number.
     """
 
     folder: str
@@ -53,6 +54,7 @@ class Job:
     cwd: str
     checkpoint_every: float
     export: bool = False
+    time_limit: float | None = None
 
 
 def run_job(
@@ -85,6 +87,9 @@ def run_job(
         status.update(state=state, error=error, seconds=before + time.time() - status["started"])
         write_json(folder / STATUS, status)
 
+    def late() -> bool:
+        return job.time_limit is not None and before + time.time() - status["started"] > job.time_limit
+
     record("running")
     for step, argv in job.steps.items():
         if step == "test":
@@ -93,10 +98,12 @@ def run_job(
             argv = [*argv, f"--ckpt_path={_to_test(folder)}"]
         _set_aside_configs(folder)
         try:
-            code, text = _run(starter, argv, folder, variables, job.cwd, stopped)
+            code, text = _run(starter, argv, folder, variables, job.cwd, lambda: stopped() or late())
         except BaseException:
             record("interrupted")
             raise
+        if code is None and late():
+            return record("failed", f"ended after the time limit of a run, {job.time_limit:g} seconds")
         if code is None:
             return record("interrupted")
         if code != 0:

@@ -25,7 +25,7 @@ from lightning_efficient.ablation.files import EXPORT, read_json, write_json
 from lightning_efficient.ablation.pairing import started_alike
 from lightning_efficient.ablation.plan import Planned, check, jobs, locked, plan
 from lightning_efficient.ablation.program import find_program
-from lightning_efficient.ablation.variants import BASELINE, VariantsLike, read_variants
+from lightning_efficient.ablation.variants import BASELINE, VariantsLike, check_variants, read_variants
 from lightning_efficient.ablation.view import RunRow, View, errors, row_of, shown_metric, table
 from lightning_efficient.comparison import Comparison, compare
 from lightning_efficient.comparison.html import to_html
@@ -82,6 +82,7 @@ def ablate(
     engine: str = "local",
     address: str | None = None,
     checkpoint_every: float = 30.0,
+    time_limit: float | None = None,
     console: Console | None = None,
 ) -> Ablation:
     """Train one configuration with and without methods, over seeds, and compare.
@@ -109,6 +110,7 @@ def ablate(
         engine: ``"local"``, or ``"ray"``.
         address: Of a Ray cluster; ``None``: one on this machine.
         checkpoint_every: Least number of seconds between two points to resume from; written between epochs.
+        time_limit: Seconds that a run may take, over all attempts; it is then ended and kept as failed. ``None``: any.
         console: Where to report; ``None``: the terminal.
 
     Returns:
@@ -123,23 +125,26 @@ def ablate(
     if sys.platform == "win32":
         raise NotImplementedError("`ablate` needs POSIX process groups and file locks: use Linux, macOS or WSL.")
     console = console or Console()
-    _check_arguments(seeds, n_jobs, threads, engine, address)
+    _check_arguments(seeds, n_jobs, threads, engine, address, time_limit)
     found = read_variants(variants)
     if run_cost:
         found = {name: {**methods, "run_cost": methods.get("run_cost", _ON)} for name, methods in found.items()}
     program = find_program(script, arguments)
+    remarks = check_variants(found, program)
     if test and not program.subcommands:
         raise ValueError("`test` needs a script with subcommands: this one has LightningCLI(run=False).")
     folder = Path(out).resolve()
     runs = plan(found, list(seeds), folder)
     check(runs, program)
     with locked(folder) as lock:
-        left = jobs(runs, program, test, retry_failed, checkpoint_every, export)
+        left = jobs(runs, program, test, retry_failed, checkpoint_every, export, time_limit)
         slots = make_slots(program.config, n_jobs, threads, gpus := visible_gpus())[: max(1, len(left))]
         console.print(
             f"[bold]lightning-efficient ablate[/]  {len(found)} variants × {len(seeds)} seeds, {len(left)} of "
             f"{len(runs)} runs to do, {len(slots)} at a time → {folder}", highlight=False, soft_wrap=True,
         )  # fmt: skip
+        for remark in remarks:
+            console.print(f"note: {remark}", style="yellow", highlight=False, markup=False, soft_wrap=True)
         if left:
             each = gpus_of_a_run(program.config, len(gpus))
             # A user's script may set variables before its imports, and a fork cannot use a GPU that its parent opened.
@@ -150,12 +155,21 @@ def ablate(
             ) as started:
                 started.start(left)
                 _watch(started, runs, View(console, metrics))
-        return _report(folder, runs, metrics, console)
+        return _report(folder, runs, metrics, console, remarks)
 
 
-def _check_arguments(seeds: Sequence[int], n_jobs: int | None, threads: int, engine: str, address: str | None) -> None:
+def _check_arguments(
+    seeds: Sequence[int],
+    n_jobs: int | None,
+    threads: int,
+    engine: str,
+    address: str | None,
+    time_limit: float | None = None,
+) -> None:
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise ValueError(f"`seeds` should be different numbers from 0 on; got {list(seeds)}.")
+    if time_limit is not None and not time_limit > 0:
+        raise ValueError(f"`time_limit` should be seconds above 0; got {time_limit!r}.")
     for name, value in (("n_jobs", n_jobs), ("threads", threads)):
         if value is not None and value < 1:
             raise ValueError(f"`{name}` should be at least 1; got {value}.")
@@ -196,9 +210,11 @@ def _not_exported(runs: Sequence[Planned]) -> list[str]:
     return [f"Trained, but not exported: {', '.join(who)}: {error}" for error, who in found.items()]
 
 
-def _report(folder: Path, runs: Sequence[Planned], metrics: Sequence[str] | None, console: Console) -> Ablation:
+def _report(
+    folder: Path, runs: Sequence[Planned], metrics: Sequence[str] | None, console: Console, remarks: Sequence[str]
+) -> Ablation:
     rows = [row_of(run) for run in runs]
-    notes = started_alike(runs) + _not_exported(runs)
+    notes = [*remarks, *started_alike(runs), *_not_exported(runs)]
     comparison: Comparison | None = None
     finished = [row for row in rows if row.state == "finished"]
     try:

@@ -133,6 +133,11 @@ class MagnitudePruning(PruningCallback):
         schedule = {"schedule" if name == "kind" else name: value for name, value in vars(self.schedule).items()}
         return super().config() | {name: getattr(self, name) for name in names} | schedule
 
+    def without_effect(self) -> str:
+        """Nothing is pruned."""
+        none = not any([self.amount, *(self.amounts or {}).values(), self.keep_zeros])
+        return "amount=0 prunes nothing" if none else ""
+
     # -- life cycle ------------------------------------------------------------------------------------------------
 
     def plan(self, pl_module: LightningModule) -> Plan:

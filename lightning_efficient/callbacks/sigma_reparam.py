@@ -81,6 +81,12 @@ class SigmaReparam(WeightSpaceCallback):
         """The arguments of this callback as plain data."""
         return super().config() | vars(self.options) | {"remove_norms": self.remove_norms}
 
+    def without_effect(self) -> str:
+        """It may only look."""
+        return (
+            "monitor_only=True logs spectral norms only" if self.options.monitor_only and not self.remove_norms else ""
+        )
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the norms out, if asked to, before weights are loaded."""
         super().setup(trainer, pl_module, stage)

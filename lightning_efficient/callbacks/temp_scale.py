@@ -111,6 +111,12 @@ class TempScale(WeightSpaceCallback):
         own = {"tau": plain, "learnable": self.learnable, "transition": self.transition}
         return super().config() | vars(self.options) | own
 
+    def without_effect(self) -> str:
+        """A temperature of 1 is none."""
+        taus = self.options.tau if isinstance(self.options.tau, list | tuple) else [self.options.tau]
+        still = self.options.mode == "constant" and not self.learnable and all(tau == 1 for tau in taus)
+        return f"tau={self.options.tau} is the temperature that attention has" if still else ""
+
     def record(self) -> dict[str, Any]:
         """The arguments, and which weights hold which attention's temperature."""
         layout = None if self._targets is None else _as_plain(self._targets)

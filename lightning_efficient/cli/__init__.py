@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 _TRAINER = {
@@ -61,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('lightning-efficient')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     for name, text in _TRAINER.items():
         commands.add_parser(name, help=text)
@@ -70,6 +73,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_compare(commands.add_parser("compare", help="a table, a page and a picture of runs, from their logs"))
     _add_ablate(commands.add_parser("ablate", help="train with methods toggled, over seeds, and compare"))
     _add_schema(commands.add_parser("schema", help="a JSON schema of the methods' keys, for editors"))
+    shells = commands.add_parser("completion", help="print a script that completes commands and options in a shell")
+    shells.add_argument("shell", choices=("bash", "zsh", "fish"), help='such as: eval "$(%(prog)s bash)"')
+    shells.set_defaults(parser=parser)
     _add_demo(commands.add_parser("demo", help="a tour: train a small ViT with every method, compare and export"))
     return parser
 
@@ -83,14 +89,25 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--submodule", metavar="NAME", help="export this part of the model, such as `net`")
     parser.add_argument(
-        "--input-shape", metavar="N,N,...", type=_shape,
-        help="shape of a random float input, batch first; default: the model's example_input_array",
+        "--input", "--input-shape", action="append", metavar="SHAPE", default=[],
+        help="an input, batch first: [name=]N,N,...[:kind], kind float, int (ids), mask or bool; several by position "
+        "or by name; default: the model's example_input_array",
+    )  # fmt: skip
+    parser.add_argument("--data", metavar="CLASS", help="a LightningDataModule: its first training batch is the input")
+    parser.add_argument(
+        "--trust", dest="weights_only", action="store_false", default=None,
+        help="run what code the file asks for; else only plain data is read",
     )  # fmt: skip
     parser.add_argument(
-        "--weights-only", "--weights_only", type=_flag, metavar="BOOL",
-        help="false: run what code the file asks for, if you trust it; default: true",
-    )  # fmt: skip
+        "--weights-only", "--weights_only", dest="weights_only", type=_flag, metavar="BOOL", help=argparse.SUPPRESS
+    )
     parser.add_argument("--dynamic-batch", action="store_true", help="let the program accept any batch size")
+    parser.add_argument(
+        "--dynamic-axes", action="append", metavar="INPUT=N,N", type=_axes, default=[],
+        help="let the program accept any size along these axes of an input, such as input_ids=0,1",
+    )  # fmt: skip
+    parser.add_argument("--opset", type=int, metavar="N", help="of an .onnx file; default: what torch.onnx chooses")
+    parser.add_argument("--output-names", nargs="+", metavar="NAME", help="of an .onnx file's outputs")
 
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:
@@ -123,6 +140,7 @@ def _add_ablate(parser: argparse.ArgumentParser) -> None:
     add("--test", action="store_true", help="also test the best checkpoint of each run")
     add("--export", action="store_true", help="also export each model and log its size, compute and latency")
     add("--no-run-cost", dest="run_cost", action="store_false", help="leave out time a step, memory and parameters")
+    add("--time-limit", type=_seconds, metavar="TIME", help="of a run, such as 90 (seconds), 30m or 2h; default: none")
     add("--retry-failed", action="store_true", help="train failed runs anew; default: keep them as they are")
     add("--jobs", type=int, metavar="N", help="runs at a time; default: cores / threads, or one a GPU")
     add("--threads", type=int, default=1, metavar="N", help="CPU threads of a run; default: %(default)s")
@@ -150,11 +168,19 @@ def _flag(text: str) -> bool:
     return text.lower() == "true"
 
 
-def _shape(text: str) -> tuple[int, ...]:
-    sizes = text.split(",")
-    if not all(size.strip().isdigit() and int(size) > 0 for size in sizes):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a shape such as 1,3,224,224")
-    return tuple(int(size) for size in sizes)
+def _axes(text: str) -> tuple[str, tuple[int, ...]]:
+    name, equals, numbers = text.partition("=")
+    axes = numbers.split(",")
+    if not (name and equals and all(axis.strip().isdigit() for axis in axes)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no input and axes, such as input_ids=0,1")
+    return name, tuple(map(int, axes))
+
+
+def _seconds(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    if found is None or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time above 0, such as 90, 30m or 1.5h")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
 
 
 def _import_from_here() -> None:

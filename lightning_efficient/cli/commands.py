@@ -7,10 +7,9 @@ import signal
 from argparse import Namespace
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from rich.console import Console
 from rich.markup import escape
 from torch import nn
@@ -22,7 +21,18 @@ from lightning_efficient.cli.tune import tune
 from lightning_efficient.common.registry import near
 from lightning_efficient.lifecycle.load import load_from_checkpoint
 
-__all__ = ["run_ablate", "run_compare", "run_demo", "run_export", "run_targets", "run_tune_temperature", "train"]
+T = TypeVar("T")
+
+__all__ = [
+    "run_ablate",
+    "run_compare",
+    "run_completion",
+    "run_demo",
+    "run_export",
+    "run_targets",
+    "run_tune_temperature",
+    "train",
+]
 
 
 def train(args: Sequence[str] | None) -> None:
@@ -59,21 +69,31 @@ def run_export(options: Namespace) -> None:
     """``export``: load a checkpoint, export a plain model, save and check the file.
 
     Args:
-        options: ``checkpoint``, ``model``, ``out``, ``submodule``, ``input_shape``, ``dynamic_batch``,
-            ``weights_only``.
+        options: As ``lightning-efficient export --help`` lists them.
     """
+    from lightning_efficient.cli.inputs import first_batch_of, inputs_of, read_inputs
     from lightning_efficient.deploy.export import export, save_exported
+    from lightning_efficient.deploy.formats import check_path
 
     with short_errors():
-        cls = import_class(options.model)
+        of_onnx = {"opset": options.opset, "output_names": options.output_names}
+        check_path(options.out, **of_onnx)
+        given = read_inputs(options.input)
+        if given is not None and options.data is not None:
+            raise ValueError("--data and --input both say what the inputs are: give one of them.")
+        cls: type[LightningModule] = import_class(options.model)
+        data = None if options.data is None else import_class(options.data, LightningDataModule, "--data")()
         model: nn.Module = _load(cls, options.checkpoint, options.weights_only)
-        example: Any = getattr(model, "example_input_array", None)
-        if options.input_shape is not None:
-            example = torch.randn(options.input_shape, generator=torch.Generator().manual_seed(0))
+        example: Any = getattr(model, "example_input_array", None) if given is None else given
         if options.submodule is not None:
             model = submodule(model, options.submodule)
+        if data is not None:
+            example = inputs_of(model, first_batch_of(data))
         plain = export(model, example)
-        apart = save_exported(plain, example, options.out, dynamic_batch=options.dynamic_batch)
+        apart = save_exported(
+            plain, example, options.out, dynamic_batch=options.dynamic_batch, dynamic_axes=dict(options.dynamic_axes),
+            **of_onnx,
+        )  # fmt: skip
     size = options.out.stat().st_size / 2**20
     checked = "state dict, read back bit for bit" if apart is None else f"read back: {apart}"
     Console().print(f"{options.out}  {size:.1f} MiB  ({checked})", highlight=False)
@@ -91,11 +111,13 @@ def _load(cls: type[LightningModule], checkpoint: str, weights_only: bool | None
         ) from error
 
 
-def import_class(path: str) -> type[LightningModule]:
-    """The LightningModule class at an import path.
+def import_class(path: str, kind: type[T] = LightningModule, option: str = "--model") -> type[T]:  # type: ignore[assignment]
+    """The class at an import path.
 
     Args:
         path: Such as ``my_package.models.MyModule``.
+        kind: What it has to be a subclass of.
+        option: That gives the path, for messages.
 
     Raises:
         ValueError: There is no such module or class, or it is something else.
@@ -111,9 +133,9 @@ def import_class(path: str) -> type[LightningModule]:
         # What that module itself fails to import is a mistake in it.
         if isinstance(error, ModuleNotFoundError) and not f"{module}.".startswith(f"{error.name}."):
             raise
-        raise ValueError(f"cannot import --model {path!r}: {error}. Expected package.module.Class.") from error
-    if not (isinstance(found, type) and issubclass(found, LightningModule)):
-        raise ValueError(f"--model {path!r} is {found!r}; expected a LightningModule class.")
+        raise ValueError(f"cannot import {option} {path!r}: {error}. Expected package.module.Class.") from error
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        raise ValueError(f"{option} {path!r} is {found!r}; expected a {kind.__name__} class.")
     return found
 
 
@@ -201,12 +223,23 @@ def run_ablate(options: Namespace) -> None:
                 seeds=options.seeds, out=options.out, metrics=options.metrics, test=options.test,
                 retry_failed=options.retry_failed, n_jobs=options.jobs, threads=options.threads,
                 engine=options.engine, address=options.address, run_cost=options.run_cost, export=options.export,
-                checkpoint_every=options.checkpoint_every,
+                checkpoint_every=options.checkpoint_every, time_limit=options.time_limit,
             )  # fmt: skip
         except KeyboardInterrupt:
             raise SystemExit(130) from None
     if not done.finished:
         raise SystemExit(1)
+
+
+def run_completion(options: Namespace) -> None:
+    """``completion``: a script for a shell.
+
+    Args:
+        options: ``shell``, and ``parser`` of all commands.
+    """
+    from lightning_efficient.cli.completion import script
+
+    print(script(options.shell, options.parser))
 
 
 def run_demo(options: Namespace) -> None:

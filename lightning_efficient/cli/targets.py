@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -17,12 +23,15 @@ from torch import nn
 from lightning_efficient.attention import AttentionProbe
 from lightning_efficient.callbacks.collapse_monitor import CollapseMonitor
 from lightning_efficient.cli.efficient_cli import EfficientCLI, add_method_arguments
+from lightning_efficient.cli.inputs import first_batch_of, inputs_of, read_inputs
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.registry import METHODS
-from lightning_efficient.common.running import as_call, evaluating
+from lightning_efficient.common.running import Call, as_call, evaluating
 from lightning_efficient.lifecycle.base import EfficientCallback
+from lightning_efficient.lifecycle.state import attachment
 from lightning_efficient.lifecycle.structural import StructuralCallback
 from lightning_efficient.lifecycle.weights import WeightSpaceCallback
+from lightning_efficient.trainer.example import example_of, first_batch
 
 USAGE = """\
 usage: lightning-efficient targets [-c CONFIG ...] [--model CLASS] [--model.ARG VALUE ...] [--METHOD.ARG VALUE ...]
@@ -33,14 +42,18 @@ What each method would change in a model, and why not the rest, before any train
   --model CLASS       import path of a LightningModule or nn.Module class, or of a function annotated to return one
   --model.ARG VALUE   an argument of it
   --METHOD.ARG VALUE  an argument of a method, such as --sigma_reparam.exclude='[head]'
+  --data CLASS        import path of a LightningDataModule: what the training step does with its first batch decides
+  --input SHAPE       else, one for each input: [name=]N,N,...[:kind], kind float, int (ids), mask or bool;
+                      without either the model's `example_input_array`
 
 example: lightning-efficient targets --model timm.models.vit_tiny_patch16_224 --sigma_reparam.qkv=split"""
 
+_INPUT = re.compile(r"--input(?:[-_]shape)?(?==|$)")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
 
 class _ModelOnly(EfficientCLI):
-    """Accepts what ``fit`` accepts, and makes the model and the callbacks only."""
+    """Accepts what ``fit`` accepts, and makes the model, the data and the callbacks only."""
 
     def __init__(self, args: Sequence[str]) -> None:
         prog = {"prog": "lightning-efficient targets"}
@@ -52,17 +65,32 @@ class _ModelOnly(EfficientCLI):
         parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=False)
         parser.add_method_arguments(Trainer, "fit", skip=set(self.subcommands()["fit"]))
         add_method_arguments(parser)
+        parser.add_argument("--input", type=list[str], default=[], help="shape of an input")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        self.config = parser.parse_args(cast(list[str], args))
+        self.config = parser.parse_args(_listed(cast(list[str], args)))
         self.config["seed_everything"] = False
 
     def before_instantiate_classes(self) -> None:
-        for unused in ("trainer", "data", "optimizer", "lr_scheduler"):
+        for unused in ("trainer", "optimizer", "lr_scheduler"):
             self.config.pop(unused, None)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         return cast(Trainer, None)
+
+
+def _listed(args: Sequence[str]) -> list[str]:
+    """``--input`` and ``--input-shape``, perhaps several times, as one list."""
+    found: list[str] = []
+    rest = [part for arg in args for part in (arg.split("=", 1) if _INPUT.match(arg) else [arg])]
+    kept = []
+    while rest:
+        arg = rest.pop(0)
+        if _INPUT.fullmatch(arg) and rest:
+            found.append(rest.pop(0))
+        else:
+            kept.append(arg)
+    return [*kept, f"--input={json.dumps(found)}"] if found else kept
 
 
 def show_targets(args: Sequence[str], console: Console | None = None) -> None:
@@ -80,10 +108,19 @@ def show_targets(args: Sequence[str], console: Console | None = None) -> None:
         return
     cli = _ModelOnly(args)
     model: nn.Module = cli.model
+    inputs, data = read_inputs(cli.config_init["input"]), cli.datamodule
     if isinstance(model, LightningModule):
+        if data is not None:
+            data.prepare_data()
+            data.setup("fit")
         model.configure_model()
     if not any(True for _ in model.parameters()):
         raise ValueError(f"{type(model).__name__} has no parameters yet: does it build its layers in `setup`?")
+    trains = isinstance(model, LightningModule) and inputs is None and _has_data(model, data)
+    if inputs is None and data is not None and not trains:
+        inputs = inputs_of(model, first_batch_of(data))
+    if inputs is not None:
+        model.example_input_array = inputs  # type: ignore[assignment]
     console = console or Console()
     refused = []
     for method in METHODS.with_callback:
@@ -94,21 +131,30 @@ def show_targets(args: Sequence[str], console: Console | None = None) -> None:
             Text.assemble((f"\n{method}", "bold"), "" if callback.enabled else "  (off in this configuration)")
         )
         try:
-            change = planned(callback, model)
+            if trains:
+                change = planned_in_training(callback, cast(LightningModule, model), data)
+            else:
+                change = planned(callback, model)
         except ValueError as error:
             refused += [method] * callback.enabled
             console.print(Text(f"  {error}"))
             continue
         console.print(_table(change))
         for note in change.notes:
-            console.print(f"  {note}", highlight=False)
+            console.print(Text(f"  {note}"))
         console.print(f"  {len(change.targets)} matched, {len(change.skipped)} left alone", highlight=False)
     if refused:
         raise ValueError(f"{', '.join(refused)}: switched on, and would refuse this model.")
 
 
+def _has_data(model: LightningModule, data: LightningDataModule | None) -> bool:
+    """Whether a training step can be run: then what it does is what counts."""
+    given = data is not None or (is_overridden("train_dataloader", model) and model.example_input_array is None)
+    return given and is_overridden("training_step", model) and is_overridden("configure_optimizers", model)
+
+
 def planned(callback: EfficientCallback, model: nn.Module) -> Change:
-    """The record of what a callback would do, without doing it.
+    """The record of what a callback would do, without doing it, by the model's ``example_input_array``.
 
     Args:
         callback: One of this package's.
@@ -118,7 +164,13 @@ def planned(callback: EfficientCallback, model: nn.Module) -> Change:
         ValueError: The method finds nothing, or refuses the model.
     """
     if isinstance(callback, CollapseMonitor):
-        return _attention(callback, model)
+        example = getattr(model, "example_input_array", None)
+        if example is None:
+            raise ValueError(
+                "attention is found while the model runs, and this one has no `example_input_array` to run on: give "
+                "--data, or --input with its shape."
+            )
+        return _attention(callback, model, model, as_call(example))
     if not hasattr(callback, "plan"):
         return cast(StructuralCallback, callback).apply(deepcopy(cast(LightningModule, model)))
     change = cast(WeightSpaceCallback, callback).plan(cast(LightningModule, model)).change
@@ -126,23 +178,83 @@ def planned(callback: EfficientCallback, model: nn.Module) -> Change:
     return change
 
 
-def _attention(monitor: CollapseMonitor, model: nn.Module) -> Change:
-    """Attention is known only once it runs: one forward on the model's own example input."""
-    example = getattr(model, "example_input_array", None)
-    if example is None:
-        raise ValueError(
-            "attention is found while the model runs, and this one has no `example_input_array` to run on."
-        )
-    monitor.choose(model)
-    with evaluating(model), AttentionProbe(model, max_samples=1, max_queries=1) as probe:
-        as_call(example).run(model)
-    change = Change(monitor.method, skipped=dict(probe.unread))
-    for call in probe.calls:
-        name = call.site.partition("#")[0]
-        if monitor.covered(name):
-            change.targets[call.site] = f"{call.kind}, {call.rows.entropy.shape[1]} heads"
+def planned_in_training(
+    callback: EfficientCallback, model: LightningModule, data: LightningDataModule | None
+) -> Change:
+    """The same, as a run on this data finds it: a copy begins to train, and ends before the first step.
+
+    Args:
+        callback: One of this package's.
+        model: The model.
+        data: Its data; None: its own.
+
+    Raises:
+        ValueError: The method finds nothing, or refuses the model.
+    """
+    ours, look = deepcopy(callback), _Look()
+    ours.enabled = True
+    with warnings.catch_warnings(), _silent():
+        warnings.simplefilter("ignore")  # what a run says, it says in the run
+        trainer = Trainer(
+            accelerator="cpu", devices=1, max_epochs=1, num_sanity_val_steps=0, logger=False, callbacks=[look, ours],
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        with suppress(_SeenError):
+            trainer.fit(deepcopy(model), datamodule=data)
+    assert look.change is not None
+    return look.change
+
+
+class _SeenError(Exception):
+    """Ends a run that has begun."""
+
+
+class _Look(Callback):
+    """Reads what the next callback has planned, once all are ready."""
+
+    change: Change | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        callback = next(cb for cb in trainer.callbacks if isinstance(cb, EfficientCallback))  # type: ignore[attr-defined]
+        if isinstance(callback, CollapseMonitor):
+            example = example_of(trainer, pl_module, "fit", first_batch(trainer))
+            self.change = _attention(callback, pl_module, example.model, Call(example.args))
+        elif isinstance(callback, WeightSpaceCallback):
+            self.change = callback.change
         else:
-            change.skipped[call.site] = "not covered by include, or excluded"
+            changes = [c for c in attachment(pl_module).changes if c.method == callback.method]
+            self.change = Change(callback.method)
+            for change in changes:
+                self.change.targets |= change.targets
+                self.change.skipped |= change.skipped
+                self.change.notes += change.notes
+        raise _SeenError
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _attention(monitor: CollapseMonitor, names: nn.Module, model: nn.Module, call: Call) -> Change:
+    """Attention is known only once it runs: one forward."""
+    monitor.choose(names)
+    with evaluating(model), AttentionProbe(model, max_samples=1, max_queries=1) as probe:
+        call.run(model)
+    change = Change(monitor.method, skipped=dict(probe.unread))
+    for seen in probe.calls:
+        if monitor.covered(seen.site.partition("#")[0]):
+            change.targets[seen.site] = f"{seen.kind}, {seen.rows.entropy.shape[1]} heads"
+        else:
+            change.skipped[seen.site] = "not covered by include, or excluded"
     return change
 
 

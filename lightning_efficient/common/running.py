@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -99,6 +100,23 @@ def as_call(example_inputs: Inputs) -> Call:
         "`example_inputs` takes a tensor, a tuple of positional or a dict of keyword arguments; got "
         f"{type(example_inputs).__name__}. One list as the only argument is written `([...],)`."
     )
+
+
+def calls_of_batch(model: nn.Module, batch: Any) -> list[Call]:
+    """The calls that a training batch may stand for, the likeliest first.
+
+    Args:
+        model: Its ``forward`` says which items of a mapping it takes.
+        batch: A tensor, or a nest.
+    """
+    calls = [Call((batch,))]
+    if isinstance(batch, Mapping):
+        known = inspect.signature(model.forward).parameters
+        taken = {key: value for key, value in batch.items() if key in known}
+        calls = [*([Call((), taken)] if taken else []), Call((), batch), *calls]
+    elif isinstance(batch, (tuple, list)) and batch:
+        calls.append(Call((batch[0],)))
+    return calls
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -8,7 +8,7 @@ that ``timm.utils.reparameterize_model`` knows.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -17,7 +17,7 @@ from torch import nn
 
 from lightning_efficient.common.comparing import Difference, ExportError, difference
 from lightning_efficient.common.match import canonical_name
-from lightning_efficient.common.running import Call, Inputs, as_call, device_of, evaluating, first_line
+from lightning_efficient.common.running import Call, Inputs, as_call, calls_of_batch, device_of, evaluating, first_line
 from lightning_efficient.deploy.diverged import check_range, check_weights
 from lightning_efficient.deploy.formats import save_exported, to_onnx, to_torch_export
 from lightning_efficient.deploy.plain import check_foreign, detached_copy, plain_copy
@@ -166,12 +166,7 @@ def _calls(model: nn.Module, example_inputs: Inputs | None) -> list[Call]:
             "and kept no training batch. Pass `example_inputs`: a tensor, a tuple of positional or a dict of "
             "keyword arguments."
         )
-    calls = [Call((batch,))]
-    if isinstance(batch, Mapping):
-        calls.insert(0, Call((), batch))
-    elif isinstance(batch, (tuple, list)) and batch:
-        calls.append(Call((batch[0],)))
-    return calls
+    return calls_of_batch(model, batch)
 
 
 def _whole(model: nn.Module) -> nn.Module:

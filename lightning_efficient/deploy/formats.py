@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lightning_efficient.common.comparing import Difference, ExportError, difference
 from lightning_efficient.common.nests import named_tensors
+from lightning_efficient.common.registry import near
 from lightning_efficient.common.running import Call, Inputs, as_call, evaluating
 from lightning_efficient.deploy.diverged import check_weights
 
+_PROGRAMS = (".pt2", ".onnx")
+_STATES = (".safetensors", ".pt", ".pth")
+Axes: TypeAlias = Mapping[str | int, Sequence[int]]
 # ONNX is a protobuf, which ends at 2 GiB; weights of larger models go into a file beside it.
 _PROTOBUF_LIMIT = 2**31 - 2**20
 
@@ -29,6 +35,9 @@ def save_exported(
     *,
     dynamic_batch: bool = False,
     tolerance: float = 1e-5,
+    dynamic_axes: Axes | None = None,
+    opset: int | None = None,
+    output_names: Sequence[str] | None = None,
 ) -> Difference | None:
     """Save a model in the format its file name's suffix asks for.
 
@@ -41,6 +50,9 @@ def save_exported(
             is replaced.
         dynamic_batch: Programs accept any batch size.
         tolerance: Largest accepted difference of a program's outputs, relative to the output's scale.
+        dynamic_axes: Input → axes of any size, of a program: by its name in ``forward``, or its place.
+        opset: Of an ONNX program; ``None``: as ``torch.onnx`` chooses.
+        output_names: Of an ONNX program's outputs.
 
     Returns:
         The difference between the model and the program read back; ``None`` for a state dict, which is
@@ -53,19 +65,39 @@ def save_exported(
             file is left behind, and an old one stays.
     """
     target = Path(path)
-    programs = {".pt2": to_torch_export, ".onnx": to_onnx}
-    states = {".safetensors": _save_safetensors, ".pt": _save_state, ".pth": _save_state}
-    if target.suffix in programs:
+    check_path(target, opset=opset, output_names=output_names)
+    if target.suffix in _PROGRAMS:
         if example_inputs is None:
             raise ValueError(f"a {target.suffix} file holds a traced program: pass `example_inputs`.")
-        save = programs[target.suffix]
-        return save(model, example_inputs, target, dynamic_batch=dynamic_batch, tolerance=tolerance)
-    if target.suffix not in states:
-        raise ValueError(f"`path` is {str(path)!r}; expected a suffix among {', '.join([*programs, *states])}.")
+        of_all: dict[str, Any] = {
+            "dynamic_batch": dynamic_batch, "tolerance": tolerance, "dynamic_axes": dynamic_axes,
+        }  # fmt: skip
+        if target.suffix == ".pt2":
+            return to_torch_export(model, example_inputs, target, **of_all)
+        return to_onnx(model, example_inputs, target, **of_all, opset=opset, output_names=output_names)
+    states = {".safetensors": _save_safetensors, ".pt": _save_state, ".pth": _save_state}
     check_weights(model)
     with _draft(target) as draft:
         states[target.suffix](model, draft)
     return None
+
+
+def check_path(path: str | os.PathLike[str], **of_onnx: Any) -> None:
+    """Refuse a file name that says no format, before anything is made for it.
+
+    Args:
+        path: The file to write.
+        **of_onnx: Arguments that only an ``.onnx`` file has a use for.
+
+    Raises:
+        ValueError: Another suffix, or one of these for another format.
+    """
+    suffix = Path(path).suffix
+    if suffix not in (*_PROGRAMS, *_STATES):
+        raise ValueError(f"`path` is {str(path)!r}; expected a suffix among {', '.join([*_PROGRAMS, *_STATES])}.")
+    for name, value in of_onnx.items():
+        if value is not None and suffix != ".onnx":
+            raise ValueError(f"`{name}`={value!r} is for .onnx files; `path` is {str(path)!r}.")
 
 
 def to_torch_export(
@@ -75,6 +107,7 @@ def to_torch_export(
     *,
     dynamic_batch: bool = False,
     tolerance: float = 1e-5,
+    dynamic_axes: Axes | None = None,
 ) -> Difference:
     """Trace with ``torch.export``, save, read back and compare.
 
@@ -84,6 +117,7 @@ def to_torch_export(
         path: File to write, usually ``.pt2``.
         dynamic_batch: The first axis of every input tensor may have any size.
         tolerance: Largest accepted difference of the outputs, relative to the output's scale.
+        dynamic_axes: As for :func:`save_exported`.
 
     Returns:
         The difference between the outputs of the model and of the program read back.
@@ -92,9 +126,10 @@ def to_torch_export(
         ExportError: The model cannot be traced, or the outputs differ by more than ``tolerance``.
     """
     with _draft(Path(path)) as draft, evaluating(model):
-        torch.export.save(_trace(model, as_call(example_inputs), dynamic_batch), draft)
+        free = _Free.of(model, as_call(example_inputs), dynamic_batch, dynamic_axes)
+        torch.export.save(_trace(model, free), draft)
         program = torch.export.load(draft).module()
-        return _compare(model, program, as_call(example_inputs), dynamic_batch, tolerance, "the .pt2 program")
+        return _compare(model, program, free, tolerance, "the .pt2 program")
 
 
 def to_onnx(
@@ -104,6 +139,9 @@ def to_onnx(
     *,
     dynamic_batch: bool = False,
     tolerance: float = 1e-5,
+    dynamic_axes: Axes | None = None,
+    opset: int | None = None,
+    output_names: Sequence[str] | None = None,
 ) -> Difference:
     """Convert with ``torch.onnx`` (from a ``torch.export`` program), run in onnxruntime on the CPU and
     compare.
@@ -115,6 +153,9 @@ def to_onnx(
             it.
         dynamic_batch: The first axis of every input tensor may have any size.
         tolerance: Largest accepted difference of the outputs, relative to the output's scale.
+        dynamic_axes: As for :func:`save_exported`.
+        opset: As for :func:`save_exported`.
+        output_names: As for :func:`save_exported`.
 
     Returns:
         The difference between the outputs of the model and of onnxruntime.
@@ -126,42 +167,100 @@ def to_onnx(
     _require("onnx", "onnxscript", "onnxruntime")
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values() if isinstance(t, Tensor))
     with _draft(Path(path)) as draft, evaluating(model):
-        program = _trace(model, as_call(example_inputs), dynamic_batch)
+        free = _Free.of(model, as_call(example_inputs), dynamic_batch, dynamic_axes)
+        program = _trace(model, free)
+        options: dict[str, Any] = {"opset_version": opset} if opset is not None else {}
+        if output_names is not None:
+            options["output_names"] = list(output_names)
         with _as_export_error("torch.onnx cannot convert the model"):
-            torch.onnx.export(program, f=draft, dynamo=True, verbose=False, external_data=size > _PROTOBUF_LIMIT)
+            torch.onnx.export(
+                program, f=draft, dynamo=True, verbose=False, external_data=size > _PROTOBUF_LIMIT, **options
+            )
         runtime = _onnxruntime(draft)
-        return _compare(model, runtime, as_call(example_inputs), dynamic_batch, tolerance, "the ONNX program")
+        return _compare(model, runtime, free, tolerance, "the ONNX program")
 
 
-def _trace(model: nn.Module, call: Call, dynamic_batch: bool) -> torch.export.ExportedProgram:
+@dataclass(frozen=True)
+class _Free:
+    """A call, and which axes of its tensors may have any size.
+
+    Args:
+        call: As given.
+        batch: Whether the first axis of every tensor may.
+        axes: Place or name of an argument, as in ``call.parts`` → further axes.
+    """
+
+    call: Call
+    batch: bool
+    axes: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, model: nn.Module, call: Call, batch: bool, axes: Axes | None) -> _Free:
+        """Checked against the call.
+
+        Raises:
+            ValueError: ``axes`` names no input, or one that is no tensor or has no such axis.
+        """
+        parts = call.parts
+        names = list(inspect.signature(model.forward).parameters)
+        places = {name: str(i) for i, name in enumerate(names[: len(call.args)])} | {name: name for name in parts}
+        found = {}
+        for name, wanted in (axes or {}).items():
+            if str(name) not in places:
+                raise ValueError(f"`dynamic_axes` names {name!r}{near(name, places)}; the inputs are {list(places)}.")
+            value = parts[places[str(name)]]
+            if not isinstance(value, Tensor) or not all(0 <= axis < value.ndim for axis in wanted):
+                what = f"{value.ndim} axes" if isinstance(value, Tensor) else f"no tensor but {type(value).__name__}"
+                raise ValueError(f"`dynamic_axes` gives {list(wanted)} for {name!r}, which has {what}, counted from 0.")
+            found[places[str(name)]] = tuple(wanted)
+        return cls(call, batch, found)
+
+    def traced(self) -> Call:
+        """The call to trace: torch takes sizes 0 and 1 for constants."""
+        call = self.call.resized(2) if self.batch else self.call
+        return _grown(call, {n: tuple(a for a in axes if call.parts[n].shape[a] < 2) for n, axes in self.axes.items()})
+
+    def others(self) -> list[Call]:
+        """The call, and calls of other sizes that the program has to take."""
+        others = [self.call.resized(3)] if self.batch else []
+        return [self.call, *others, *([_grown(self.traced(), self.axes)] if self.axes else [])]
+
+    def shapes(self) -> Any:
+        """For ``torch.export``."""
+        if not self.batch and not self.axes:
+            return None
+        shapes = {name: self._of(value, self.axes.get(name, ())) for name, value in self.call.parts.items()}
+        return shapes if self.call.kwargs else tuple(shapes.values())
+
+    def _of(self, value: Any, axes: tuple[int, ...]) -> Any:
+        if isinstance(value, Tensor):
+            return dict.fromkeys({*axes, *([0] if self.batch else [])}, torch.export.Dim.DYNAMIC)
+        if isinstance(value, Mapping):
+            return {key: self._of(item, ()) for key, item in value.items()}
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._of(item, ()) for item in value)
+        return None
+
+
+def _grown(call: Call, axes: Mapping[str, tuple[int, ...]]) -> Call:
+    """One more entry along some axes, a copy of the first."""
+    parts = dict(call.parts)
+    for name, grown in axes.items():
+        for axis in grown:
+            parts[name] = torch.cat([parts[name], parts[name].narrow(axis, 0, 1)], axis)
+    values = list(parts.values())
+    return Call(tuple(values[: len(call.args)]), dict(list(parts.items())[len(call.args) :]) or None)
+
+
+def _trace(model: nn.Module, free: _Free) -> torch.export.ExportedProgram:
     check_weights(model)
-    # One sample would be taken for a constant: torch specializes sizes 0 and 1.
-    args, kwargs = (call.resized(2) if dynamic_batch else call).on(model)
-    shapes = _dynamic(kwargs or args) if dynamic_batch else None
+    args, kwargs = free.traced().on(model)
     with _as_export_error("torch.export cannot trace the model"):
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+        return torch.export.export(model, args, kwargs, dynamic_shapes=free.shapes())
 
 
-def _dynamic(value: Any) -> Any:
-    """The same nest with ``{0: dynamic}`` for every tensor and None for everything else."""
-    if isinstance(value, Tensor):
-        return {0: torch.export.Dim.DYNAMIC}
-    if isinstance(value, Mapping):
-        return {key: _dynamic(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_dynamic(item) for item in value)
-    return None
-
-
-def _compare(
-    model: nn.Module,
-    program: Callable[..., Any],
-    call: Call,
-    dynamic_batch: bool,
-    tolerance: float,
-    what: str,
-) -> Difference:
-    for sized in (call, call.resized(3)) if dynamic_batch else (call,):
+def _compare(model: nn.Module, program: Callable[..., Any], free: _Free, tolerance: float, what: str) -> Difference:
+    for sized in free.others():
         args, kwargs = sized.on(model)
         apart = difference(dict(enumerate(_flat(sized.run(model)))), dict(enumerate(_flat(program(*args, **kwargs)))))
         apart.check(tolerance, what)

@@ -96,6 +96,10 @@ class EfficientCallback(Callback):
         """The arguments of this callback as plain data."""
         return {"enabled": self.enabled, "include": self.include, "exclude": self.exclude}
 
+    def without_effect(self) -> str:
+        """Why training is as without this callback, with the arguments that it has; empty if it is not."""
+        return ""
+
     # -- what belongs to a fit -----------------------------------------------------------------------------------
 
     def restart(self) -> None:

@@ -24,7 +24,8 @@ from lightning_efficient.weightspace.site import check_state
 
 # `current_model_state` is where Lightning's WeightAveraging keeps the weights being trained.
 STATES = ("state_dict", "current_model_state")
-_NOTE = "lightning_efficient: this needs "
+# A key of what does not fold: a run without the callback fails, and torch then lists it.
+NOTE = "lightning_efficient: this needs "
 
 
 @runtime_checkable
@@ -67,10 +68,9 @@ def fold(model: nn.Module, requests: Sequence[StructuralRequest], checkpoint: di
         entry = Entry(request.method, request.key, request.config, tensors)
         recipe.write(checkpoint, entry)
         if not all(isinstance(new, Foldable) for c in request.changes for _, new in c.swaps.values()):
-            # Without the callback torch lists keys that say nothing; this one is among them.
             for state_name in STATES:
                 if state_name in checkpoint:
-                    checkpoint[state_name] = {**checkpoint[state_name], f"{_NOTE}{called(entry)}": torch.empty(0)}
+                    checkpoint[state_name] = {**checkpoint[state_name], f"{NOTE}{called(entry)}": torch.empty(0)}
     for state_name in STATES:
         if state_name in checkpoint:  # an averaged copy, made earlier, knows nothing of adapters
             write_laws(model, checkpoint[state_name])
@@ -92,14 +92,10 @@ def unfold(
         needed = " and ".join(called(saved[key]) for key in unknown)
         raise RecipeError(
             f"the checkpoint was written with {[key for _, key in unknown]}, which this run lacks or "
-            f"configures differently (it has {[r.key for r in requests] or 'none'}). Add {needed}: the same callback "
-            "with the same arguments."
+            f"configures differently (it has {[r.key for r in requests] or 'none'}). "
+            f"Add the same callback with the same arguments: {needed}."
         )
-    states = {
-        name: {key: value for key, value in checkpoint[name].items() if not key.startswith(_NOTE)}
-        for name in STATES
-        if name in checkpoint
-    }
+    states = {name: dict(checkpoint[name]) for name in STATES if name in checkpoint}
     for request in requests:
         entry = saved.get((request.method, request.key))
         changed = {name for change in request.changes for name in change.swaps}
@@ -118,7 +114,7 @@ def called(entry: Entry) -> str:
     """The callback of an entry as one would write it, with what its entry differs in from the defaults."""
     cls = METHODS[entry.method].find("callback")
     if cls is None:  # another callback's doing, which has an entry, or a key, of its own
-        return entry.method
+        return f"{entry.key.partition('{')[0]} ({entry.method})"
     defaults = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
     given = {n: v for n, v in entry.config.items() if n in defaults and n != "enabled" and v != defaults[n]}
     return f"{cls.__name__}({', '.join(f'{name}={value!r}' for name, value in given.items())})"

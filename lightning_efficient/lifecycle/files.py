@@ -28,7 +28,7 @@ _CHECKPOINT = Part(
     optional={"hyper_parameters": MapOf(Anything(), Anything())},
 )
 _TRUST = (
-    "Only a file that you trust may run code: pass weights_only=False then (`--weights-only=false` of "
+    "Only a file that you trust may run code: pass weights_only=False then (`--trust` of "
     "`lightning-efficient export`), or allow the classes with torch.serialization.add_safe_globals"
 )
 

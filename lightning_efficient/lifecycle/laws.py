@@ -32,7 +32,7 @@ from lightning_efficient.common.schema import (
     check,
 )
 from lightning_efficient.lifecycle import recipe
-from lightning_efficient.lifecycle.checkpoint import STATES
+from lightning_efficient.lifecycle.checkpoint import NOTE, STATES
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
 from lightning_efficient.weightspace.memory import without_memory
 from lightning_efficient.weightspace.scale import tau_at
@@ -73,7 +73,11 @@ def read_laws(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Law], dict[str, 
         RecipeError: They are malformed, or not those that the recipe says.
     """
     laws: dict[str, Law] = {}
-    states = {name: dict(checkpoint[name]) for name in STATES if name in checkpoint}
+    states = {
+        name: {key: value for key, value in checkpoint[name].items() if not key.startswith(NOTE)}
+        for name in STATES
+        if name in checkpoint
+    }
     try:
         for state in states.values():
             laws |= take_laws(state)

@@ -125,7 +125,7 @@ def test_a_key_of_its_own_on_the_command_line(
     monkeypatch.setattr(sys, "argv", ["lightning-efficient", *command])
     main()
     shown = capsys.readouterr().out
-    assert "✓ net.blocks.*.attn.qkv.weight" in shown.split("clipped  (off")[1].split("hesso_pruning")[0]
+    assert "✓ net.blocks.*.attn.qkv.weight" in shown.split("\nclipped")[1].split("hesso_pruning")[0]
 
 
 def test_columns_and_charts(clipped: Any, tmp_path: Path) -> None:
