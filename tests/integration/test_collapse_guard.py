@@ -561,11 +561,11 @@ def test_spoilt_states_are_refused(field: tuple[str, ...], value: Any, tmp_path:
     ("arguments", "error"),
     [
         ({"every_n_steps": 0}, "`every_n_steps` must be a whole number from 1; got 0"),
-        ({"max_ratio": 1.0}, "`max_ratio` must be a finite number above 1"),
-        ({"max_ratio": math.nan}, "`max_ratio` must be a finite number above 1"),
+        ({"max_ratio": 1.0}, "`max_ratio` must be a finite number"),
+        ({"max_ratio": math.nan}, "`max_ratio` must be a finite number"),
         ({"action": "undo"}, "`action` must be one of"),
         ({"lr_factor": 0.0}, "`lr_factor` must be above 0 and at most 1"),
-        ({"patience": True}, "`patience` must be a whole number from 1; got True"),
+        ({"patience": True}, "`patience` must be a whole number.*got True"),
         ({"snapshot_device": "gpu"}, "gpu"),
     ],
 )

@@ -153,7 +153,7 @@ def held(module: LightningModule) -> LightningModule:
         ({"taus": []}, "`taus` is empty"),
         ({"taus": [0.5, -1.0]}, "is -1.0"),
         ({"module": held(Classifier("timm_vit"))}, "hold its temperature"),
-        ({"exclude": ["nothing"]}, "covers no attention"),
+        ({"exclude": ["nothing"]}, "matches no attention"),
     ],
 )
 def test_refusals(given: dict[str, Any], says: str) -> None:

@@ -238,7 +238,7 @@ def test_a_score_that_trains_and_a_model_without_attention() -> None:
         F.tune_temperature(Model(), trains, EXAMPLE, TAUS)
     with pytest.raises(ValueError, match="no attention"):
         F.tune_temperature(nn.Linear(8, 8), lambda m: pytest.fail("scored"), EXAMPLE)
-    with pytest.raises(ValueError, match="covers no attention"):
+    with pytest.raises(ValueError, match="matches no attention"):
         tune(lambda tau: pytest.fail("scored"), include=["atend"])
     model = Model()
     F.apply_temp_scale(model, 0.5, EXAMPLE)
