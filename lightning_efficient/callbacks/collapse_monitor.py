@@ -66,6 +66,8 @@ class CollapseMonitor(EfficientCallback):
     """
 
     method = "collapse_monitor"
+    sharded = True
+    changes_weights = False
 
     def __init__(
         self,

@@ -51,7 +51,7 @@ class Layout:
         for axis, placement in enumerate(param.placements):
             if placement.is_partial():
                 raise ValueError(f"{name!r} is placed as {placement}, which is no parameter's placement: exclude it.")
-            if placement.is_replicate():
+            if placement.is_replicate() or param.device_mesh.size(axis) == 1:
                 continue
             # A `Shard`, or where FSDP cuts an axis that tensor parallel has cut, a `_StridedShard`: of which the part
             # that is here is in one piece all the same.

@@ -27,7 +27,7 @@ from lightning_efficient.common.match import (
     select_modules,
 )
 from lightning_efficient.common.running import Inputs, as_call, evaluating
-from lightning_efficient.common.shards import whole
+from lightning_efficient.common.shards import is_cut, whole
 from lightning_efficient.common.weights import check_weight, is_transposed, trained_by, weight_attributes, weight_layers
 from lightning_efficient.surgery.optimizer import add_parameters
 from lightning_efficient.surgery.schedulers import Scheduler
@@ -330,7 +330,8 @@ def apply_sigma_reparam(
 
     Args:
         model: The model; the weights of its matched layers are in ``optimizer``.
-        optimizer: The optimizer; the gains join it in a group without weight decay.
+        optimizer: The optimizer; the gains join it in a group without weight decay. Those of weights that are cut over
+            processes (``fully_shard``, before) are with it while it steps only.
         config: Hyper-parameters.
         include: Globs over module names; None: all.
         exclude: Globs over module names left alone.
@@ -359,7 +360,8 @@ def apply_sigma_reparam(
         boundary.add(name, param, make_transform(config, blocks))
         change.targets[name] = describe(param, blocks, targets.notes.get(name))
     boundary.check([optimizer])
-    thetas = boundary.thetas(optimizer)
+    # Of weights that are cut over processes they visit, as beside parts of parameters none may be that is whole.
+    thetas = [(theta, weight) for theta, weight in boundary.thetas(optimizer) if not is_cut(weight)]
     add_parameters(optimizer, thetas, schedulers)
     change.added.extend(thetas)
     boundary.start()

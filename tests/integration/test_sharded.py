@@ -10,7 +10,7 @@ import torch
 from forking import forked
 from shard_models import PRUNING, Module, SaveAt, loader, trainer
 
-from lightning_efficient import SigmaReparam, load_from_checkpoint
+from lightning_efficient import CollapseMonitor, SigmaReparam, load_from_checkpoint
 from lightning_efficient.lifecycle.files import UnsafeCheckpointError
 from lightning_efficient.lifecycle.recipe import read
 from lightning_efficient.lifecycle.state import attachment
@@ -36,6 +36,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     alone(folder, "sigma", SigmaReparam(), gradient_clip_val=0.3)
     alone(folder, "sigma_free", SigmaReparam())
     alone(folder, "split", SigmaReparam(qkv="split", init="one"), accumulate_grad_batches=2)
+    t = trainer(folder, CollapseMonitor(every_n_steps=4))
+    t.fit(Module(), loader(), loader(1))
+    torch.save({n: v for n, v in t.callback_metrics.items() if n.startswith("efficient/")}, folder / "monitor.pt")
     for name, make in PRUNING.items():
         alone(folder, name, *make())
     alone(folder, "half", *PRUNING["everything"](), SaveAt(folder / "half_way.ckpt"), module=Module(groups=False))
@@ -50,7 +53,7 @@ def passed(root: Path, processes: int, *checks: str) -> None:
 @pytest.mark.forks
 def test_equal_to_one_process(root: Path) -> None:
     pruned = [name for name in PRUNING if name != "both"]
-    passed(root, 2, "sigma", "split", "tensor_parallel", *pruned, "tied_inputs", "stale")
+    passed(root, 2, "sigma", "split", "tensor_parallel", *pruned, "tied_inputs", "stale", "monitor", "battery", "loop")
 
 
 @pytest.mark.forks
@@ -75,3 +78,16 @@ def test_files(root: Path, tmp_path: Path) -> None:
 def test_more_processes(root: Path, processes: int) -> None:
     """Of eight, one has no row of the head, and most none of the gate."""
     passed(root, processes, "2d", "hsdp", "fsdp", "masks", "masks_2d", "masks_hsdp", "tied")
+
+
+@pytest.mark.forks
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")  # a linear layer's output is one
+def test_the_example(tmp_path: Path) -> None:
+    """As its docstring says, in two processes on the CPU, and resumed."""
+    script = Path(__file__).parents[2] / "examples" / "sharded.py"
+    first = forked(script, "--device", "cpu", "--steps", 10, "--folder", tmp_path, processes=2)
+    assert (first.code, first.output.count("of them zero")) == (0, 1), first.output
+    more = ("--steps", 12, "--resume", tmp_path / "step10.ckpt")
+    again = forked(script, "--device", "cpu", "--folder", tmp_path, *more, processes=2)
+    assert (again.code, again.output.count("of them zero")) == (0, 1), again.output

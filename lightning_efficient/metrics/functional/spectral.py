@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lightning_efficient.common.shards import whole
+
 
 @torch.no_grad()
 def spectral_norms(
@@ -18,7 +20,8 @@ def spectral_norms(
     left out; tied weights count once.
 
     Args:
-        model: Any module; nothing in it changes, and the global random state is not used.
+        model: Any module; nothing in it changes, and the global random state is not used. Weights that are cut over
+            processes are gathered one after the other, so all processes have to come here.
         iterations: Power iterations per weight, two matrix-vector products each.
         vectors: Parameter name -> right singular vector. Updated in place: pass the same dictionary again and
             the estimate goes on from where it was, so that one or two iterations follow a slowly moving
@@ -39,7 +42,7 @@ def spectral_norms(
     norms: dict[str, Tensor] = {}
     for name, weight in _matrices(model).items():
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        matrix = weight.detach().flatten(1).to(wide)
+        matrix = whole(weight).flatten(1).to(wide)
         v = vectors.get(name)
         if v is None or v.shape[0] != matrix.shape[1]:
             v = torch.randn(matrix.shape[1], generator=generator)
@@ -66,5 +69,5 @@ def _matrices(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: p
         for name, p in model.named_parameters()
-        if p.is_floating_point() and p.dim() >= 2 and p.shape[0] > 1 and p[0].numel() > 1 and id(p) not in tables
+        if p.is_floating_point() and p.dim() >= 2 and p.numel() > p.shape[0] > 1 and id(p) not in tables
     }

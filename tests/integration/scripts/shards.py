@@ -15,15 +15,20 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
-from shard_models import PRUNING, How, Module, SaveAt, loader, trainer
+from shard_models import IMAGES, LABELS, PRUNING, How, Module, SaveAt, loader, share_out, trainer
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
-from lightning_efficient import SigmaReparam
+from lightning_efficient import CollapseMonitor, SigmaReparam
+from lightning_efficient.common.registry import METHODS
 from lightning_efficient.common.shards import local, whole
+from lightning_efficient.functional import apply_sigma_reparam
+from lightning_efficient.lifecycle.methods import build_callback
 from lightning_efficient.lifecycle.recipe import read
 from lightning_efficient.lifecycle.weights import WeightSpaceCallback
 
@@ -124,6 +129,59 @@ def masks(name: str, how: How = "fsdp", tp: int = 1) -> None:
         assert calls.a_step == [0, 0, 8, 8, 8, 0], calls.a_step  # float64: six digits
 
 
+def monitor() -> None:
+    t = fit(Module("fsdp"), CollapseMonitor(every_n_steps=4))
+    # Minima over heads are those of a process's own samples, as under DDP.
+    expected = torch.load(ROOT / "monitor.pt", weights_only=True)
+    for name in ("entropy_mean", "logit_norm_max", "spectral_norm_max"):
+        name = f"efficient/collapse_monitor/{name}"
+        assert abs(float(t.callback_metrics[name] - expected[name])) < 1e-5, name
+
+
+def battery() -> None:
+    """Every method trains, or is refused by the documented error before anything has changed."""
+    for name in METHODS.with_callback:
+        for how in ("fsdp", "tp"):
+            module, callback = Module(how, inside=False), build_callback(name, BATTERY.get(name, {}))
+            before = {n: p.detach().clone() for n, p in module.named_parameters()}
+            fitting = partial(fit, module, callback, steps=4, tp=dist.get_world_size() if how == "tp" else 1)
+            if callback.sharded:
+                fitting()
+                assert all(bool(whole(p).isfinite().all()) for p in module.parameters()), (name, how)
+                continue
+            with pytest.raises(ValueError, match="does not support ModelParallelStrategy"):
+                fitting()
+            assert difference({n: p.detach() for n, p in module.named_parameters()}, before) == 0
+
+
+def loop() -> None:
+    """Without Lightning: gains beside parts of parameters, clipped together; equal to one process on all samples."""
+    results = []
+    for sharded in (True, False):
+        module = Module(inside=False)
+        first, step = (dist.get_rank(), dist.get_world_size()) if sharded else (0, 1)
+        if sharded:
+            share_out(module.net, "fsdp", {"data_parallel": init_device_mesh("cpu", (dist.get_world_size(),))})
+        optimizer = torch.optim.AdamW(module.net.parameters(), 3e-3, foreach=True)
+        _, boundary = apply_sigma_reparam(module.net, optimizer)
+        for k in range(4):
+            mine = slice(8 * k + first, 8 * (k + 1), step)
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(module(IMAGES[mine]), LABELS[mine]).backward()
+            boundary.before_step(optimizer)
+            torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 0.3)
+            optimizer.step()
+        results.append({name: whole(p) for name, p in module.named_parameters()})
+    assert difference(*results) < 1e-12
+
+
+BATTERY: dict[str, dict[str, Any]] = {
+    "magnitude_pruning": {"schedule": "one_shot", "start": 1},
+    "collapse_monitor": {"every_n_steps": 2},
+    "collapse_guard": {},
+}
+
+
 def stale() -> None:
     """What is written after an evaluation, which leaves the root gathered, is seen by the next forward."""
     rows = {"num_sanity_val_steps": 1, "limit_val_batches": 1, "val_check_interval": 2}
@@ -172,21 +230,18 @@ def from_one_process() -> None:
     compare(state(t), "half")
 
 
-def other_number() -> None:
-    """What two processes have left."""
-    t = fit(Module("fsdp", groups=False), *PRUNING["everything"](), ckpt_path=ROOT / "full.ckpt")
-    compare(state(t), "half")
-
-
 CHECKS: dict[str, Callable[[], None]] = {
-    "sigma": sigma, "split": split, "tensor_parallel": tensor_parallel,
-    **{name: partial(masks, name) for name in PRUNING if name not in ("both", "tied")},
-    "tied": partial(masks, "tied"), "tied_inputs": partial(masks, "tied", "tp", 2), "stale": stale,
-    "masks_2d": partial(masks, "masks", "2d", 2), "masks_hsdp": partial(masks, "masks", "hsdp"),
-    "resume_full": partial(resume, False), "resume_folder": partial(resume, True),
-    "from_one_process": from_one_process, "other_number": other_number,
-    "2d": partial(many, "2d", 2), "hsdp": partial(many, "hsdp"), "fsdp": partial(many, "fsdp"),
-}  # fmt: skip
+    **{f.__name__: f for f in (sigma, split, tensor_parallel, stale, monitor, battery, loop, from_one_process)},
+    **{name: partial(masks, name) for name in PRUNING if name != "both"},
+    "tied_inputs": partial(masks, "tied", "tp", 2),
+    "masks_2d": partial(masks, "masks", "2d", 2),
+    "masks_hsdp": partial(masks, "masks", "hsdp"),
+    "resume_full": partial(resume, False),
+    "resume_folder": partial(resume, True),
+    "2d": partial(many, "2d", 2),
+    "hsdp": partial(many, "hsdp"),
+    "fsdp": partial(many, "fsdp"),
+}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
