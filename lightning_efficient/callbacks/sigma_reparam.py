@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -51,6 +51,9 @@ class SigmaReparam(WeightSpaceCallback):
         monitor_only: Log the spectral norms, change nothing.
         embeddings: Include ``nn.Embedding`` tables.
         learnable_gain: Train ``γ``. ``False`` is plain spectral normalization, the paper's control arm.
+        gain: ``"linear"`` trains ``γ``, as published. ``"log"`` trains ``log γ``: a step is relative to the gain, and
+            none leads through zero.
+        gain_lr: Factor on the learning rate of each gain, which else is that of its weight, group and schedule.
         remove_norms: Replace every normalization layer outside ``exclude`` by the identity: the paper's from-scratch
             recipe for ViTs. Such checkpoints load with :func:`lightning_efficient.load_from_checkpoint`.
     """
@@ -59,6 +62,7 @@ class SigmaReparam(WeightSpaceCallback):
     sharded = True
     transform = SpectralTransform
     resume_may_change = frozenset({"enabled", "init"})
+    later_arguments: ClassVar[Mapping[str, Any]] = {"gain": "linear", "gain_lr": 1.0}
 
     def __init__(
         self,
@@ -71,11 +75,13 @@ class SigmaReparam(WeightSpaceCallback):
         embeddings: bool = False,
         learnable_gain: bool = True,
         remove_norms: bool = False,
+        gain: Literal["linear", "log"] = "linear",
+        gain_lr: float = 1.0,
     ) -> None:
         super().__init__(enabled, include, exclude)
         self.remove_norms = remove_norms
         self._trainer: Trainer | None = None
-        self.options = SigmaReparamConfig(init, qkv, monitor_only, embeddings, learnable_gain)
+        self.options = SigmaReparamConfig(init, qkv, monitor_only, embeddings, learnable_gain, gain, gain_lr)
 
     def config(self) -> dict[str, Any]:
         """The arguments of this callback as plain data."""
@@ -152,7 +158,7 @@ class SigmaReparam(WeightSpaceCallback):
         sigma = torch.cat([t.sigma for t in spectral])
         if self.options.monitor_only:
             return {"sigma_max": sigma.max(), "sigma_mean": sigma.mean()}
-        gain = torch.cat([t.gain.detach() for t in spectral])
+        gain = torch.cat([t.gain for t in spectral])
         return {
             "sigma_max": sigma.max(),
             "gain_min": gain.min(),

@@ -48,6 +48,8 @@ class WeightSpaceCallback(EfficientCallback):
     # Its `state_schema` is what a file's states of single weights are checked against.
     transform: ClassVar[type[Transform]] = Transform  # type: ignore[type-abstract]
     resume_may_change: frozenset[str] = frozenset({"enabled"})
+    # Arguments that older files lack, and what was done before there were these.
+    later_arguments: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(
         self, enabled: bool = True, include: list[str] | None = None, exclude: list[str] | None = None
@@ -262,11 +264,11 @@ class WeightSpaceCallback(EfficientCallback):
         return self.carried(pl_module) is not None or self.state_key in states
 
     def _check_config(self, entry: Entry) -> None:
-        now = self.config()
+        then = {**self.later_arguments, **entry.config}
         changed = [
-            f"`{name}`: {entry.config.get(name)!r} then, {value!r} now"
-            for name, value in now.items()
-            if name not in self.resume_may_change and entry.config.get(name) != value
+            f"`{name}`: {then.get(name)!r} then, {value!r} now"
+            for name, value in self.config().items()
+            if name not in self.resume_may_change and then.get(name) != value
         ]
         if changed:
             raise RecipeError(

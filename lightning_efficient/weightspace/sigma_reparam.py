@@ -8,6 +8,7 @@ float32 rather than in every forward, and no module is replaced.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,6 +34,7 @@ from lightning_efficient.surgery.optimizer import add_parameters
 from lightning_efficient.surgery.schedulers import Scheduler
 from lightning_efficient.weightspace import Block, Boundary, SpectralTransform
 from lightning_efficient.weightspace.block import as_matrices
+from lightning_efficient.weightspace.coverage import coverage
 from lightning_efficient.weightspace.used import Use, low_rank, matrices_used
 
 METHOD = "sigma_reparam"
@@ -56,6 +58,9 @@ class SigmaReparamConfig:
         monitor_only: Track the spectral norms, change nothing.
         embeddings: Include ``nn.Embedding`` tables (the paper leaves them alone).
         learnable_gain: Train ``γ``; False is plain spectral normalization, the paper's control arm.
+        gain: ``"linear"`` trains ``γ``, as published; ``"log"`` trains ``log γ``: a step is relative, and none leads
+            through zero.
+        gain_lr: Factor on the learning rate of each gain, which else is that of its weight.
     """
 
     init: Literal["preserve", "one"] = "preserve"
@@ -63,11 +68,19 @@ class SigmaReparamConfig:
     monitor_only: bool = False
     embeddings: bool = False
     learnable_gain: bool = True
+    gain: Literal["linear", "log"] = "linear"
+    gain_lr: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, allowed in (("init", ("preserve", "one")), ("qkv", ("fused", "split"))):
+        words = (("init", ("preserve", "one")), ("qkv", ("fused", "split")), ("gain", ("linear", "log")))
+        for name, allowed in words:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"SigmaReparam(`{name}`) takes one of {allowed}; got {getattr(self, name)!r}.")
+        if not (math.isfinite(self.gain_lr) and self.gain_lr > 0):
+            raise ValueError(
+                f"SigmaReparam(`gain_lr`) takes a finite factor above 0; got {self.gain_lr!r}. For gains that stay as "
+                "they are: `learnable_gain=False`."
+            )
 
 
 @dataclass
@@ -144,7 +157,7 @@ def find_targets(
         elif id(param) not in seen:
             found.matched[name] = (param, cut)
     _refuse_low_rank(model, found)
-    found.coverage = _coverage(model, found, uses)
+    found.coverage = coverage(model, (param for param, _ in found.matched.values()), found.skipped, uses)
     if not found.matched:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(found.skipped.items())[:8])
         raise ValueError(f"SigmaReparam found modules but no weight it can work on ({reasons}).")
@@ -222,44 +235,6 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:3])) + (" ..." if len(names) > 3 else "")
 
 
-def _coverage(model: nn.Module, found: Targets, uses: Mapping[str, Use] | None) -> str:
-    """Which share of the trained parameters is reparametrized, and what of the rest is why not."""
-    tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) for p in m.parameters()}
-    owners = {canonical_name(name): type(module).__name__ for name, module in model.named_modules()}
-    mine = {id(param) for param, _ in found.matched.values()}
-    shares: dict[str, int] = {}
-    total = 0
-    for name, param in model.named_parameters():
-        if not param.requires_grad or isinstance(param, nn.parameter.UninitializedParameter):
-            continue
-        name, total = canonical_name(name), total + param.numel()
-        if id(param) in mine:
-            kind = ""
-        elif id(param) in tables:
-            kind = "embedding tables"
-        elif param.dim() < 2 or max(param.shape) == param.numel():
-            kind = "vectors"
-        elif why := found.skipped.get(name) or found.skipped.get(name.rpartition(".")[0]):
-            kind = f"{name} ({why.partition(':')[0]})"
-        elif uses is not None and param.dim() > 1 and owners[name.rpartition(".")[0]] not in _PRODUCT_LAYERS:
-            kind = "in no matrix product"
-        else:
-            kind = f"of {owners[name.rpartition('.')[0]]}"
-        shares[kind] = shares.get(kind, 0) + param.numel()
-    covered = shares.pop("", 0)
-    rest = sorted(shares.items(), key=lambda item: -item[1])
-    listed = ", ".join(f"{kind} {size / total:.2%}" for kind, size in rest[:6])
-    more = f", {len(rest) - 6} more {sum(size for _, size in rest[6:]) / total:.2%}" if len(rest) > 6 else ""
-    left = f"; not bounded: {listed}{more}" if rest else ""
-    return f"{covered / max(total, 1):.2%} of {total:,} trained parameters{left}"
-
-
-# Layers that multiply, and that sigmaReparam does not know.
-_PRODUCT_LAYERS = frozenset(
-    {"LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell", "Bilinear"} | {f"ConvTranspose{n}d" for n in (1, 2, 3)}
-)
-
-
 def _users(model: nn.Module) -> dict[int, list[str]]:
     users: dict[int, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
@@ -309,7 +284,14 @@ def _vanishes(name: str, param: nn.Parameter, blocks: Sequence[Block]) -> str | 
 
 def make_transform(config: SigmaReparamConfig, blocks: Sequence[Block]) -> SpectralTransform:
     """The transform of one weight under ``config``."""
-    return SpectralTransform(blocks, init=config.init, learnable=config.learnable_gain, monitor=config.monitor_only)
+    return SpectralTransform(
+        blocks,
+        init=config.init,
+        learnable=config.learnable_gain,
+        log_gain=config.gain == "log",
+        gain_lr=config.gain_lr,
+        monitor=config.monitor_only,
+    )
 
 
 def apply_sigma_reparam(

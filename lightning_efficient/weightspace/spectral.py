@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_efficient.common.schema import MapOf, Schema, Such, TensorOf, Text
 from lightning_efficient.weightspace.block import Block, as_matrices
+from lightning_efficient.weightspace.gain import Gain
 from lightning_efficient.weightspace.layout import Groups, Layout
 from lightning_efficient.weightspace.sums import Sums, summed
 from lightning_efficient.weightspace.transform import Transform, compute_dtype
@@ -106,6 +107,8 @@ class SpectralTransform(Transform):
         init: ``"preserve"`` starts with ``γ = σ(W)``, which leaves the function unchanged; ``"one"`` starts with
             ``γ = 1``, the paper's pseudo-code.
         learnable: Whether ``γ`` is trained; False is plain spectral normalization at the initial gain.
+        log_gain: Train ``log γ`` instead of ``γ``.
+        gain_lr: Factor on the learning rate of the gains.
         monitor: Track ``σ`` only; weights and gradients pass through untouched.
     """
 
@@ -118,6 +121,8 @@ class SpectralTransform(Transform):
         *,
         init: str = "preserve",
         learnable: bool = True,
+        log_gain: bool = False,
+        gain_lr: float = 1.0,
         monitor: bool = False,
     ) -> None:
         self.blocks = self._here = tuple(blocks)
@@ -127,7 +132,7 @@ class SpectralTransform(Transform):
         if self.stack and len(self.blocks) != 1:
             raise ValueError(f"a stack of matrices is the whole of its parameter; got {self.blocks}.")
         count = self.blocks[0].length if self.stack else len(self.blocks)
-        self.gain = nn.Parameter(torch.ones(count), requires_grad=learnable and not monitor)
+        self._gain = Gain(count, log_gain, gain_lr, learnable and not monitor)
         self.sigma = torch.ones(count)
         self.left: list[Tensor] = []
         self.right: list[Tensor] = []
@@ -147,8 +152,14 @@ class SpectralTransform(Transform):
 
     @property
     def theta(self) -> nn.Parameter | None:
-        """The gains ``γ``, one a matrix, or None when they are not trained."""
-        return self.gain if self.gain.requires_grad else None
+        """``γ`` or ``log γ``, one a matrix, or None when the gains are not trained."""
+        parameter = self._gain.parameter
+        return parameter if parameter.requires_grad else None
+
+    @property
+    def gain(self) -> Tensor:
+        """The gains ``γ``, one a matrix."""
+        return self._gain.value
 
     def start(self, weight: Tensor) -> None:
         """Accurate singular vectors of every block, and the first gain, from the whole matrix."""
@@ -157,7 +168,7 @@ class SpectralTransform(Transform):
         self.left = [self._part(i, u, 0).clone() for i, (u, _, _) in enumerate(triplets)]
         self.right = [self._part(i, v, 1).clone() for i, (_, _, v) in enumerate(triplets)]
         self.sigma = torch.stack([sigma for _, sigma, _ in triplets])
-        self.gain.data = self.sigma.clone() if self.init == "preserve" else torch.ones_like(self.sigma)
+        self._gain.set(self.sigma if self.init == "preserve" else torch.ones_like(self.sigma))
         self._rescale()
 
     def _part(self, i: int, vector: Tensor, axis: int) -> Tensor:
@@ -179,9 +190,10 @@ class SpectralTransform(Transform):
 
     @summed
     def pull(self, weight: Tensor, grad: Tensor | None) -> Sums[None]:
-        """Divide by ``c``; project the gradient; leave ``∂L/∂γ`` in ``gain.grad``."""
+        """Divide by ``c``; project the gradient; leave that of the gains in ``theta.grad``."""
         if self.monitor:
             return
+        self._gain.begin()
         if self.stack:
             self._pull_stack(weight, grad)
             return
@@ -195,8 +207,7 @@ class SpectralTransform(Transform):
                     column = (a * u).view(-1, *[1] * (g.ndim - 1))
                     # Not `addr`: its scalars would have to leave the device.
                     g.addcmul_(column, v.view(1, *g.shape[1:]), value=-1).mul_(c)
-            if self.theta is not None:
-                self.theta.grad = rates
+            self._gain.pull(rates)
         for block, c in zip(self._here, self._scale, strict=True):
             block.of(weight).div_(c)
 
@@ -206,8 +217,7 @@ class SpectralTransform(Transform):
             rates = (grad * weight).sum((1, 2)) / (self._scale * self.sigma)
             u, v = torch.stack(self.left), torch.stack(self.right)
             grad.addcmul_((rates[:, None] * u).unsqueeze(2), v.unsqueeze(1), value=-1).mul_(c)
-            if self.theta is not None:
-                self.theta.grad = rates
+            self._gain.pull(rates)
         weight.div_(c)
 
     def _matrices(self, weight: Tensor) -> list[Tensor]:
@@ -215,7 +225,8 @@ class SpectralTransform(Transform):
 
     @summed
     def advance(self, weight: Tensor) -> Sums[None]:
-        """One power iteration on the new weights."""
+        """The gains' whole step, and one power iteration on the new weights."""
+        self._gain.end()
         if self.stack:
             u, self.sigma, v = _power_steps(weight, torch.stack(self.right))
             self.left, self.right = list(u), list(v)
@@ -277,7 +288,7 @@ class SpectralTransform(Transform):
             return False
         parts = zip(self._matrices(weight), self.left, self.right, strict=True)
         (found,) = yield self.layout.everyone, [torch.stack([torch.dot(u, torch.mv(m, v)) for m, u, v in parts])]
-        return bool(torch.allclose(found, self.gain.detach(), rtol=tolerance, atol=1e-6))
+        return bool(torch.allclose(found, self.gain, rtol=tolerance, atol=1e-6))
 
     def rebase(self, weight: Tensor) -> None:
         """``γ = σ(Ŵ)`` and ``W = Ŵ``."""
@@ -292,8 +303,8 @@ class SpectralTransform(Transform):
 
     @summed
     def state_dict(self) -> Sums[dict[str, Tensor]]:
-        """``gain`` and ``sigma`` of shape ``(matrices,)``, and ``left.i``/``right.i`` of each matrix."""
-        state = {"gain": self.gain.detach().clone(), "sigma": self.sigma.clone()}
+        """``gain`` (or ``log_gain``) and ``sigma`` of shape ``(matrices,)``, ``left.i``/``right.i`` of each matrix."""
+        state = self._gain.state_dict() | {"sigma": self.sigma.clone()}
         lefts, rights = [u.clone() for u in self.left], [v.clone() for v in self.right]
         # Every process puts its part into zeros, and these are added up.
         if self._rows:
@@ -325,7 +336,8 @@ class SpectralTransform(Transform):
         if not self.layout.shape:
             self.place(Layout.find("a weight", weight))
         lengths = self._lengths()
-        expected: dict[str, tuple[int, ...]] = {"gain": (len(lengths),), "sigma": (len(lengths),)}
+        gain = "log_gain" if "log_gain" in state else "gain"
+        expected: dict[str, tuple[int, ...]] = {gain: (len(lengths),), "sigma": (len(lengths),)}
         for i, (rows, columns) in enumerate(lengths):
             expected |= {f"left.{i}": (rows,), f"right.{i}": (columns,)}
         found = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -335,13 +347,14 @@ class SpectralTransform(Transform):
                 "Was `qkv` or the model changed since it was saved?"
             )
         own = {k: v.to(weight.device, compute_dtype(weight.dtype), copy=True) for k, v in state.items()}
-        self.gain.data, self.sigma = own["gain"], own["sigma"]
+        self._gain.load({gain: own[gain]})
+        self.sigma = own["sigma"]
         self.left = [self._part(i, own[f"left.{i}"], 0) for i in range(len(lengths))]
         self.right = [self._part(i, own[f"right.{i}"], 1) for i in range(len(lengths))]
         self._rescale()
 
     def _rescale(self) -> None:
         sigma = self.sigma.clamp_min(torch.finfo(self.sigma.dtype).tiny)
-        c = self.gain.detach() / sigma
+        c = self.gain / sigma
         floor = torch.copysign(torch.full_like(c, _SMALLEST_SCALE), c)
         self._scale = torch.where(c.abs() < _SMALLEST_SCALE, floor, c)

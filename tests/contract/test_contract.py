@@ -44,6 +44,7 @@ def data(batches: int, size: int, dtype: torch.dtype) -> Any:
 METHODS: dict[str, Callable[[], Any]] = {
     "sigma_reparam": SigmaReparam,
     "sigma_reparam_split": partial(SigmaReparam, qkv="split", init="one"),
+    "sigma_reparam_log": partial(SigmaReparam, gain="log", gain_lr=10.0),
 }
 
 
@@ -52,8 +53,10 @@ CELLS = [(m, n, s) for m in METHODS for n in NETS for s in SCENARIOS if s != "dd
 
 
 def tail(test: str, cell: dict[str, Any]) -> bool:
-    """Only where projections are fused are they split."""
+    """Only where projections are fused are they split, and how the gains move is the same for every network."""
     method, net, scenario = cell["method"], cell["net"], cell["scenario"]
+    if method == "sigma_reparam_log":
+        return net != "encoder" or rare(scenario, False, ("clipping",))
     if method == "sigma_reparam_split" and net not in ("timm_vit", "encoder"):
         return scenario != "plain"
     compiled = ("compile",) if (method, net) == ("sigma_reparam", "cnn") else ()

@@ -197,8 +197,8 @@ def test_function_unchanged_gradient_orthogonal_and_norm_kept():
         for block in site.chain[0].blocks:
             g, w = block.of(grad).reshape(-1), block.of(raw).reshape(-1)
             assert torch.dot(g, w).abs() <= 1e-6 * g.norm() * w.norm(), site.name
-        assert site.chain[0].gain.grad is not None
-        assert site.chain[0].gain.grad.abs().min() > 0
+        assert site.chain[0].theta.grad is not None
+        assert site.chain[0].theta.grad.abs().min() > 0
 
     run(model, [optimizer], [(a.float(), b) for a, b in batches(200)])
     for site in boundary.sites.values():
@@ -224,7 +224,8 @@ def test_scaling_the_raw_weight_changes_nothing():
 def test_gain_through_zero_keeps_the_weight():
     model = nn.Sequential(nn.Linear(4, 3, bias=False)).double()
     raw = model[0].weight.detach().clone()
-    _, boundary = apply_sigma_reparam(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    config = SigmaReparamConfig(gain="linear")
+    _, boundary = apply_sigma_reparam(model, torch.optim.SGD(model.parameters(), lr=0.1), config)
     site = boundary.sites["0.weight"]
     with torch.no_grad():
         for gain in (0.0, -0.5, 0.0, 1.0):

@@ -613,7 +613,7 @@ def test_gains_follow_their_weights_in_any_grouping(grouping: Any, schedule: str
         def inside(t: Trainer, m: LightningModule, callback: SigmaReparam = callback) -> None:
             home = {id(p): g for g in t.optimizers[0].param_groups for p in g["params"]}
             for name, transform in transforms(callback).items():
-                mine, weights_own = home[id(transform.gain)], home[id(m.get_parameter(name))]
+                mine, weights_own = home[id(transform.theta)], home[id(m.get_parameter(name))]
                 placed[name] = (mine["weight_decay"], mine["lr"] == weights_own["lr"], mine is weights_own)
 
         t = trainer(tmp_path, callback, Do(on_train_batch_start=note, on_before_optimizer_step=inside), max_steps=20)

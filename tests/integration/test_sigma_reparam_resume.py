@@ -119,6 +119,8 @@ def test_changed_exclude_is_refused(files: Path) -> None:
         ({"learnable_gain": False}, r"`learnable_gain`: True then, False now"),
         ({"monitor_only": True}, r"`monitor_only`: False then, True now"),
         ({"embeddings": True}, r"`embeddings`: False then, True now"),
+        ({"gain": "log"}, r"`gain`: 'linear' then, 'log' now. Resume with the saved values"),
+        ({"gain_lr": 10.0}, r"`gain_lr`: 1.0 then, 10.0 now"),
     ],
 )
 def test_changed_arguments_are_refused(files: Path, change: dict[str, Any], match: str) -> None:
@@ -133,6 +135,47 @@ def test_init_may_change_because_it_is_over(files: Path) -> None:
         module, loader(8), ckpt_path=files / "ours.ckpt"
     )
     assert not differing(at_start, state(files / "ours.ckpt"))
+
+
+def test_a_file_from_before_there_were_rates_of_gains(files: Path, tmp_path: Path) -> None:
+    """It was trained as published, and goes on so, to the bit; as something else it is refused by name."""
+    old = edited(files, tmp_path / "old.ckpt", lambda e: [e["config"].pop(name) for name in ("gain", "gain_lr")])
+    ends = []
+    for path in (files / "ours.ckpt", old):
+        module = Classifier("encoder")
+        published = SigmaReparam(init="one", gain="linear", gain_lr=1.0)
+        trainer(tmp_path, published, max_steps=8).fit(module, ResumableLoader(loader(8)), ckpt_path=path)
+        ends.append(weights(module))
+    assert not differing(*ends)
+    assert differing(ends[0], state(old))
+    match = r"`gain`: 'linear' then, 'log' now; `gain_lr`: 1.0 then, 5.0 now"
+    refused(old, RecipeError, match, SigmaReparam(init="one", gain="log", gain_lr=5.0))
+
+
+def test_a_new_run_takes_gains_of_the_other_kind(tmp_path: Path) -> None:
+    """Fine-tuning with ``log`` what was trained with ``linear``, and back: it starts from the same network."""
+    module = Classifier("encoder")
+    for gain in ("linear", "log", "linear"):
+        trained, start = weights(module), {}
+        callback = SigmaReparam(gain=gain, gain_lr=3.0)
+        probe = Do(on_train_start=lambda t, m, start=start: start.update(weights(m)))
+        trainer(tmp_path, callback, probe).fit(module, loader())
+        assert not differing(trained, start)
+        assert differing(trained, weights(module))
+        assert all(t._gain.log is (gain == "log") for t in transforms(callback).values())
+
+
+def test_a_gain_below_zero_has_no_logarithm(tmp_path: Path) -> None:
+    module, callback = Classifier("encoder"), SigmaReparam(gain="linear")
+
+    def turn(t: Trainer, m: LightningModule) -> None:
+        transforms(callback)["net.head.weight"].theta.data.neg_()
+
+    trainer(tmp_path, callback, Do(on_train_end=turn)).fit(module, loader())
+    before = weights(module)
+    with pytest.raises(RecipeError, match=r"'net.head.weight' does not fit: a gain of -.* no logarithm.*gain='linear'"):
+        trainer(tmp_path, SigmaReparam(gain="log")).fit(module, loader())
+    assert not differing(before, weights(module))
 
 
 def test_switched_off_on_resume_is_refused(files: Path) -> None:
@@ -331,7 +374,7 @@ def test_a_plain_checkpoint_goes_on_with_the_callback(schedule: str, tmp_path: P
 
     def inside(t: Trainer, m: LightningModule) -> None:
         optimizer = t.optimizers[0]
-        gains = {id(s.gain): s for s in transforms(callback).values()}
+        gains = {id(s.theta): s for s in transforms(callback).values()}
         visitors = [p for g in optimizer.param_groups for p in g["params"] if id(p) in gains]
         assert len(visitors) == 10
         steps.append({int(optimizer.state[p]["step"]) if p in optimizer.state else 0 for p in visitors})

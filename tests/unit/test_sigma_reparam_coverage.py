@@ -106,7 +106,7 @@ def test_a_stack_is_trained_as_so_many_matrices(init: str) -> None:
     transform.pull(weight, pulled)
     torch.testing.assert_close(weight, raw, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(pulled, w.grad, rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(transform.gain.grad, gain.grad, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(transform.theta.grad, gain.grad, rtol=1e-11, atol=1e-11)
     weight.mul_(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)[:, None, None])
     transform.advance(weight)
     torch.testing.assert_close(transform.sigma, sigma * torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))

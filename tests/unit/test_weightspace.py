@@ -229,7 +229,7 @@ def test_gradient_of_another_memory_format() -> None:
         transform.start(weight)
         transform.pull(weight, grad)
         transform.advance(weight)
-        results.append((weight, grad, transform.gain.grad, transform.left[0], transform.right[0]))
+        results.append((weight, grad, transform.theta.grad, transform.left[0], transform.right[0]))
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
@@ -443,7 +443,7 @@ def test_without_a_gradient_nothing_moves() -> None:
         moved = {name for name, value in everything(model, boundary).items() if not torch.equal(value, before[name])}
         assert any("unused" in name for name in moved) is both
         assert any("first" in name for name in moved)
-        assert (boundary.sites["unused.weight"].chain[0].gain.grad is not None) is both
+        assert (boundary.sites["unused.weight"].chain[0].theta.grad is not None) is both
 
 
 def test_the_state_advances_once_a_step() -> None:
