@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_efficient.ablation.run import ablate
     from lightning_efficient.attention.sites import find_attention
+    from lightning_efficient.callbacks.adaptive_gradient_modulation import AdaptiveGradientModulation
     from lightning_efficient.callbacks.collapse_guard import CollapseGuard
     from lightning_efficient.callbacks.collapse_monitor import CollapseMonitor
     from lightning_efficient.callbacks.distillation import Distillation
+    from lightning_efficient.callbacks.fixed_etf_head import FixedETFHead
     from lightning_efficient.callbacks.hesso_pruning import HESSOPruning
     from lightning_efficient.callbacks.linear_attention import SimplifiedLinearAttention
     from lightning_efficient.callbacks.magnitude_pruning import MagnitudePruning
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
 # Public name -> where it lives. No module of the package has the name of a thing in it that is public here, so that
 # importing the one never hides the other.
 _HOMES = {
+    "AdaptiveGradientModulation": "callbacks.adaptive_gradient_modulation",
     "BalancedDistributedBatchSampler": "companions.samplers",
     "Change": "common.change",
     "CheckpointError": "lifecycle.files",
@@ -65,6 +68,7 @@ _HOMES = {
     "Distillation": "callbacks.distillation",
     "EfficientCLI": "cli.efficient_cli",
     "EfficientCallback": "lifecycle.base",
+    "FixedETFHead": "callbacks.fixed_etf_head",
     "HESSOPruning": "callbacks.hesso_pruning",
     "LengthGroupedBatchSampler": "companions.samplers",
     "MagnitudePruning": "callbacks.magnitude_pruning",
@@ -103,6 +107,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdaptiveGradientModulation",
     "BalancedDistributedBatchSampler",
     "Change",
     "CheckpointError",
@@ -111,6 +116,7 @@ __all__ = [
     "Distillation",
     "EfficientCLI",
     "EfficientCallback",
+    "FixedETFHead",
     "HESSOPruning",
     "LengthGroupedBatchSampler",
     "MagnitudePruning",

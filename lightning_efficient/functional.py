@@ -9,7 +9,9 @@ from lightning_efficient.companions.distillation import (
     distillation_mse,
 )
 from lightning_efficient.companions.lengths import balance, padding_of, sequence_cost, token_mean
+from lightning_efficient.companions.modulation import discrepancy, modulation, mono_modal_responses, response_scores
 from lightning_efficient.companions.predictions import perplexity, sequence_perplexity
+from lightning_efficient.companions.simplex import fix_head, simplex_etf
 from lightning_efficient.metrics.functional import (
     alignment,
     alpha_req,
@@ -54,6 +56,7 @@ __all__ = [
     "classification_scores",
     "cosine_by_length",
     "cut_states",
+    "discrepancy",
     "distillation_cosine",
     "distillation_kl",
     "distillation_mse",
@@ -61,8 +64,11 @@ __all__ = [
     "entropy_lower_bound",
     "filter_rate",
     "find_groups",
+    "fix_head",
     "lidar",
     "mean_cosine",
+    "modulation",
+    "mono_modal_responses",
     "padding_of",
     "participation_ratio",
     "perplexity",
@@ -71,10 +77,12 @@ __all__ = [
     "rankme",
     "recalibrate",
     "remove_temp_scale",
+    "response_scores",
     "retrieval_scores",
     "row_logit_norm",
     "sequence_cost",
     "sequence_perplexity",
+    "simplex_etf",
     "sparsity",
     "spectral_norms",
     "stable_rank",

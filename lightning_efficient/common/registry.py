@@ -308,6 +308,15 @@ METHODS = Registry(
                 "decay of the eigenvalues": "efficient/representation_monitor/(.*/)?alpha_req",
             },
         ),
+        _ours("fixed_etf_head", "fixed_etf_head:FixedETFHead"),
+        _ours(
+            "adaptive_gradient_modulation",
+            "adaptive_gradient_modulation:AdaptiveGradientModulation",
+            charts={
+                "loss of a modality alone": "efficient/adaptive_gradient_modulation/score/.*",
+                "factor of its gradient": "efficient/adaptive_gradient_modulation/factor/.*",
+            },
+        ),
         _ours(
             "padding_report",
             "padding_report:PaddingReport",
