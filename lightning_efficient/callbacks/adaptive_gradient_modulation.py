@@ -24,7 +24,6 @@ from lightning_efficient.companions.modulation import (
     response_scores,
 )
 from lightning_efficient.lifecycle.base import EfficientCallback
-from lightning_efficient.lifecycle.hooks import hook_files
 from lightning_efficient.trainer.replay import cuda_devices
 
 
@@ -115,12 +114,6 @@ class AdaptiveGradientModulation(EfficientCallback):
             self.refuse("['means']", f"a list of {len(self.modalities)}, one a modality", state["means"])
 
     # -- when ----------------------------------------------------------------------------------------------------
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have files checked before anything is loaded."""
-        super().setup(trainer, pl_module, stage)
-        if self.enabled and stage == "fit":
-            hook_files(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to look at the network's training forwards."""

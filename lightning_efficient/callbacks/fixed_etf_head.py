@@ -57,8 +57,6 @@ class FixedETFHead(EfficientCallback):
             raise ValueError(f"`sparsity` is {sparsity}; expected 0 <= sparsity < 1.")
         if steps < 1:
             raise ValueError(f"`steps` is {steps}; expected at least 1.")
-        if bias not in ("zero", "keep"):
-            raise ValueError(f"`bias` is {bias!r}; expected 'zero' or 'keep'.")
         self.sparsity, self.bias, self.steps, self.seed = sparsity, bias, steps, seed
 
     def config(self) -> dict[str, Any]:

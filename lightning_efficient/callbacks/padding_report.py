@@ -43,7 +43,7 @@ class PaddingReport(EfficientCallback):
         d_model: Width of the model. ``None``: that of most outputs (samples, tokens, width) in a step.
 
     Raises:
-        ValueError: ``keeps`` is neither, or is given without ``mask``; during the run: a batch has no tensor ``mask``.
+        ValueError: An argument out of range, or ``keeps`` without ``mask``; later: a batch has no tensor ``mask``.
     """
 
     method = "padding_report"
@@ -58,8 +58,10 @@ class PaddingReport(EfficientCallback):
         d_model: float | None = None,
     ) -> None:
         super().__init__(enabled)
-        if keeps not in (None, "nonzero", "zero") or (keeps is not None and mask is None):
-            raise ValueError(f"`keeps` is {keeps!r} and `mask` is {mask!r}; expected 'nonzero' or 'zero' for a mask.")
+        if keeps is not None and mask is None:
+            raise ValueError(
+                f"`keeps` is {keeps!r} and `mask` is None; expected the name of the mask that it is about."
+            )
         if d_model is not None and d_model <= 0:
             raise ValueError(f"`d_model` is {d_model}; expected more than 0.")
         self.mask, self.keeps, self.pad_id, self.d_model = mask, keeps, pad_id, d_model

@@ -161,7 +161,7 @@ def test_heads_are_named(tmp_path: Path) -> None:
         fit(tmp_path, halves(), FixedETFHead(include=["net.norm"]))
     with pytest.raises(ValueError, match=r"`sparsity` is 1"):
         FixedETFHead(sparsity=1)
-    with pytest.raises(ValueError, match=r"`bias` is 'one'"):
+    with pytest.raises(ValueError, match=r"`bias` must be one of 'zero', 'keep'; got 'one'"):
         FixedETFHead(bias="one")  # type: ignore[arg-type]
 
 

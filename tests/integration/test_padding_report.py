@@ -185,7 +185,7 @@ def test_without_a_mask_there_is_one_warning(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"`keeps` is 'ones' and `mask` is 'm'; expected"):
+    with pytest.raises(ValueError, match=r"`keeps` must be null or one of 'nonzero', 'zero'; got 'ones'"):
         PaddingReport(mask="m", keeps="ones")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"`keeps` is 'zero' and `mask` is None"):
         PaddingReport(keeps="zero")
