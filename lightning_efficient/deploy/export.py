@@ -18,6 +18,7 @@ from torch import nn
 from lightning_efficient.common.comparing import Difference, ExportError, difference
 from lightning_efficient.common.match import canonical_name
 from lightning_efficient.common.running import Call, Inputs, as_call, calls_of_batch, device_of, evaluating, first_line
+from lightning_efficient.deploy.batch_norms import batch_norms
 from lightning_efficient.deploy.diverged import check_range, check_weights
 from lightning_efficient.deploy.formats import save_exported, to_onnx, to_torch_export
 from lightning_efficient.deploy.plain import check_foreign, detached_copy, plain_copy
@@ -46,6 +47,7 @@ def export(
     fold: bool = True,
     recalibrate: Iterable[Any] | None = None,
     slim: bool = True,
+    fuse_norms: bool = False,
 ) -> nn.Module:
     """A plain copy of ``model`` in evaluation mode, verified on ``example_inputs``; ``model`` stays as it is.
 
@@ -65,6 +67,8 @@ def export(
             averaged first; for weights that have none of their own, such as averaged ones. All batches are read.
         slim: Cut out the units that structured pruning has set to zero, so that the copy is smaller; of a submodule
             those that lie in it.
+        fuse_norms: Fold batch norms with running statistics into the convolutions and linear layers around them, where
+            that is exact: tried in float64, those that change anything stay. Layers without bias get one.
 
     Returns:
         The copy. It shares no tensor with ``model``.
@@ -94,6 +98,8 @@ def export(
     cuts = zeroed(model) if slim else None
     if cuts is not None:
         _cut(plain, cuts, call)
+    if fuse_norms and (norms := batch_norms(plain)):
+        rank_zero_info(f"export: {fold_affines(plain, norms, lambda: call.run(plain))}")
     alone = cuts is not None and not isinstance(model, LightningModule)
     apart = _compared(plain, call, expected, tolerance, _ALONE if alone else "")
     rank_zero_info(f"export: {type(model).__name__} on [{call}]: {apart}")
