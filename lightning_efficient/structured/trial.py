@@ -56,22 +56,25 @@ class Trial:
         """The groups that stand the trial, those among them that are not exact marked.
 
         Args:
-            widths: Tried together first, and in halves where that fails.
+            widths: Tried together first, and in halves where that fails; those over which a norm was seen to go apart
+                from the others, as most of them do fail.
             refused: Gets the reasons for the others.
         """
-        found = self._halves(list(widths), 0, refused)
-        exact = [group for group in found if group.exact]
-        if len(exact) < len(widths):  # parts of them were tried apart
-            together = self._together(exact, refused)
+        parts = [[width for width in widths if bool(width.mixed) == mixed] for mixed in (False, True)]
+        tried = [batch for part in parts for batch in self._halves(part, 0, refused)]
+        found = [group for batch in tried for group in batch]
+        if sum(any(group.exact for group in batch) for batch in tried) > 1:  # they were tried apart
+            together = self._together([group for group in found if group.exact], refused)
             found = [group for group in found if not group.exact or any(group is one for one in together)]
         return self._trained(found, refused)
 
-    def _halves(self, widths: list[Width], first: int, refused: dict[str, str]) -> list[UnitGroup]:
+    def _halves(self, widths: list[Width], first: int, refused: dict[str, str]) -> list[list[UnitGroup]]:
+        """Groups that stand the trial, those that did it together in one list."""
         if not widths:
             return []
         failed = self._fails([width.versions()[0] for width in widths], first)
         if failed is None:
-            return [width.versions()[0] for width in widths]
+            return [[width.versions()[0] for width in widths]]
         if len(widths) > 1:
             middle = len(widths) // 2
             return [
@@ -79,7 +82,7 @@ class Trial:
                 *self._halves(widths[middle:], failed[0], refused),
             ]
         group = self._alone(widths[0], failed, refused)
-        return [] if group is None else [group]
+        return [] if group is None else [[group]]
 
     def _fails(self, groups: Sequence[UnitGroup], first: int = 0) -> tuple[int, str] | None:
         """The first kind of subset that zeroing and cutting disagree on, with the error if it does not even run."""
@@ -194,17 +197,20 @@ class Trial:
     def _gap(self, groups: Groups, keep: Mapping[str, Sequence[int]]) -> float:
         with self._zeroed(groups, keep):
             zeroed = self._outputs(self.run)
+        return largest_gap(zeroed, self._cut(groups, keep))
+
+    def _cut(self, groups: Groups, keep: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """What the model gives without some units."""
         with self._restored():
             replay_slim(self.model, plan_slim(self.model, keep, groups))
             forget(self.model)
-            cut = self._outputs(self.run)
-        return largest_gap(zeroed, cut)
+            return self._outputs(self.run)
 
     def _breaks(self, group: UnitGroup) -> str:
         """The error of the first kind of subset without which the model does not run."""
         for kind in range(len(KINDS)):
             try:
-                self._gap(Groups({group.name: group}), {group.name: self._subset(group, kind)})
+                self._cut(Groups({group.name: group}), {group.name: self._subset(group, kind)})
             except Exception as raised:  # whatever a forward raises when its tensors do not fit
                 return _said(raised)
         return ""
@@ -294,11 +300,7 @@ class Trial:
         known = Groups({group.name: group})
         with self._zeroed(known, keep, readers=True):
             unread = self._outputs(self.run)
-        with self._restored():
-            replay_slim(self.model, plan_slim(self.model, keep, known))
-            forget(self.model)
-            cut = self._outputs(self.run)
-        if largest_gap(unread, cut) <= self.tolerance:
+        if largest_gap(unread, self._cut(known, keep)) <= self.tolerance:
             return "an activation with f(0) ≠ 0 lies behind it"
         return f"{mixed!r} takes all of the width together" if mixed else ""
 
