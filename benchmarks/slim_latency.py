@@ -155,7 +155,7 @@ def run(name: str, rounds: int, compile_too: bool) -> list[dict[str, Any]]:
     if name == "ResNet-18":
         dense, slim, _ = found["none"]
         RESULTS.mkdir(exist_ok=True)
-        slim_report(dense, slim, example, (1,), 2).draw(RESULTS / "slim_widths.png")
+        slim_report(dense, slim, example, (1,), 20).draw(RESULTS / "slim_widths.png")
     rows = []
     for batch in batches:
         x = torch.randn(batch, 3, size, size)

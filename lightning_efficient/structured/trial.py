@@ -61,32 +61,49 @@ class Trial:
             refused: Gets the reasons for the others.
         """
         parts = [[width for width in widths if bool(width.mixed) == mixed] for mixed in (False, True)]
-        tried = [batch for part in parts for batch in self._halves(part, 0, refused)]
+        tried = [batch for part in parts for batch in self._halves(part, refused)]
+        tried += self._coupled([width for width in widths if width.group.name in refused], refused)
         found = [group for batch in tried for group in batch]
         if sum(any(group.exact for group in batch) for batch in tried) > 1:  # they were tried apart
             together = self._together([group for group in found if group.exact], refused)
             found = [group for group in found if not group.exact or any(group is one for one in together)]
         return self._trained(found, refused)
 
-    def _halves(self, widths: list[Width], first: int, refused: dict[str, str]) -> list[list[UnitGroup]]:
+    def _halves(self, widths: list[Width], refused: dict[str, str]) -> list[list[UnitGroup]]:
         """Groups that stand the trial, those that did it together in one list."""
         if not widths:
             return []
-        failed = self._fails([width.versions()[0] for width in widths], first)
+        failed = self._fails([width.versions()[0] for width in widths])
         if failed is None:
             return [[width.versions()[0] for width in widths]]
         if len(widths) > 1:
             middle = len(widths) // 2
-            return [
-                *self._halves(widths[:middle], failed[0], refused),
-                *self._halves(widths[middle:], failed[0], refused),
-            ]
+            return [*self._halves(widths[:middle], refused), *self._halves(widths[middle:], refused)]
         group = self._alone(widths[0], failed, refused)
         return [] if group is None else [[group]]
 
-    def _fails(self, groups: Sequence[UnitGroup], first: int = 0) -> tuple[int, str] | None:
+    def _coupled(self, widths: Sequence[Width], refused: dict[str, str]) -> list[list[UnitGroup]]:
+        """Groups of which none stands the trial alone, but all together do: a constant of as many heads joins them."""
+        alike: dict[Any, list[UnitGroup]] = {}
+        for width in widths:
+            alike.setdefault((width.group.units, width.heads), []).append(width.versions()[0])
+        found = []
+        for groups in alike.values():
+            slices = [part for group in groups for part in group.slices]
+            if len(groups) < 2 or len({(part.name, part.dim) for part in slices}) < len(slices):
+                continue
+            counts = {name: dict(steps) for group in groups for name, steps in group.counts.items()}
+            divisor = math.lcm(*(group.divisor for group in groups))
+            joined = replace(groups[0], slices=tuple(slices), counts=counts, divisor=divisor)
+            if self._fails([joined]) is None:
+                found.append([joined])
+                for group in groups:
+                    refused.pop(group.name, None)
+        return found
+
+    def _fails(self, groups: Sequence[UnitGroup]) -> tuple[int, str] | None:
         """The first kind of subset that zeroing and cutting disagree on, with the error if it does not even run."""
-        for kind in range(first, len(KINDS)):
+        for kind in range(len(KINDS)):
             keep = {g.name: self._subset(g, kind + i) for i, g in enumerate(groups)}
             known = Groups({g.name: g for g in groups})
             try:

@@ -188,3 +188,39 @@ def test_what_cannot_be_seen_is_refused_and_ends_nothing_else() -> None:
     groups = find_groups(Mixed(), torch.randn(3, 5))
     assert list(groups.found) == ["last", "more"]
     assert groups.refused["first"]
+
+
+class SharedBias(nn.Module):
+    """As in T5's decoder: the first attention makes a bias of as many heads, all zeros, that the second adds too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({n: nn.Linear(16, 16) for n in "qkvo"}) for _ in range(2))
+        self.mlp, self.out = nn.Linear(16, 20), nn.Linear(20, 3)
+        for layer in self.layers:
+            layer.n_heads = 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None
+        for layer in self.layers:
+            q, k, v = (layer[n](x).unflatten(-1, (-1, 4)).transpose(1, 2) for n in "qkv")
+            logits = q @ k.transpose(-1, -2)
+            if bias is None:
+                bias = torch.zeros(1, layer.n_heads, x.shape[1], x.shape[1], dtype=x.dtype)
+            x = x + layer["o"](((logits + bias).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return self.out(self.mlp(x).relu())  # type: ignore[no-any-return]
+
+
+def test_heads_that_a_constant_joins_go_together() -> None:
+    model, x = lively(SharedBias()).double().eval(), torch.randn(2, 5, 16).double()
+    groups = find_groups(model, x)
+    heads = [group for group in groups.found.values() if group.heads]
+    assert [(group.units, len(group.slices)) for group in heads] == [(4, 14)], groups.report()
+    for subset in SUBSETS:
+        keep = {name: subset(group.units) for name, group in groups.found.items()}
+        zeroed, slim = copy.deepcopy(model), copy.deepcopy(model)
+        for name, stay in keep.items():
+            group = groups.found[name]
+            group.zero(dict(zeroed.named_parameters()), set(range(group.units)) - set(stay))
+        apply_slim(slim, keep, groups)
+        torch.testing.assert_close(slim(x), zeroed(x), rtol=0, atol=1e-10)
