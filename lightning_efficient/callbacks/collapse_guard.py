@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_efficient.common.schema import Flag, Int, ListOf, Number, OrNone, Record
 from lightning_efficient.companions.predictions import SCORES
 from lightning_efficient.lifecycle.base import EfficientCallback, peers
+from lightning_efficient.lifecycle.hooks import hook_files
 from lightning_efficient.lifecycle.rollback import TRAINING_STATE, TrainingState, check_state, put_back, take_state
 from lightning_efficient.lifecycle.state import attachment
 from lightning_efficient.surgery.schedulers import scale_rates
@@ -154,6 +155,33 @@ class CollapseGuard(EfficientCallback):
         self.history, self._plain = [dict(row) for row in progress["history"]], progress["kept"]
         self._rewound = progress["rewound"]
 
+    def check_progress(self, state: Mapping[str, Any], step: int) -> None:
+        """The numbers are within their arguments, the trips in their order, and there is a way back if there should."""
+        super().check_progress(state, step)
+        steps = [row["step"] for row in state["history"]]
+        if steps != sorted(steps) or any((row["back_to"] or 0) > row["step"] for row in state["history"]):
+            self.refuse("['history']", "a row for each trip, in their order, back to earlier steps", state["history"])
+        for field, most in (("failed", self.patience - 1), ("skipping", self.skip_batches)):
+            if state[field] > most:
+                self.refuse(f"['{field}']", f"at most {most}", state[field])
+        expected = state["best"] is not None and self.action == "rollback" and self.save_snapshot
+        if (state["kept"] is not None) != expected:
+            self.refuse("['kept']", "there" if expected else "null", state["kept"])
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Have files checked before anything is loaded."""
+        super().setup(trainer, pl_module, stage)
+        if self.enabled and stage == "fit":
+            hook_files(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The way back that a file holds is one of this run."""
+        super().on_train_start(trainer, pl_module)
+        if self.enabled and self._plain is not None:
+            self._kept = TrainingState.from_plain(self._plain, attachment(pl_module).cut)
+            check_state(self._kept, trainer, pl_module, f"the checkpoint's state of {self.state_key}, field ['kept']")
+            self._plain = None
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After every callback's start of training, and before any has done something to a first batch."""
         if self.enabled and self._canary is None:
@@ -170,10 +198,7 @@ class CollapseGuard(EfficientCallback):
         self._canary = Canary(trainer, pl_module, self.canary, self.score, self.batches, self._larger)
         self._seen = self._checked = self.step(trainer)
         self._look_for_rewinds(trainer)
-        if self._plain is not None:
-            self._kept = TrainingState.from_plain(self._plain, attachment(pl_module).cut)
-            check_state(self._kept, trainer, pl_module, f"the checkpoint's state of {self.state_key}, field ['kept']")
-        elif self._best is None or self.action == "rollback":
+        if self._best is None or (self.action == "rollback" and self._kept is None):
             self._first(trainer, pl_module, self._canary())
 
     @property

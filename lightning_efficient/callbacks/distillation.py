@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.schedule import transition, transition_steps
-from lightning_efficient.common.schema import MapOf, Number, OrNone, Record, TensorOf, Text
+from lightning_efficient.common.schema import MapOf, Number, OrNone, Record, TensorOf, Text, check
 from lightning_efficient.lifecycle.base import EfficientCallback, peers
 from lightning_efficient.lifecycle.hooks import hook_files
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
@@ -165,18 +165,22 @@ class Distillation(EfficientCallback):
         self, pl_module: LightningModule, checkpoint: dict[str, Any], entries: Sequence[Entry]
     ) -> None:
         """The initial network of a run that had no teacher is lost."""
-        super().check_checkpoint(pl_module, checkpoint, entries)
+        asked = self.enabled and self.teacher == "initial" and pl_module.trainer.state.fn == "fit"
         state = checkpoint.get("callbacks", {}).get(self.state_key)
-        fits = self.enabled and pl_module.trainer.state.fn == "fit"
-        if (
-            fits
-            and self.teacher == "initial"
-            and (state is None or (state["standing"]["begun"] and not state["teacher"]))
-        ):
+        if asked and (state is None or (isinstance(state, Mapping) and state.get("fingerprint") is not None)):
             raise RecipeError(
                 "Distillation(teacher='initial') cannot resume from this checkpoint: the network with which its run "
                 "began is not in it, as it was trained without, or with another teacher. Give the teacher as a path."
             )
+        super().check_checkpoint(pl_module, checkpoint, entries)
+
+    def check_progress(self, state: Mapping[str, Any], step: int) -> None:
+        """There is the one of the two that this teacher leaves."""
+        super().check_progress(state, step)
+        initial = self.teacher == "initial"
+        for field, there in (("teacher", initial), ("fingerprint", not initial)):
+            if (state[field] is not None) != there:
+                self.refuse(f"['{field}']", "there" if there else "null", state[field])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work; note what earlier fits have changed."""
@@ -216,13 +220,13 @@ class Distillation(EfficientCallback):
     def _find(self, trainer: Trainer, pl_module: LightningModule) -> nn.Module:
         if self.teacher == "initial":
             teacher: nn.Module = initial_copy(pl_module, self._earlier)
+            state = {name: value for name, value in teacher.state_dict().items() if isinstance(value, Tensor)}
             if self._initial is not None:
-                try:
-                    teacher.load_state_dict(self._initial)
-                except RuntimeError as error:
-                    raise RecipeError(f"the teacher in the checkpoint is not of this model: {error}") from error
-            state = teacher.state_dict()
-            self._initial = {n: t.detach().cpu().clone() for n, t in state.items() if isinstance(t, Tensor)}
+                mine = Record({name: TensorOf(t.dtype, shape=tuple(t.shape)) for name, t in state.items()})
+                where = f"the checkpoint's state of {self.state_key}, field ['teacher'],"
+                check(self._initial, mine, where, RecipeError)
+                teacher.load_state_dict(self._initial, strict=False)
+            self._initial = {name: value.detach().cpu().clone() for name, value in state.items()}
         else:
             inner = pl_module if self.student is None else module_named(pl_module, self.student, "student")
             teacher = find_teacher(self.teacher, pl_module, inner)

@@ -24,8 +24,11 @@ REFUSED = {("taught", "manual"): "optimizes manually: its losses are not seen"}
 
 
 def tail(test: str, cell: dict[str, Any]) -> bool:
-    """What only looks has little to break."""
-    return cell["method"] == "padding" and rare(cell["scenario"], False, ("compile", "disabled", "ddp"))
+    """What only looks has little to break; a teacher and a way back are copies, whatever made the module."""
+    also = ("compile", "disabled", "ddp")
+    if cell["method"] != "padding":
+        also += ("accumulation", "checkpointing", "bf16_mixed", "manual", "copy_and_pickle", "configure_model")
+    return rare(cell["scenario"], False, also)
 
 
 @pytest.mark.parametrize(("method", "scenario"), CELLS)

@@ -53,6 +53,7 @@ RELATIVES = {
     "norm_swap": "norm_swap_repbn",
     "watched": "magnitude",
     "guarded": "magnitude",
+    "taught": "magnitude",
     "temp_scale_transition": "temp_scale",
     "iterative": "magnitude",
     "cric": "hesso",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.plugins import MixedPrecision
 from sigma_runs import Do, differing, trainer
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_avg_fn
@@ -99,6 +101,26 @@ def test_what_is_undone_leaves_no_trace(method: str, tmp_path: Path) -> None:
     for key, saved in states[0].methods.items():
         again = states[1].methods[key]
         assert again["standing"]["start"] == saved["standing"]["start"] + UNDONE
+
+
+def test_the_gradient_scaler_goes_back(tmp_path: Path) -> None:
+    """Infinite gradients halve its scale, and skip the step."""
+    scales: list[float] = []
+    look = Do(on_train_batch_end=lambda t, m: scales.append(float(t.precision_plugin.scaler.get_scale())))
+    state: list[TrainingState] = []
+
+    def back(t: Any, m: Any) -> None:
+        if len(scales) == 3:
+            state.append(take_state(t, m))
+        if len(scales) == 7:
+            put_back(state[0], t, m)
+
+    good = list(loader(6))
+    data = good[:2] + [(math.inf * x, y) for x, y in good[2:4]] + good[4:]
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**8))
+    t = trainer(tmp_path, look, Do(on_train_batch_end=back), look, max_steps=6, plugins=[plugin])
+    t.fit(Classifier("encoder"), DataLoader(data, None), loader(1))  # type: ignore[arg-type]
+    assert scales[6] < scales[2] == scales[7]
 
 
 def test_averages_other_optimizers_and_buffers_that_are_not_saved(tmp_path: Path) -> None:
