@@ -570,7 +570,7 @@ def test_a_rollback_takes_the_weight_back_and_keeps_the_teacher(tmp_path: Path) 
     ("arguments", "error"),
     [
         ({"alpha": 1.5}, "`alpha` must be a weight from 0 to 1; got 1.5"),
-        ({"alpha": math.nan}, "`alpha` must be a weight"),
+        ({"alpha": math.nan}, "`alpha` must be a finite number"),
         ({"temperature": 0.0}, "`temperature` must be a finite number above 0"),
         ({"kind": "dark"}, "`kind` must be one of"),
         ({"kind": "cosine_hidden"}, "kind='cosine_hidden' needs `hidden`"),
