@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from lightning_efficient.lifecycle.recipe import RecipeError
     from lightning_efficient.lifecycle.structural import StructuralCallback
     from lightning_efficient.lifecycle.weights import Plan, WeightSpaceCallback
+    from lightning_efficient.loops.driver import Driver, attach
+    from lightning_efficient.loops.huggingface import EfficientTrainerCallback
     from lightning_efficient.surgery.replace import replace_modules
     from lightning_efficient.trainer.tensorboard import plot_sap_curve
     from lightning_efficient.tuning.validation import tune_on_validation
@@ -66,9 +68,11 @@ _HOMES = {
     "CollapseGuard": "callbacks.collapse_guard",
     "CollapseMonitor": "callbacks.collapse_monitor",
     "Distillation": "callbacks.distillation",
+    "Driver": "loops.driver",
     "EfficientCLI": "cli.efficient_cli",
     "EfficientCallback": "lifecycle.base",
     "FixedETFHead": "callbacks.fixed_etf_head",
+    "EfficientTrainerCallback": "loops.huggingface",
     "HESSOPruning": "callbacks.hesso_pruning",
     "LengthGroupedBatchSampler": "companions.samplers",
     "MagnitudePruning": "callbacks.magnitude_pruning",
@@ -88,6 +92,7 @@ _HOMES = {
     "Transform": "weightspace",
     "WeightSpaceCallback": "lifecycle.weights",
     "ablate": "ablation.run",
+    "attach": "loops.driver",
     "compare": "comparison",
     "cut": "lifecycle.cuts",
     "export": "deploy.export",
@@ -114,9 +119,11 @@ __all__ = [
     "CollapseGuard",
     "CollapseMonitor",
     "Distillation",
+    "Driver",
     "EfficientCLI",
     "EfficientCallback",
     "FixedETFHead",
+    "EfficientTrainerCallback",
     "HESSOPruning",
     "LengthGroupedBatchSampler",
     "MagnitudePruning",
@@ -136,6 +143,7 @@ __all__ = [
     "Transform",
     "WeightSpaceCallback",
     "ablate",
+    "attach",
     "compare",
     "cut",
     "export",

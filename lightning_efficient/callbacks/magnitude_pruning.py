@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
@@ -14,16 +13,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_efficient.common.match import Globs, NoMatchError, modules_by_name, references
-from lightning_efficient.common.schedule import Schedule, check_amount, check_spans, transition_steps
+from lightning_efficient.common.match import Globs
+from lightning_efficient.common.schedule import Schedule
 from lightning_efficient.common.schema import Flag, OrNone, Record
 from lightning_efficient.common.shards import local
 from lightning_efficient.lifecycle.masks import PruningCallback
 from lightning_efficient.lifecycle.strategies import is_sharded
 from lightning_efficient.lifecycle.weights import Plan
 from lightning_efficient.pruning import criteria
-from lightning_efficient.pruning.granularity import Granularity
-from lightning_efficient.pruning.selection import check_scope, count_of, make_masks
+from lightning_efficient.pruning.gradual import GradualPruning
 from lightning_efficient.weightspace.snapshot import SNAPSHOT, restore_snapshot
 
 
@@ -95,7 +93,9 @@ class MagnitudePruning(PruningCallback):
         self.criterion, self.seed = criterion, seed
         self.rewind, self.rewind_to = rewind, rewind_to
         self.schedule = Schedule(schedule, start, length, every, rounds)
-        self._check_arguments()
+        self.rule = GradualPruning(
+            amount, self.schedule, criterion, scope, granularity, rewind, rewind_to, amounts, seed
+        )
         self._globs = Globs("amounts", (), {}, type(self).__name__)
         self._steps: tuple[int, ...] = ()
         self._step = 0
@@ -105,27 +105,6 @@ class MagnitudePruning(PruningCallback):
         self._scores: dict[str, Tensor] = {}
         self._collect = True
         self._handles: list[RemovableHandle] = []
-
-    def _check_arguments(self) -> None:
-        check_spans(rewind_to=self.rewind_to)
-        cut = Granularity.parse(self.granularity)
-        check_scope(self.scope, cut)
-        for name, value, allowed in (
-            ("criterion", self.criterion, criteria.CRITERIA),
-            ("rewind", self.rewind, ("weights", "learning_rate", "none")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"`{name}` must be one of {allowed}; got {value!r}.")
-        for name, amount in {
-            "amount": self.amount,
-            **{f"amounts[{g!r}]": a for g, a in (self.amounts or {}).items()},
-        }.items():
-            check_amount(amount, name)
-            if cut.kind == "n:m" and count_of(amount, cut.second) != cut.second - cut.first:
-                raise ValueError(
-                    f"granularity={self.granularity!r} prunes {1 - cut.first / cut.second:g} of a weight; got {name}="
-                    f"{amount!r}. Give that amount."
-                )
 
     def config(self) -> dict[str, Any]:
         """The arguments of this callback as plain data."""
@@ -142,26 +121,13 @@ class MagnitudePruning(PruningCallback):
 
     def plan(self, pl_module: LightningModule) -> Plan:
         """Choose and check the weights, and read ``amounts`` against them, without changing anything."""
-        plan, name, globs = super().plan(pl_module), type(self).__name__, list(self.amounts or {})
-        self._globs = Globs("amounts", globs, modules_by_name(pl_module), name, aside=references(pl_module))
-        hits = [self._globs.hits(target.layer) for target in self._targets.values()]
-        for glob in globs:
-            before = [found[0] for found in hits if glob in found]
-            if not before:
-                layers = [target.layer for target in self._targets.values()]
-                raise NoMatchError(
-                    f"{name}: `amounts` {glob!r} covers no weight that is pruned; these are {layers[:8]}."
-                )
-            if glob not in before:
-                raise ValueError(
-                    f"{name}: `amounts` {glob!r} has no effect, as {before[0]!r} before it covers the same modules, "
-                    "and the first one counts. Put it first."
-                )
+        plan = super().plan(pl_module)
+        self._globs = self.rule.read_amounts(pl_module, self._targets, type(self).__name__)
         return plan
 
     def check_sharded(self, pl_module: LightningModule) -> None:
         """Refuse what needs more than parts of the weights; which units there can be, every weight says by its cut."""
-        if self._returns:
+        if self.rule.returns:
             raise ValueError(
                 f"MagnitudePruning(schedule='iterative', rewind={self.rewind!r}) goes back to a copy of the training "
                 "state, for which files of sharded models have no place. Use rewind='none', or another schedule."
@@ -190,15 +156,10 @@ class MagnitudePruning(PruningCallback):
         """There is something to go back to where the schedule does that, and it is due only between two steps."""
         super().check_progress(state, step)
         schedule, there = state["standing"]["schedule"], state["snapshot"] is not None
-        if schedule and self._returns and step > schedule[3] and not there:
+        if schedule and self.rule.returns and step > schedule[3] and not there:
             self.refuse("['snapshot']", f"there after step {schedule[3]}", state["snapshot"])
-        if state["back"] and not (self._returns and there and self.criterion in ("taylor", "wanda")):
+        if state["back"] and not (self.rule.returns and there and self.criterion in ("taylor", "wanda")):
             self.refuse("['back']", "false", state["back"])
-
-    @property
-    def _returns(self) -> bool:
-        """Whether the schedule goes back to an earlier step."""
-        return self.schedule.kind == "iterative" and self.rewind != "none"
 
     def restart(self) -> None:
         """Begin the schedule anew; masks that the model has stay on."""
@@ -212,22 +173,7 @@ class MagnitudePruning(PruningCallback):
         if self.enabled:
             if resumed:
                 self._check_snapshot(trainer, pl_module, self._snapshot, "['snapshot']", whole=True)
-            self._steps = self.standing.fix(trainer, type(self).__name__, self._resolve, self.schedule.end)
-
-    def _resolve(self, total: int | None) -> tuple[int, ...]:
-        """``(first, span, every, rewind_to)`` in steps; nothing in a run of no steps."""
-        if total == 0:
-            return 0, 0, 1, 0
-        first, span, every = self.schedule.steps(total)
-        if not self._returns:
-            return first, span, every, 0
-        back, _ = transition_steps(total, hold=self.rewind_to, length=0, names=("rewind_to", None))
-        if back >= first:
-            raise ValueError(
-                f"`rewind_to`={self.rewind_to!r} is step {back}, but the first pruning is at step {first} already. "
-                "Go back to an earlier step."
-            )
-        return first, span, every, back
+            self._steps = self.standing.fix(trainer, type(self).__name__, self.rule.resolve, self.schedule.end)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Prune where the weights alone decide; else prepare to look at this batch."""
@@ -235,7 +181,7 @@ class MagnitudePruning(PruningCallback):
         if self._boundary is None:
             return
         self._step = step = self.step(trainer)
-        if self._returns and self._snapshot is None and step >= self._steps[3]:
+        if self.rule.returns and self._snapshot is None and step >= self._steps[3]:
             self._snapshot = self._take(trainer, pl_module)
         if not self._back and self._due(step):
             if self.criterion in ("magnitude", "random"):
@@ -297,52 +243,24 @@ class MagnitudePruning(PruningCallback):
     # -- pruning ---------------------------------------------------------------------------------------------------
 
     def _groups(self) -> dict[str, tuple[float, list[str]]]:
-        """Pattern → its amount and weights; the rest stands under the empty pattern."""
-        groups: dict[str, tuple[float, list[str]]] = {}
-        for name in self._transforms:
-            layer = self._targets[name].layer
-            glob = next(iter(self._globs.hits(layer)), "")
-            amount = self.amount if not glob else (self.amounts or {})[glob]
-            groups.setdefault(glob, (amount, []))[1].append(name)
-        return groups
+        return self.rule.groups(self._globs, self._present())
 
     def _due(self, step: int) -> dict[str, float]:
         """Pattern → share to be pruned now, where it has grown."""
-        if not self._steps or step < 0:
-            return {}
-        first, span, every, _ = self._steps
-        shares = {
-            glob: self.schedule.share(step, (first, span, every), amount)
-            for glob, (amount, _) in self._groups().items()
-        }
-        return {glob: share for glob, share in shares.items() if share > self._applied.get(glob, 0.0)}
+        return self.rule.due(step, self._steps, self._groups(), self._applied)
 
     def _score(self, name: str) -> Tensor:
-        site = self._sites()[name]
-        if self.criterion == "random":
-            return site.layout.part(criteria.random(site.param, self.seed + zlib.crc32(name.encode())))
-        return criteria.magnitude(site.weight)
+        return self.rule.score(name, self._sites()[name])
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule, scores: Mapping[str, Tensor], advance: bool) -> None:
         if self._waits(trainer):
             return
-        due, groups, kept = self._due(self.step(trainer)), self._groups(), self.masks
-        masks: dict[str, Tensor] = {}
-        for glob, share in due.items():
-            targets = {name: self._targets[name] for name in groups[glob][1]}
-            chosen = make_masks(
-                {name: target.canonical(scores[name]) for name, target in targets.items()},
-                share,
-                granularity=self.granularity,
-                scope=self.scope,
-                kept={name: target.canonical(kept[name]) for name, target in targets.items()},
-                heads={name: target.heads for name, target in targets.items() if target.heads},
-                layouts={name: self._layout(name) for name in targets} if is_sharded(trainer) else None,
-            )
-            masks |= {name: target.canonical(chosen[name]) for name, target in targets.items()}
+        due = self._due(self.step(trainer))
+        layouts = {name: self._layout(name) for name in self._transforms} if is_sharded(trainer) else None
+        masks = self.rule.masks(due, self._groups(), self._targets, scores, self.masks, layouts)
         changed = self._set_masks(trainer, pl_module, masks, advance)
         self._applied |= due
-        self._back = changed and self._returns
+        self._back = changed and self.rule.returns
 
     def _go_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._snapshot is not None

@@ -19,7 +19,7 @@ from lightning_efficient.lifecycle.standing import is_smoke_run
 from lightning_efficient.lifecycle.state import Request
 from lightning_efficient.lifecycle.structural import StructuralCallback
 from lightning_efficient.lifecycle.weights import Plan
-from lightning_efficient.norms.blend import BlendNorm, blend_norms
+from lightning_efficient.norms.blend import BlendNorm, blend_norms, set_blend
 from lightning_efficient.norms.causal import CausalModelError, causal_norms
 from lightning_efficient.norms.checks import check_statistics, check_training
 from lightning_efficient.norms.padding import find_padding, hand_over
@@ -320,16 +320,13 @@ class PRepBN(StructuralCallback):
         self._release()
 
     def _write(self, step: int) -> None:
-        lam = self.transition.at(step)
-        for norm in self._norms:
-            if self.options.init == "copy" and self.transition.begins(step):
-                norm.recopy()
-            if norm.target.calibrates:
-                norm.target.calibrating = lam == 1.0 or (self.transition.first == 0 and lam > 0.0)
-            if lam > 0:
-                norm.resume(lam)
-            elif norm.phase != "target":
-                norm.finish()
+        lam, way = self.transition.at(step), self.transition
+        set_blend(
+            self._norms,
+            lam,
+            recopy=self.options.init == "copy" and way.begins(step),
+            calibrate=lam == 1.0 or (way.first == 0 and lam > 0.0),
+        )
 
     def _over(self, trainer: Trainer) -> bool:
         """Whether the run has had all its steps (False where that is unknown)."""

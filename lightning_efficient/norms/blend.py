@@ -189,6 +189,26 @@ def finished(norms: Iterable[BlendNorm]) -> Iterator[None]:
             norm.lam.copy_(lam)
 
 
+def set_blend(norms: Iterable[BlendNorm], lam: float, *, recopy: bool = False, calibrate: bool = False) -> None:
+    """Put norms where a transition is; at 0 they are finished.
+
+    Args:
+        norms: The norms.
+        lam: Weight of the source.
+        recopy: Start the targets from the sources as they are now.
+        calibrate: Whether targets that learn from the source do so.
+    """
+    for norm in norms:
+        if recopy:
+            norm.recopy()
+        if norm.target.calibrates:
+            norm.target.calibrating = calibrate
+        if lam > 0:
+            norm.resume(lam)
+        elif norm.phase != "target":
+            norm.finish()
+
+
 def blend_norms(model: nn.Module) -> dict[str, BlendNorm]:
     """Every ``BlendNorm`` of a model, once, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, BlendNorm)}

@@ -20,8 +20,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 # modules at the top stand above the core (`functional`) or above all (the public names, the switch).
 ROOMS = (
     "common", "metrics", "surgery", "weightspace", "folding", "norms", "attention", "pruning", "structured",
-    "companions", "trainer", "lifecycle", "callbacks", "deploy", "comparison", "ablation", "tuning", "testing", "demo",
-    "cli",
+    "companions", "loops", "trainer", "lifecycle", "callbacks", "deploy", "comparison", "ablation", "tuning", "testing",
+    "demo", "cli",
 )  # fmt: skip
 LEVEL = {name: level for level, name in enumerate(ROOMS)}
 ABOVE = {"functional": LEVEL["tuning"], "_switch": len(ROOMS), "__main__": len(ROOMS), "": len(ROOMS) + 1}

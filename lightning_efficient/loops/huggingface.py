@@ -1,0 +1,120 @@
+"""The door to ``transformers.Trainer``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_efficient.common.running import Inputs
+from lightning_efficient.loops.driver import Driver, attach
+
+try:
+    from transformers import TrainerCallback
+except ImportError as error:
+    raise ImportError(
+        "EfficientTrainerCallback is for transformers.Trainer: pip install 'lightning-efficient[hf]'."
+    ) from error
+
+FILE = "efficient_methods.pt"
+
+
+class EfficientTrainerCallback(TrainerCallback):  # type: ignore[misc]
+    """The methods in a ``transformers.Trainer``: ``Trainer(..., callbacks=[EfficientTrainerCallback({...})])``.
+
+    Accumulation, schedulers, mixed precision, ``load_best_model_at_end`` and ``resume_from_checkpoint`` work as they
+    do; a state of its own lies in each checkpoint folder, as ``efficient_methods.pt``. The model is plain at every
+    moment, so ``save_pretrained`` writes what ``from_pretrained`` reads. This Trainer clips the gradients of the
+    network's weights, before the methods see them. A run of ``Trainer.train()`` in one process, or with DDP.
+
+    Args:
+        methods: Key of a method → its arguments, as for :func:`lightning_efficient.attach`. Not ``norm_swap``: a model
+            between two norms is no model that ``from_pretrained`` could read; use a loop of your own, or Lightning.
+        example: A small batch as the model takes it, such as ``dict(input_ids=...)``; for ``temp_scale``.
+        resume_from: Folder to go on from, where ``resume_from_checkpoint`` is not the Trainer's own
+            ``<output_dir>/checkpoint-<step>``.
+
+    Attributes:
+        driver: Of the run that goes on, or of the last.
+
+    Raises:
+        ValueError: A method that does not work here.
+    """
+
+    def __init__(
+        self,
+        methods: Mapping[str, Mapping[str, Any] | None],
+        example: Inputs | None = None,
+        resume_from: str | Path | None = None,
+    ) -> None:
+        if {"norm_swap", "PRepBN"} & set(methods):
+            raise ValueError(
+                "norm_swap does not work in a transformers.Trainer: its checkpoint folders hold what `from_pretrained` "
+                "reads, and that knows no model between two norms. Use lightning_efficient.attach in a loop of your "
+                "own (docs/without_lightning.md), or PRepBN in a Lightning Trainer."
+            )
+        self.methods, self.example, self.resume_from = methods, example, resume_from
+        self.driver: Driver | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Attach, once the weights and the optimizer are those of the run."""
+        for name in ("deepspeed", "fsdp"):
+            if getattr(args, name, None):
+                raise ValueError(
+                    f"EfficientTrainerCallback: `{name}` shards weights; leave it out."
+                )
+        saved = None
+        if state.global_step > 0:
+            folder = Path(self.resume_from or _folder(args, state.global_step))
+            saved = _read(folder)
+        model: nn.Module = kwargs["model"]
+        self.driver = attach(
+            model,
+            kwargs["optimizer"],
+            self.methods,
+            total_steps=state.max_steps,
+            example=self.example,
+            state=saved,
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """An optimizer step is over, and that of the scheduler."""
+        assert self.driver is not None
+        self.driver.step()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the state into the folder that was written just now."""
+        assert self.driver is not None
+        folder = _folder(args, state.global_step)
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"EfficientTrainerCallback: no checkpoint folder {str(folder)!r}, where the Trainer writes one. (In "
+                "`hyperparameter_search` folders lie elsewhere: save_strategy='no'.)"
+            )
+        if state.is_world_process_zero:
+            torch.save(self.driver.state_dict(), folder / FILE)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the methods; of the best model, if that has been loaded."""
+        assert self.driver is not None
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self.driver.load_state_dict(_read(Path(state.best_model_checkpoint)))
+        self.driver.finish()
+
+
+def _folder(args: Any, step: int) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{step}"
+
+
+def _read(folder: Path) -> Mapping[str, Any]:
+    if not (folder / FILE).is_file():
+        raise FileNotFoundError(
+            f"EfficientTrainerCallback: {str(folder)!r} has no {FILE}, so the run cannot go on from it. Was it written "
+            "without this callback? Then start a new run from its weights. Does it lie elsewhere? Then say where: "
+            "`resume_from`."
+        )
+    state: Mapping[str, Any] = torch.load(folder / FILE, map_location="cpu", weights_only=True)
+    return state

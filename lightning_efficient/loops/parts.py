@@ -1,0 +1,95 @@
+"""What a method does in a loop, for the driver."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_efficient.common.change import Change
+from lightning_efficient.common.running import Call
+from lightning_efficient.weightspace import Boundary, Transform
+
+Sites = dict[str, tuple[nn.Parameter, Transform]]
+
+
+@dataclass
+class Run:
+    """What the parts of a driver know in common.
+
+    Args:
+        model: Without wrappers around it.
+        optimizer: The user's, torch's own.
+        total: Optimizer steps of the run; None: unknown.
+        example: A call of the model, if one was given.
+        saved: Method → parameter → state, of a run that goes on with weights loaded already.
+        boundary: Of all parts.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    total: int | None
+    example: Call | None
+    saved: Mapping[str, Mapping[str, Mapping[str, Tensor]]] = field(default_factory=dict)
+    boundary: Boundary = field(default_factory=Boundary)
+
+    def needs_example(self, method: str, why: str) -> Call:
+        """The example; an error if there is none."""
+        if self.example is None:
+            raise ValueError(
+                f"{method}: {why}. Pass `example`: a small batch as the model takes it (a tensor, a tuple of "
+                "positional or a dict of keyword arguments)."
+            )
+        return self.example
+
+
+class Part(ABC):
+    """One method in a loop. Its constructor's keywords are the arguments, named as the callback's are."""
+
+    method: ClassVar[str]
+    # How many numbers its schedule in steps may be.
+    lengths: ClassVar[tuple[int, ...]] = (0,)
+
+    def __init__(self, include: list[str] | None = None, exclude: list[str] | None = None) -> None:
+        self.include, self.exclude = include, exclude
+        self.change: Change | None = None
+        # The schedule in steps, once the run is known.
+        self.steps: tuple[int, ...] = ()
+        self.transforms: dict[str, Transform] = {}
+
+    def resolve(self, total: int | None) -> tuple[int, ...]:
+        """The schedule in steps; raises ``ValueError`` if it does not fit into the run."""
+        return ()
+
+    def reshape(self, run: Run) -> None:  # noqa: B027
+        """Replace modules; the only change before all parts have been checked."""
+
+    def undo(self, run: Run) -> None:  # noqa: B027
+        """Take that back."""
+
+    def sites(self, run: Run) -> Sites:
+        """Choose and check the weights, without changing anything."""
+        return {}
+
+    def at(self, run: Run, step: int) -> None:  # noqa: B027
+        """``step`` optimizer steps are done: make ready for the forward of the next."""
+
+    def before_step(self, run: Run, step: int) -> None:  # noqa: B027
+        """Gradients are complete."""
+
+    def after_step(self, run: Run) -> None:  # noqa: B027
+        """The optimizer has stepped."""
+
+    def loaded(self, run: Run) -> None:  # noqa: B027
+        """States and steps are those of a run that goes on."""
+
+    def finish(self, run: Run, step: int, batches: Iterable[Any] | None, forward: Any) -> str:
+        """End it; what was left undone, as a sentence."""
+        return ""
+
+    def release(self) -> None:  # noqa: B027
+        """Leave no hook behind."""

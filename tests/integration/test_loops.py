@@ -1,0 +1,330 @@
+"""The methods in a loop of one's own: the numbers of the callbacks, to the bit; saved, resumed, finished, refused."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_efficient import Driver, attach, export
+from lightning_efficient.common.registry import METHODS
+from lightning_efficient.lifecycle.methods import build_callback
+from tests.zoo import vit
+
+STEPS, ACCUMULATE = 12, 2
+BATCHES = [
+    (torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(i)), (torch.arange(6) + i) % 4)
+    for i in range(STEPS * ACCUMULATE)
+]
+METHODS_HERE: dict[str, dict[str, dict[str, Any]]] = {
+    "sigma_reparam": {"sigma_reparam": {"init": "one"}},
+    "temp_scale": {"temp_scale": {"tau": 0.5, "transition": 0.5}},
+    "temp_scale_learned": {"temp_scale": {"learnable": True, "per_head": True}},
+    "magnitude_pruning": {"magnitude_pruning": {"amount": 0.6, "amounts": {"head": 0.2}}},
+    "taylor": {"magnitude_pruning": {"criterion": "taylor", "schedule": "one_shot", "start": 3}},
+    "norm_swap": {"norm_swap": {"hold": 2}},
+    "norm_swap_affine": {"norm_swap": {"hold": 0.25, "transition": 0.5, "target": "affine", "shape": "cosine"}},
+    "chained": {
+        "magnitude_pruning": {"amount": 0.5},
+        "sigma_reparam": {"include": ["blocks"]},
+        "norm_swap": {"hold": 2, "exclude": ["*.norm1"]},
+    },
+}
+
+
+class Lit(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = vit()
+
+    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        optimizer, scheduler = parts(self.net)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def parts(net: nn.Module) -> tuple[torch.optim.Optimizer, Any]:
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-2, weight_decay=0.1)
+    return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=STEPS)
+
+
+def of_lightning(methods: dict[str, dict[str, Any]]) -> tuple[nn.Module, list[float]]:
+    losses: list[float] = []
+
+    class Losses(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+            losses.append(float(outputs["loss"]))
+
+    seed_everything(0, verbose=False)
+    module = Lit()
+    callbacks = [build_callback(name, arguments) for name, arguments in methods.items()]
+    trainer = Trainer(
+        max_epochs=1, callbacks=[*callbacks, Losses()], accumulate_grad_batches=ACCUMULATE, gradient_clip_val=0.5,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu",
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(BATCHES, batch_size=None))
+    return module.net, losses
+
+
+class Loop:
+    """A loop as its author has it, and how it saves and resumes."""
+
+    def __init__(self, methods: dict[str, dict[str, Any]], **options: Any) -> None:
+        seed_everything(0, verbose=False)
+        self.net = vit()
+        self.optimizer, self.scheduler = parts(self.net)
+        options = {"example": BATCHES[0][0][:2], "total_steps": STEPS, "schedulers": [self.scheduler]} | options
+        self.driver = attach(self.net, self.optimizer, methods, **options)
+        self.net.train()
+
+    def run(self, first: int, last: int) -> list[float]:
+        losses = []
+        for step in range(first, last):
+            for images, labels in BATCHES[step * ACCUMULATE : (step + 1) * ACCUMULATE]:
+                loss = nn.functional.cross_entropy(self.net(images), labels)
+                (loss / ACCUMULATE).backward()
+                losses.append(float(loss.detach() / ACCUMULATE))
+            self.driver.before_step()
+            nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], 0.5)
+            self.optimizer.step()
+            self.scheduler.step()
+            self.optimizer.zero_grad()
+            self.driver.step()
+        return losses
+
+    def save(self) -> dict[str, Any]:
+        parts = {"model": self.net, "optimizer": self.optimizer, "scheduler": self.scheduler, "driver": self.driver}
+        return copy.deepcopy({name: part.state_dict() for name, part in parts.items()})
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.net.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.driver.load_state_dict(state["driver"])
+
+
+def same(one: nn.Module, two: nn.Module) -> bool:
+    a, b = one.state_dict(), two.state_dict()
+    equal = [torch.equal(a[n], b[n]) if isinstance(a[n], Tensor) else a[n] == b[n] for n in a]
+    return a.keys() == b.keys() and all(equal)
+
+
+@pytest.mark.parametrize("case", METHODS_HERE)
+def test_numbers_are_those_of_the_callbacks(case: str) -> None:
+    theirs, losses = of_lightning(METHODS_HERE[case])
+    loop = Loop(METHODS_HERE[case])
+    assert loop.run(0, STEPS) == losses
+    assert same(theirs, loop.driver.finish(BATCHES))
+
+
+@pytest.mark.parametrize("case", METHODS_HERE)
+@pytest.mark.filterwarnings("ignore:norm_swap keeps moving averages")
+def test_resumed_is_uninterrupted(case: str) -> None:
+    whole = Loop(METHODS_HERE[case])
+    whole.run(0, 5)
+    state = whole.save()
+    losses = whole.run(5, STEPS)
+    again = Loop(METHODS_HERE[case])
+    again.load(state)
+    assert again.run(5, STEPS) == losses
+    assert same(whole.driver.finish(), again.driver.finish())
+
+
+def test_state_given_to_attach() -> None:
+    """Where weights are loaded before the optimizer exists."""
+    methods = METHODS_HERE["sigma_reparam"] | METHODS_HERE["magnitude_pruning"]
+    whole = Loop(methods)
+    whole.run(0, 5)
+    state = whole.save()
+    losses = whole.run(5, STEPS)
+    again = Loop.__new__(Loop)
+    again.net = vit()
+    again.net.load_state_dict(state["model"])
+    again.optimizer, again.scheduler = parts(again.net)
+    again.optimizer.load_state_dict(state["optimizer"])
+    again.scheduler.load_state_dict(state["scheduler"])
+    again.driver = attach(again.net, again.optimizer, methods, state=state["driver"])
+    assert again.driver.steps == 5
+    assert again.run(5, STEPS) == losses
+
+
+@pytest.mark.parametrize("case", METHODS_HERE)
+def test_finished_exports(case: str) -> None:
+    loop = Loop(METHODS_HERE[case])
+    loop.run(0, STEPS)
+    plain = export(loop.driver.finish(BATCHES), BATCHES[0][0])
+    assert not [m for m in plain.modules() if type(m).__module__.startswith("lightning_efficient")]
+    assert len(loop.optimizer.param_groups) == 1 + (case in ("norm_swap", "norm_swap_affine", "chained"))
+
+
+def test_without_before_step() -> None:
+    methods = METHODS_HERE["taylor"] | METHODS_HERE["sigma_reparam"]
+    losses = []
+    for clips in (True, False):
+        loop, mine = Loop(methods), []
+        for images, labels in BATCHES[:6]:
+            loss = nn.functional.cross_entropy(loop.net(images), labels)
+            loss.backward()
+            if clips:
+                loop.driver.before_step()
+            loop.optimizer.step()
+            loop.optimizer.zero_grad()
+            loop.driver.step()
+            mine.append(float(loss.detach()))
+        losses.append(mine)
+    assert losses[0] == losses[1]
+
+
+def test_masks_hold_after_the_end() -> None:
+    loop = Loop(METHODS_HERE["magnitude_pruning"])
+    loop.run(0, STEPS)
+    net = loop.driver.finish()
+    weights = [
+        m.weight for m in net.modules() if isinstance(m, nn.Linear) and m is not net.head and m.weight.shape[0] > 1
+    ]
+    zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+    assert zeros > 0.55  # less the convolution's, which competes with them
+
+
+# -- what cannot work is said, and nothing has changed
+
+
+class Sequence(nn.Module):
+    """Batch norm would show the future of a causal model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.norm, self.out = nn.GRU(4, 8, batch_first=True), nn.LayerNorm(8), nn.GRU(8, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.norm(self.rnn(x)[0]))[0]
+
+
+@pytest.mark.parametrize(
+    ("methods", "options", "message"),
+    [
+        ({}, {}, "maps keys of methods"),
+        ({"sigma_reparm": {}}, {}, "did you mean 'sigma_reparam'"),
+        ({"hesso_pruning": {}}, {}, "hesso_pruning does not run in a loop.*find_groups"),
+        ({"SigmaReparam": {"qvk": "split"}}, {}, "no argument 'qvk' in a loop .did you mean 'qkv'"),
+        ({"norm_swap": {"guard": "off"}}, {}, "no argument 'guard'"),
+        ({"norm_swap": {}}, {}, "`hold`=0.05 is 0 steps"),
+        ({"norm_swap": {"hold": 1}}, {"example": None}, "Pass `example`"),
+        ({"norm_swap": {"hold": 1, "transition": 40}}, {}, "end half way"),
+        ({"norm_swap": {"hold": 1}, "temp_scale": {"tau": -1.0}}, {}, "tau"),
+        ({"norm_swap": {"hold": 1}, "sigma_reparam": {"include": ["nothing"]}}, {}, "nothing"),
+        ({"magnitude_pruning": {"criterion": "wanda"}}, {}, "`criterion`='wanda'"),
+        ({"magnitude_pruning": {}}, {"total_steps": None}, "length is unknown"),
+        ({"magnitude_pruning": {"amounts": {"nothing": 0.1}}}, {}, "nothing"),
+        ({"temp_scale": {"mode": "ssmax"}}, {}, "forward adapters"),
+        ({"sigma_reparam": {}}, {"total_steps": 0}, "`total_steps`"),
+    ],
+)  # fmt: skip
+def test_refused_before_anything_changes(methods: dict[str, Any], options: dict[str, Any], message: str) -> None:
+    net = vit()
+    optimizer, scheduler = parts(net)
+    before, modules = copy.deepcopy(net.state_dict()), list(net.modules())
+    options = {"example": BATCHES[0][0][:2], "total_steps": STEPS, "schedulers": [scheduler]} | options
+    with pytest.raises(ValueError, match=message):
+        attach(net, optimizer, methods, **options)
+    assert list(net.modules()) == modules
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
+    assert len(optimizer.param_groups) == 1
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_a_causal_model_keeps_its_norms() -> None:
+    net = Sequence()
+    with pytest.raises(ValueError, match="causal"):
+        attach(net, torch.optim.SGD(net.parameters(), 0.1), {"norm_swap": {"hold": 1}}, total_steps=9,
+               example=torch.randn(2, 5, 4))  # fmt: skip
+    assert isinstance(net.norm, nn.LayerNorm)
+
+
+def test_weights_of_another_optimizer() -> None:
+    net = vit()
+    with pytest.raises(ValueError, match=r"none of its .* weights is in the optimizer"):
+        attach(net, torch.optim.SGD([nn.Parameter(torch.zeros(2))], 0.1), {"sigma_reparam": {}})
+    with pytest.raises(TypeError, match=r"torch.optim.Optimizer"):
+        attach(net, [torch.optim.SGD(net.parameters(), 0.1)], {"sigma_reparam": {}})
+
+
+def test_a_step_that_is_not_told() -> None:
+    loop = Loop(METHODS_HERE["sigma_reparam"])
+    nn.functional.cross_entropy(loop.net(BATCHES[0][0]), BATCHES[0][1]).backward()
+    loop.optimizer.step()
+    with pytest.raises(RuntimeError, match=r"driver\.step"):
+        loop.optimizer.step()
+
+
+def broken(state: dict[str, Any], path: list[Any], value: Any) -> dict[str, Any]:
+    state = copy.deepcopy(state)
+    inside = state
+    for key in path[:-1]:
+        inside = inside[key]
+    inside[path[-1]] = value
+    return state
+
+
+WEIGHT = ["methods", "magnitude_pruning", "weights", "blocks.0.attn.qkv.weight"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["version"], 2, "version"),
+        (["step"], -1, "step"),
+        (["methods", "magnitude_pruning", "arguments"], {"amount": 0.7}, "`amount` was 0.7"),
+        (["methods"], {}, "Resume with the same"),
+        (["methods", "magnitude_pruning", "schedule"], [1], "schedule"),
+        ([*WEIGHT, "mask"], torch.zeros(3, dtype=torch.uint8), "mask"),
+        (WEIGHT[:-1], {}, "do not cover the same weights"),
+    ],
+)
+def test_a_broken_state(path: list[Any], value: Any, message: str) -> None:
+    loop = Loop({"magnitude_pruning": {"amount": 0.5}})
+    loop.run(0, 3)
+    before = copy.deepcopy(loop.save()["driver"])
+    with pytest.raises(ValueError, match=message):
+        loop.driver.load_state_dict(broken(before, path, value))
+    after = loop.driver.state_dict()
+    assert after["step"] == 3
+    assert all(torch.equal(s["mask"], after["methods"]["magnitude_pruning"]["weights"][n]["mask"])
+               for n, s in before["methods"]["magnitude_pruning"]["weights"].items())  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:magnitude_pruning has not pruned")
+def test_a_driver_loaded_before_its_model_says_so() -> None:
+    loop = Loop(METHODS_HERE["sigma_reparam"])
+    loop.run(0, 3)
+    state = loop.save()
+    with pytest.warns(UserWarning, match="Load the model's state before"):
+        Loop(METHODS_HERE["sigma_reparam"]).driver.load_state_dict(state["driver"])
+
+
+def test_ended_too_soon() -> None:
+    loop = Loop(METHODS_HERE["norm_swap"])
+    loop.run(0, 4)
+    with pytest.warns(UserWarning, match="lam ="):
+        loop.driver.finish()
+
+
+def test_every_method_is_there_or_refused_by_name() -> None:
+    from lightning_efficient.loops.methods import PARTS, REFUSED
+
+    net = vit()
+    for name in METHODS.with_callback:
+        if name not in PARTS:
+            with pytest.raises(ValueError, match=f"{name} does not run in a loop"):
+                attach(net, torch.optim.SGD(net.parameters(), 0.1), {name: {}})
+    assert not PARTS.keys() & REFUSED.keys()
+    assert isinstance(Driver, type)
