@@ -127,6 +127,7 @@ class Driver:
                 name: {
                     "arguments": self._arguments[name],
                     "schedule": list(part.steps),
+                    "progress": part.progress(),
                     "weights": self._run.boundary.saved(part.transforms),
                 }
                 for name, part in self._parts.items()
@@ -154,14 +155,15 @@ class Driver:
             for name, part in self._parts.items():
                 for weight, transform in part.transforms.items():
                     self._run.boundary.sites[weight].load(transform, saved[name][weight])
-        self._begin(self._run.boundary.start(), loaded=True)
+        self._begin(self._run.boundary.start())
 
     def _take(self, state: Mapping[str, Any]) -> None:
         self._step = state["step"]
         for name, part in self._parts.items():
             part.steps = tuple(state["methods"][name]["schedule"])
+            part.resume(state["methods"][name]["progress"])
 
-    def _begin(self, strangers: Sequence[str], loaded: bool) -> None:
+    def _begin(self, strangers: Sequence[str]) -> None:
         if strangers:
             warnings.warn(
                 f"{len(strangers)} weight(s) are not those that the state was saved with ({strangers[:3]} ...; an "
@@ -171,8 +173,6 @@ class Driver:
                 stacklevel=3,
             )
         for part in self._parts.values():
-            if loaded:
-                part.loaded(self._run)
             part.at(self._run, self._step)
 
     def _hook(self) -> None:
@@ -264,7 +264,7 @@ def attach(
     driver._hook()
     if state is not None:
         driver._take(state)
-    driver._begin(strangers, loaded=state is not None)
+    driver._begin(strangers)
     _report(parts)
     return driver
 

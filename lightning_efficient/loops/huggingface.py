@@ -63,9 +63,7 @@ class EfficientTrainerCallback(TrainerCallback):  # type: ignore[misc]
         """Attach, once the weights and the optimizer are those of the run."""
         for name in ("deepspeed", "fsdp"):
             if getattr(args, name, None):
-                raise ValueError(
-                    f"EfficientTrainerCallback: `{name}` shards weights; leave it out."
-                )
+                raise ValueError(f"EfficientTrainerCallback: `{name}` shards weights; leave it out.")
         saved = None
         if state.global_step > 0:
             folder = Path(self.resume_from or _folder(args, state.global_step))

@@ -84,8 +84,12 @@ class Part(ABC):
     def after_step(self, run: Run) -> None:  # noqa: B027
         """The optimizer has stepped."""
 
-    def loaded(self, run: Run) -> None:  # noqa: B027
-        """States and steps are those of a run that goes on."""
+    def progress(self) -> dict[str, float]:
+        """How far it is, beyond what weights and the step say."""
+        return {}
+
+    def resume(self, progress: Mapping[str, float]) -> None:  # noqa: B027
+        """Go on from there."""
 
     def finish(self, run: Run, step: int, batches: Iterable[Any] | None, forward: Any) -> str:
         """End it; what was left undone, as a sentence."""

@@ -9,6 +9,7 @@ from lightning_efficient.common.schema import (
     Int,
     ListOf,
     MapOf,
+    Number,
     OneOf,
     OrNone,
     Plain,
@@ -21,7 +22,14 @@ from lightning_efficient.common.schema import (
 from lightning_efficient.loops.methods import PARTS
 
 _STATES = MapOf(Text(), MapOf(Text(), TensorOf()))
-_METHOD = Record({"arguments": Plain(), "schedule": ListOf(Int(low=0)), "weights": _STATES})
+_METHOD = Record(
+    {
+        "arguments": Plain(),
+        "schedule": ListOf(Int(low=0)),
+        "progress": MapOf(Text(), Number(low=0, high=1)),
+        "weights": _STATES,
+    }
+)
 _STATE = Record(
     {"version": OneOf((1,)), "step": Int(low=0), "total_steps": OrNone(Int(low=1)), "methods": MapOf(Text(), _METHOD)}
 )

@@ -201,14 +201,21 @@ class MagnitudePruningPart(Part):
         if len(scores) == len(grads) and all(bool(score.isfinite().all()) for score in scores.values()):
             self._prune(run, step, scores, advance=False)
 
-    def loaded(self, run: Run) -> None:
-        """What is pruned already counts as applied."""
-        self._begun, self._applied = True, {}
+    def progress(self) -> dict[str, float]:
+        """Pattern of ``amounts`` → share that is pruned."""
+        return dict(self._applied)
+
+    def resume(self, progress: Mapping[str, float]) -> None:
+        """Go on from there."""
+        self._begun, self._applied = True, dict(progress)
 
     def finish(self, run: Run, step: int, batches: Iterable[Any] | None, forward: Any) -> str:
         """Zeros stay zeros."""
-        due = self._due(step if run.total is None else min(step, run.total - 1))
-        return f"magnitude_pruning has not pruned what its schedule asks for by step {step}: {due}" if due else ""
+        end = self.rule.schedule.end(self.steps)
+        due = self._due(end if run.total is None else min(end, run.total - 1))
+        return (
+            f"magnitude_pruning ends at step {step}, before it has pruned all that was asked for: {due}" if due else ""
+        )
 
     def _begin(self, run: Run) -> None:
         self._begun = True

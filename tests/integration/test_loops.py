@@ -302,7 +302,7 @@ def test_a_broken_state(path: list[Any], value: Any, message: str) -> None:
                for n, s in before["methods"]["magnitude_pruning"]["weights"].items())  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:magnitude_pruning has not pruned")
+@pytest.mark.filterwarnings("ignore:magnitude_pruning ends at step")
 def test_a_driver_loaded_before_its_model_says_so() -> None:
     loop = Loop(METHODS_HERE["sigma_reparam"])
     loop.run(0, 3)

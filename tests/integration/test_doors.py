@@ -1,0 +1,183 @@
+"""The examples run; transformers.Trainer resumes to the bit; accelerate and Fabric see what a plain loop sees."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_efficient import EfficientTrainerCallback, attach
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+METHODS: dict[str, dict[str, Any]] = {
+    "sigma_reparam": {"init": "one"},
+    "magnitude_pruning": {"amount": 0.5, "start": 1, "length": 3, "every": 1},
+}
+BATCHES = [(torch.randn(8, 16), torch.arange(8) % 4) for _ in range(6)]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2 if name == "plain_loop" else 1):  # the second time it resumes
+        with torch.random.fork_rng():
+            runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 4))
+
+
+def plain(steps: int = 6) -> tuple[nn.Module, Any]:
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    driver = attach(model, optimizer, METHODS, total_steps=6)
+    for inputs, labels in BATCHES[:steps]:
+        nn.functional.cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        driver.step()
+    return model, driver
+
+
+def equal(one: nn.Module, two: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_fabric() -> None:
+    from lightning.fabric import Fabric
+
+    fabric, bare = Fabric(accelerator="cpu"), net()
+    model, optimizer = fabric.setup(bare, torch.optim.AdamW(bare.parameters(), 1e-2))
+    driver = attach(model, optimizer, METHODS, total_steps=6)
+    for inputs, labels in BATCHES:
+        fabric.backward(nn.functional.cross_entropy(model(inputs), labels))
+        optimizer.step()
+        optimizer.zero_grad()
+        driver.step()
+    assert driver.finish() is bare
+    assert equal(bare, plain()[0])
+
+
+def test_accelerate(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    accelerator, bare = accelerate.Accelerator(cpu=True), net()
+    model, optimizer = accelerator.prepare(bare, torch.optim.AdamW(bare.parameters(), 1e-2))
+    driver = attach(model, optimizer, METHODS, total_steps=6)
+    accelerator.register_for_checkpointing(driver)
+    for step, (inputs, labels) in enumerate(BATCHES):
+        accelerator.backward(nn.functional.cross_entropy(model(inputs), labels))
+        optimizer.step()
+        optimizer.zero_grad()
+        driver.step()
+        if step == 2:
+            accelerator.save_state(str(tmp_path / "state"))
+    assert equal(bare, whole := plain()[0])
+    accelerator.load_state(str(tmp_path / "state"))
+    assert driver.steps == 3
+    for inputs, labels in BATCHES[3:]:
+        accelerator.backward(nn.functional.cross_entropy(model(inputs), labels))
+        optimizer.step()
+        optimizer.zero_grad()
+        driver.step()
+    assert equal(driver.finish(), whole)
+
+
+def test_a_step_that_the_scaler_skips() -> None:
+    """An infinite gradient: no step, no change, and the schedule goes on, as a Trainer's does."""
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    driver = attach(model, optimizer, METHODS, total_steps=6)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for step, (inputs, labels) in enumerate(BATCHES):
+        scaler.scale(nn.functional.cross_entropy(model(inputs), labels)).backward()
+        if step == 4:
+            next(model.parameters()).grad.fill_(torch.inf)  # type: ignore[union-attr]
+        before = [p.clone() for p in model.parameters()]
+        scaler.unscale_(optimizer)
+        driver.before_step()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if step == 4:
+            assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        driver.step()
+    assert driver.steps == 6
+    assert all(bool(p.isfinite().all()) for p in driver.finish().parameters())
+
+
+# -- transformers
+
+
+class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
+    def __init__(self) -> None:
+        self.rows = torch.randint(3, 32, (48, 8), generator=torch.Generator().manual_seed(1))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.rows[index], "labels": self.rows[index]}
+
+
+def trained(folder: Path, steps: int, resume: bool = False, methods: Any = METHODS, **arguments: Any) -> Any:
+    import transformers as hf
+
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=32, max_position_embeddings=16, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    ours = EfficientTrainerCallback(methods, example={"input_ids": Rows().rows[:2]})
+    options: dict[str, Any] = {
+        "max_steps": steps, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2, "save_steps": 2, "report_to": "none",
+        "use_cpu": True, "disable_tqdm": True, "logging_steps": 1,
+    }  # fmt: skip
+    trainer = hf.Trainer(
+        hf.LlamaForCausalLM(config), hf.TrainingArguments(str(folder), **(options | arguments)),
+        train_dataset=Rows(), eval_dataset=Rows(), callbacks=[ours],
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, ours
+
+
+HF = METHODS | {"temp_scale": {"tau": 0.8}}
+
+
+@pytest.mark.filterwarnings("ignore:magnitude_pruning ends at step")
+def test_transformers_resumes_to_the_bit(tmp_path: Path) -> None:
+    whole, ours = trained(tmp_path / "whole", 6, methods=HF)
+    assert ours.driver.steps == 6
+    weights = [m.weight for m in whole.model.modules() if isinstance(m, nn.Linear)]
+    share = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+    assert share == pytest.approx(0.5, abs=1e-3)
+    trained(tmp_path / "again", 4, methods=HF)
+    again, ours = trained(tmp_path / "again", 6, resume=True, methods=HF)
+    assert ours.driver.steps == 6
+    assert equal(whole.model, again.model)
+
+
+def test_transformers_ends_with_the_best_model(tmp_path: Path) -> None:
+    options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "greater_is_better": True}
+    with pytest.warns(UserWarning, match="ends at step 2, before it has pruned all"):
+        trainer, ours = trained(tmp_path, 6, metric_for_best_model="loss", learning_rate=1e-1, **options)
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert ours.driver.steps == 2
+
+
+def test_transformers_refuses_what_it_cannot_do(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="norm_swap does not work in a transformers"):
+        EfficientTrainerCallback({"norm_swap": {}})
+    trained(tmp_path, 4)
+    with pytest.raises(ValueError, match="`amount` was 0"):
+        trained(tmp_path, 6, resume=True, methods=METHODS | {"magnitude_pruning": {"amount": 0.6}})
+    (tmp_path / "checkpoint-4" / "efficient_methods.pt").unlink()
+    with pytest.raises(FileNotFoundError, match="resume_from"):
+        trained(tmp_path, 6, resume=True)
