@@ -18,6 +18,7 @@ REFUSED = {
     "in a Lightning Trainer, or `functional.find_groups` and `functional.apply_slim`",
     "pagcp_pruning": "it measures the validation loss of every cut; use PAGCPPruning in a Lightning Trainer",
     "sap_pruning": "its iterations go back and need a validation metric; use SAPPruning in a Lightning Trainer",
+    "distillation": "its teacher is a line of your loop: add `alpha * F.mse_loss(student, teacher)`, say, to the loss",
     "collapse_monitor": "it only looks; use `lightning_efficient.metrics` in the loop",
 }
 

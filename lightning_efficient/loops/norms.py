@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from lightning_efficient.common.running import Call, device_of
-from lightning_efficient.common.schedule import transition, transition_steps
+from lightning_efficient.common.schedule import check_spans, transition, transition_steps
 from lightning_efficient.loops.parts import Part, Run
 from lightning_efficient.norms.blend import BlendNorm, blend_norms, set_blend
 from lightning_efficient.norms.causal import CausalModelError, causal_norms
@@ -52,6 +52,7 @@ class NormSwapPart(Part):
         self.options = NormSwapConfig(
             target, init, eps, momentum, False, decay, alpha, window, warmup, filtration, learn_eta
         )
+        check_spans(hold=hold, transition=transition)
         self.asked, self.shape = (hold, transition), shape
         self.allow_causal, self.recalibrate = allow_causal, recalibrate
         self._norms: dict[str, BlendNorm] = {}

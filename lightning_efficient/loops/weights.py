@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_efficient.attention.temperature import TempScaleConfig, check_gradients, find_targets, make_transforms
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.match import parameters_by_name
-from lightning_efficient.common.schedule import Schedule, transition_steps
+from lightning_efficient.common.schedule import Schedule, check_spans, transition_steps
 from lightning_efficient.common.weights import trained_by
 from lightning_efficient.loops.parts import Part, Run, Sites
 from lightning_efficient.pruning import criteria, targets
@@ -83,12 +83,13 @@ class TempScalePart(Part):
             raise ValueError("`per_head=True` is about learned temperatures: add `learnable=True`.")
         if learnable and transition:
             raise ValueError(f"`transition`={transition!r} would overwrite what `learnable=True` learns; drop one.")
+        check_spans(transition=transition)
         self.options = TempScaleConfig(tau, mode, per_head=per_head)
         self.learnable, self.transition = learnable, transition
 
     def resolve(self, total: int | None) -> tuple[int, ...]:
         """How long the temperature takes."""
-        names = ("hold", "transition")
+        names = (None, "transition")
         return (transition_steps(total, length=self.transition, names=names)[1],) if self.transition else ()
 
     def sites(self, run: Run) -> Sites:

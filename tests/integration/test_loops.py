@@ -219,7 +219,7 @@ class Sequence(nn.Module):
         ({"norm_swap": {"guard": "off"}}, {}, "no argument 'guard'"),
         ({"norm_swap": {}}, {}, "`hold`=0.05 is 0 steps"),
         ({"norm_swap": {"hold": 1}}, {"example": None}, "Pass `example`"),
-        ({"norm_swap": {"hold": 1, "transition": 40}}, {}, "end half way"),
+        ({"norm_swap": {"hold": 1, "transition": 40}}, {}, "together end at step 41"),
         ({"norm_swap": {"hold": 1}, "temp_scale": {"tau": -1.0}}, {}, "tau"),
         ({"norm_swap": {"hold": 1}, "sigma_reparam": {"include": ["nothing"]}}, {}, "nothing"),
         ({"magnitude_pruning": {"criterion": "wanda"}}, {}, "`criterion`='wanda'"),
