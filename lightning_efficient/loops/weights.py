@@ -35,9 +35,13 @@ class SigmaReparamPart(Part):
         monitor_only: bool = False,
         embeddings: bool = False,
         learnable_gain: bool = True,
+        gain: Literal["linear", "log"] = "linear",
+        gain_lr: float = 1.0,
     ) -> None:
         super().__init__(include, exclude)
-        self.options = sigma_reparam.SigmaReparamConfig(init, qkv, monitor_only, embeddings, learnable_gain)
+        self.options = sigma_reparam.SigmaReparamConfig(
+            init, qkv, monitor_only, embeddings, learnable_gain, gain, gain_lr
+        )
 
     def sites(self, run: Run) -> Sites:
         """Weights that multiply as matrices."""

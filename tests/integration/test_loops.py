@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from lightning_efficient import Driver, attach, export
 from lightning_efficient.common.registry import METHODS
-from lightning_efficient.lifecycle.methods import build_callback
+from lightning_efficient.lifecycle.methods import build_callback, callback_class
+from lightning_efficient.loops.methods import PARTS, REFUSED
 from tests.zoo import vit
 
 STEPS, ACCUMULATE = 12, 2
@@ -23,7 +25,7 @@ BATCHES = [
     for i in range(STEPS * ACCUMULATE)
 ]
 METHODS_HERE: dict[str, dict[str, dict[str, Any]]] = {
-    "sigma_reparam": {"sigma_reparam": {"init": "one"}},
+    "sigma_reparam": {"sigma_reparam": {"init": "one", "gain": "log", "gain_lr": 3.0}},
     "temp_scale": {"temp_scale": {"tau": 0.5, "transition": 0.5}},
     "temp_scale_learned": {"temp_scale": {"learnable": True, "per_head": True}},
     "magnitude_pruning": {"magnitude_pruning": {"amount": 0.6, "amounts": {"head": 0.2}}},
@@ -319,12 +321,28 @@ def test_ended_too_soon() -> None:
 
 
 def test_every_method_is_there_or_refused_by_name() -> None:
-    from lightning_efficient.loops.methods import PARTS, REFUSED
-
     net = vit()
     for name in METHODS.with_callback:
         if name not in PARTS:
             with pytest.raises(ValueError, match=f"{name} does not run in a loop"):
                 attach(net, torch.optim.SGD(net.parameters(), 0.1), {name: {}})
     assert not PARTS.keys() & REFUSED.keys()
-    assert isinstance(Driver, type)
+    assert isinstance(attach(net, torch.optim.SGD(net.parameters(), 0.1), {"sigma_reparam": {}}), Driver)
+
+
+# What a loop does not have: the callbacks' arguments that need a Trainer.
+MISSING = {
+    "sigma_reparam": {"remove_norms"},
+    "temp_scale": {"length"},
+    "magnitude_pruning": {"rewind_to"},
+    "norm_swap": {"frozen", "eval_mode", "finished_metrics", "guard", "guard_factor", "guard_length"},
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_arguments_are_the_callbacks(name: str) -> None:
+    theirs = dict(inspect.signature(callback_class(name)).parameters)
+    mine = inspect.signature(PARTS[name]).parameters
+    assert theirs.keys() - mine.keys() == MISSING[name] | {"enabled"}
+    defaults = {name: parameter.default for name, parameter in mine.items()}
+    assert {n: theirs[n].default for n in mine} | {"rewind": "none"} == defaults | {"rewind": "none"}
