@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_efficient.callbacks.hesso_pruning import HESSOPruning
     from lightning_efficient.callbacks.linear_attention import SimplifiedLinearAttention
     from lightning_efficient.callbacks.magnitude_pruning import MagnitudePruning
+    from lightning_efficient.callbacks.module_timer import ModuleTimer
     from lightning_efficient.callbacks.padding_report import PaddingReport
     from lightning_efficient.callbacks.pagcp_pruning import PAGCPPruning
     from lightning_efficient.callbacks.prepbn import PRepBN
@@ -76,6 +77,7 @@ _HOMES = {
     "HESSOPruning": "callbacks.hesso_pruning",
     "LengthGroupedBatchSampler": "companions.samplers",
     "MagnitudePruning": "callbacks.magnitude_pruning",
+    "ModuleTimer": "callbacks.module_timer",
     "PAGCPPruning": "callbacks.pagcp_pruning",
     "PRepBN": "callbacks.prepbn",
     "PaddingReport": "callbacks.padding_report",
@@ -127,6 +129,7 @@ __all__ = [
     "HESSOPruning",
     "LengthGroupedBatchSampler",
     "MagnitudePruning",
+    "ModuleTimer",
     "PAGCPPruning",
     "PRepBN",
     "PaddingReport",

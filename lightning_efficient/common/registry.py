@@ -326,6 +326,11 @@ METHODS = Registry(
             },
         ),
         _ours(
+            "module_timer",
+            "module_timer:ModuleTimer",
+            charts={"a measured step, ms": "efficient/module_timer/(forward|backward|step)_ms"},
+        ),
+        _ours(
             "run_cost",
             "run_cost:RunCost",
             charts={

@@ -33,6 +33,7 @@ MAKERS: dict[str, tuple[str, Callable[[], Any]]] = {
     "collapse_guard": ("cnn", partial(le.CollapseGuard, every_n_steps=2)),
     "representation_monitor": ("cnn", partial(le.RepresentationMonitor, module="net.head")),
     "fixed_etf_head": ("cnn", partial(le.FixedETFHead, include=["net.head"], steps=5)),
+    "module_timer": ("cnn", partial(le.ModuleTimer, table=False)),
     "padding_report": ("cnn", partial(le.PaddingReport, mask="1")),
     "run_cost": ("cnn", le.RunCost),
 }  # fmt: skip
