@@ -45,6 +45,7 @@ class Job:
         cwd: Where the command runs.
         checkpoint_every: Least number of seconds between two resume points.
         export: Also measure the exported model.
+        latency: Its latency too, which means something only if nothing else runs.
         time_limit: Seconds that the run may take, over all attempts; None: any number.
     """
 
@@ -54,6 +55,7 @@ class Job:
     cwd: str
     checkpoint_every: float
     export: bool = False
+    latency: bool = False
     time_limit: float | None = None
 
 
@@ -80,7 +82,7 @@ def run_job(
     status |= {"state": "running", "started": time.time(), "host": platform.node(), "error": None}
     status["attempts"] += 1
     variables = {**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {}), **job.environment}
-    run = {"folder": job.folder, "checkpoint_every": job.checkpoint_every, "export": job.export}
+    run = {"folder": job.folder, "checkpoint_every": job.checkpoint_every, "export": job.export, "latency": job.latency}
     variables[RUN_VARIABLE] = json.dumps({**run, "parent": starter.parent()})
 
     def record(state: str, error: str | None = None) -> None:

@@ -102,6 +102,7 @@ def jobs(
     retry_failed: bool,
     checkpoint_every: float,
     export: bool = False,
+    latency: bool = False,
     time_limit: float | None = None,
 ) -> list[Job]:
     """What is left, the folders made ready for it.
@@ -113,10 +114,11 @@ def jobs(
         retry_failed: Train failed runs anew.
         checkpoint_every: Least number of seconds between two resume points.
         export: Also measure the exported model.
+        latency: Its latency too.
         time_limit: Seconds that each may take.
     """
     left = [(run, _left(run, program, test, retry_failed)) for run in runs]
-    cwd, options = str(Path.cwd()), (checkpoint_every, export, time_limit)
+    cwd, options = str(Path.cwd()), (checkpoint_every, export, latency, time_limit)
     return [
         Job(str(run.folder), argv, program.environment(run.folder, run.methods), cwd, *options)
         for run, argv in left

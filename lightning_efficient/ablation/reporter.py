@@ -46,7 +46,7 @@ def callbacks_of_the_run() -> tuple[Callback, list[Callback]]:
     if run["export"]:
         from lightning_efficient.ablation.reporter import ExportedCost
 
-        after.insert(0, ExportedCost(run["folder"]))
+        after.insert(0, ExportedCost(run["folder"], run["latency"]))
     return Reporter(run["folder"]), after
 
 
@@ -183,10 +183,11 @@ class ExportedCost(Callback):
 
     Args:
         folder: The run's.
+        latency: Time it too.
     """
 
-    def __init__(self, folder: str) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str, latency: bool) -> None:
+        self.folder, self.latency = Path(folder), latency
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what is missing before hours of training, not after."""
@@ -201,6 +202,6 @@ class ExportedCost(Callback):
             return
         inputs: Any = pl_module.example_input_array
         try:
-            log_exported(trainer.loggers, pl_module, inputs, step=trainer.global_step)
+            log_exported(trainer.loggers, pl_module, inputs, step=trainer.global_step, latency=self.latency)
         except ExportError as error:
             write_json(self.folder / EXPORT, {"error": str(error)})

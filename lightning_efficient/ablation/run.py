@@ -102,8 +102,8 @@ def ablate(
         test: Also run the script's ``test`` with the best checkpoint of each run, if it has a test stage.
         run_cost: Log time a step, peak memory and parameters of every run
             (:class:`~lightning_efficient.RunCost`). ``False`` for a script that has that callback itself.
-        export: Also export each model as its training ends, and log size, multiply-accumulates and latency of the
-            copy. Needs an ``example_input_array``.
+        export: Also export each model as its training ends, and log size and multiply-accumulates of the copy, and
+            its latency if one run goes on at a time (``n_jobs=1``). Needs an ``example_input_array``.
         retry_failed: Train failed runs anew.
         n_jobs: Runs at a time; ``None``: cores ÷ ``threads``, or as many as the GPUs have room for.
         threads: ``OMP_NUM_THREADS`` of each run.
@@ -137,8 +137,12 @@ def ablate(
     runs = plan(found, list(seeds), folder)
     check(runs, program)
     with locked(folder) as lock:
-        left = jobs(runs, program, test, retry_failed, checkpoint_every, export, time_limit)
-        slots = make_slots(program.config, n_jobs, threads, gpus := visible_gpus())[: max(1, len(left))]
+        slots = make_slots(program.config, n_jobs, threads, gpus := visible_gpus())
+        alone = len(slots) == 1
+        left = jobs(runs, program, test, retry_failed, checkpoint_every, export, alone, time_limit)
+        slots = slots[: max(1, len(left))]
+        if export and not alone:
+            remarks.append("Exported models' latency is not measured while other runs share the machine: n_jobs=1.")
         console.print(
             f"[bold]lightning-efficient ablate[/]  {len(found)} variants × {len(seeds)} seeds, {len(left)} of "
             f"{len(runs)} runs to do, {len(slots)} at a time → {folder}", highlight=False, soft_wrap=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 
 class DigitsViT(pl.LightningModule):
-    """Classifies 8×8 images; AdamW, cosine schedule, no warm-up.
+    """Classifies 8×8 images; AdamW, linear warm-up, cosine schedule.
 
     Args:
         lr: Peak learning rate.
@@ -20,6 +21,7 @@ class DigitsViT(pl.LightningModule):
         depth: Transformer blocks.
         embed_dim: Width.
         num_heads: Attention heads a block.
+        warmup: Share of the run in which the learning rate rises.
         pool: ``"token"``: a class token is read off; ``"avg"``: the mean of the patches, and there is no class token.
     """
 
@@ -30,11 +32,12 @@ class DigitsViT(pl.LightningModule):
         depth: int = 4,
         embed_dim: int = 64,
         num_heads: int = 4,
+        warmup: float = 0.0,
         pool: str = "token",
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.lr, self.weight_decay = lr, weight_decay
+        self.lr, self.weight_decay, self.warmup = lr, weight_decay, warmup
         self.example_input_array = torch.zeros(1, 1, 8, 8)
         self.net = VisionTransformer(
             img_size=8,
@@ -75,8 +78,13 @@ class DigitsViT(pl.LightningModule):
         self.log(f"{split}_acc", (logits.argmax(1) == labels).float().mean(), batch_size=len(labels))
 
     def configure_optimizers(self) -> Any:
-        """AdamW, annealed by a cosine over the whole run."""
+        """AdamW, warmed up and annealed by a cosine over the whole run."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        rising = max(self.warmup * steps, 1)
+
+        def factor(step: int) -> float:
+            return min((step + 1) / rising, 1) * (1 + math.cos(math.pi * min(step / steps, 1))) / 2
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -41,6 +41,7 @@ class MeasuredRow:
         after: Value of the second.
         ratio: ``after / before``; for latencies the median of the ratios within each round. ``None``: before
             is 0.
+        quartiles: Of a latency's ratios, the first and the third.
     """
 
     quantity: str
@@ -48,6 +49,7 @@ class MeasuredRow:
     before: float
     after: float
     ratio: float | None
+    quartiles: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -124,10 +126,7 @@ def compare_models(
             axis.
         ExportError: The outputs differ in structure.
     """
-    if rounds < MIN_ROUNDS:
-        raise ValueError(
-            f"`rounds` is {rounds}; a median needs at least {MIN_ROUNDS}. Time fewer `batch_sizes` instead."
-        )
+    _check_rounds(rounds)
     if batch_sizes is not None and (not batch_sizes or min(batch_sizes) < 1):
         raise ValueError(f"`batch_sizes` is {tuple(batch_sizes)}; expected positive integers, or None.")
     call = as_call(example_inputs)
@@ -155,6 +154,13 @@ def _sizes(model: nn.Module) -> dict[str, int]:
         "buffer elements": sum(b.numel() for b in model.buffers()),
         "state dict file": file.getbuffer().nbytes,
     }
+
+
+def _check_rounds(rounds: int) -> None:
+    if rounds < MIN_ROUNDS:
+        raise ValueError(
+            f"`rounds` is {rounds}; a median needs at least {MIN_ROUNDS}. Time fewer `batch_sizes` instead."
+        )
 
 
 def _row(quantity: str, unit: str, before: float, after: float) -> MeasuredRow:
@@ -186,17 +192,24 @@ def _countable() -> Iterator[None]:
 
 
 def _latency(label: str, before: nn.Module, after: nn.Module, call: Call, rounds: int) -> MeasuredRow:
-    arguments = [call.on(model) for model in (before, after)]
-    times: list[list[float]] = [[], []]
+    times = _times([before, after], call, rounds)
+    ratios = [b / a for a, b in zip(*times, strict=True)]
+    low, ratio, high = statistics.quantiles(ratios, n=4)
+    medians = [statistics.median(values) for values in times]
+    return MeasuredRow(f"latency, batch {label}", "ms", medians[0], medians[1], ratio, (low, high))
+
+
+def _times(models: Sequence[nn.Module], call: Call, rounds: int) -> list[list[float]]:
+    """Milliseconds of each model's calls, all of them in every round, in alternating order."""
+    arguments = [call.on(model) for model in models]
+    times: list[list[float]] = [[] for _ in models]
     for step in range(-_WARM_UP, rounds):
-        for which in (0, 1) if step % 2 else (1, 0):
+        for which in range(len(models)) if step % 2 else reversed(range(len(models))):
             args, kwargs = arguments[which]
-            elapsed = _timed((before, after)[which], args, kwargs)
+            elapsed = _timed(models[which], args, kwargs)
             if step >= 0:
                 times[which].append(1e3 * elapsed)
-    ratio = statistics.median(b / a for a, b in zip(*times, strict=True))
-    medians = [statistics.median(values) for values in times]
-    return MeasuredRow(f"latency, batch {label}", "ms", medians[0], medians[1], ratio)
+    return times
 
 
 def _timed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
@@ -325,6 +338,7 @@ def log_exported(
     batch_size: int = 1,
     rounds: int = MIN_ROUNDS,
     step: int | None = None,
+    latency: bool = True,
 ) -> dict[str, float]:
     """Export a trained model, measure the copy, and log what it costs beside the metrics of the run.
 
@@ -338,6 +352,7 @@ def log_exported(
         batch_size: Latency and multiply-accumulates are those of this many samples.
         rounds: Timed calls, at least 20.
         step: Step to log at. ``None``: the logger's choice.
+        latency: Also time it; False where other work shares the machine.
 
     Returns:
         What was logged: ``efficient/export/parameters``, ``size_mib`` (of the state dict's file), ``macs_batch_<n>``
@@ -347,14 +362,19 @@ def log_exported(
         ValueError: ``rounds`` below 20.
         ExportError: The model cannot be exported.
     """
-    report = compare_models(model, export(model, example_inputs), example_inputs, (batch_size,), rounds)
-    found = {row.quantity: row.after for row in report.rows}
+    _check_rounds(rounds)
+    plain = export(model, example_inputs)
+    sizes, call = _sizes(plain), as_call(example_inputs).resized(batch_size)
+    with evaluating(plain):
+        macs = count_macs(plain, call)
+        times = _times([plain], call, rounds)[0] if latency else []
     figures = {
-        "parameters": found["parameters"],
-        "size_mib": found["state dict file"] / 2**20,
-        f"macs_batch_{batch_size}": found[f"MACs, batch {batch_size}"],
-        f"latency_ms_batch_{batch_size}": found[f"latency, batch {batch_size}"],
+        "parameters": sizes["parameters"],
+        "size_mib": sizes["state dict file"] / 2**20,
+        f"macs_batch_{batch_size}": macs,
     }
+    if latency:
+        figures[f"latency_ms_batch_{batch_size}"] = statistics.median(times)
     figures = {f"{EXPORTED}{name}": float(value) for name, value in figures.items()}
     for logger in loggers:
         logger.log_metrics(figures, step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def test_a_tour_of_one_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     done = demo.run(tmp_path, quick=True, variants=["prepbn"], console=Console(file=screen, width=120))
     shown = screen.getvalue()
     assert [(run.variant, run.seed, run.state, run.step) for run in done.runs] == [
-        ("baseline", 0, "finished", 18), ("prepbn", 0, "finished", 18),
+        ("baseline", 0, "finished", 37), ("prepbn", 0, "finished", 37),
     ], [run.error for run in done.runs]  # fmt: skip
     assert "No verdict from 1 seed" in shown
     assert "warning" not in shown.lower()
@@ -52,7 +53,7 @@ def test_a_tour_of_one_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert all(config["run_cost"]["enabled"] and config["seed_everything"] == 0 for config in configs)
     assert done.comparison is not None
     names = {quantity.name for quantity in done.comparison.quantities}
-    assert {"val_acc, final", "peak memory, MiB", "exported: latency, ms, batch 1"} <= names
+    assert {"val_acc, final", "peak memory, MiB", "exported: parameters"} <= names
     assert (tmp_path / "quick" / "report.html").stat().st_size > 20_000
 
     # The exported program runs without this package and agrees with the checkpoint.
@@ -62,6 +63,8 @@ def test_a_tour_of_one_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     images = torch.randn(5, 1, 8, 8)
     torch.testing.assert_close(program(images), model(images).detach(), rtol=1e-4, atol=1e-5)
     assert shown.count("prepbn") > 3
+    assert not any("latency" in name for name in names), "several runs shared the machine"
+    assert re.search(r"prepbn +[\d,]+ +0\.99 +\d\.\d{3} +\d\.\d\d \(\d\.\d\d to \d\.\d\d\)", shown)
 
 
 def test_every_file_is_a_variant() -> None:
