@@ -80,6 +80,7 @@ def _figures(
         report = compare_models(reference, plain, images[:1], (_BATCH,), _ROUNDS)
         rows = {row.quantity: row for row in report.rows}
         size, latency = f"{rows['parameters'].ratio:.2f}", rows[f"latency, batch {_BATCH}"]
-        assert latency.ratio is not None and latency.quartiles is not None
+        assert latency.ratio is not None
+        assert latency.quartiles is not None
         time = "{:.2f} ({:.2f} to {:.2f})".format(latency.ratio, *latency.quartiles)
     return f"{parameters:,}", size, f"{accuracy:.3f}", time, f"{apart.absolute:.1g}"
