@@ -67,6 +67,32 @@ def _timm(name: str, size: int = 64, **kwargs: Any) -> tuple[Build, Example]:
     return build, images(size)
 
 
+def _mixer(**kwargs: str) -> tuple[Build, Example]:
+    def build() -> nn.Module:
+        from timm.layers import GatedMlp
+        from timm.models import mlp_mixer
+
+        own = {name: GatedMlp if part == "GatedMlp" else getattr(mlp_mixer, part) for name, part in kwargs.items()}
+        ratio = {"mlp_ratio": 4} if kwargs else {}
+        return mlp_mixer.MlpMixer(  # type: ignore[no-any-return]
+            num_classes=10, img_size=64, patch_size=16, num_blocks=2, embed_dim=48, **ratio, **own
+        )
+
+    return build, images(64)
+
+
+def _volo() -> tuple[Build, Example]:
+    def build() -> nn.Module:
+        from timm.models.volo import VOLO
+
+        return VOLO(  # type: ignore[no-any-return]
+            layers=(1, 1, 1, 1), img_size=64, num_classes=10, embed_dims=(48, 96, 96, 96), num_heads=(2, 4, 4, 4),
+            mlp_ratio=3.0, stem_hidden_dim=32,
+        )  # fmt: skip
+
+    return build, images(64)
+
+
 def _vision(name: str, size: int = 64, **kwargs: Any) -> tuple[Build, Example]:
     def build() -> nn.Module:
         import torchvision
@@ -121,13 +147,13 @@ CASES: dict[str, tuple[Build, Example]] = {
     "timm swin": _timm("swin_tiny_patch4_window7_224", 56, img_size=56, embed_dim=48, depths=(2, 2), num_heads=(3, 6)),
     "timm swinv2": _timm(
         "swinv2_tiny_window8_256", 64, img_size=64, embed_dim=48, depths=(2, 2), num_heads=(3, 6), window_size=4),
-    "timm mixer": _timm("mixer_s32_224", 64, img_size=64, num_blocks=2),
-    "timm gmlp": _timm("gmlp_ti16_224", 64, img_size=64, num_blocks=2),
-    "timm resmlp": _timm("resmlp_12_224", 64, img_size=64, num_blocks=2),
+    "timm mixer": _mixer(),
+    "timm gmlp": _mixer(block_layer="SpatialGatingBlock", mlp_layer="GatedMlp"),
+    "timm resmlp": _mixer(block_layer="ResBlock", norm_layer="Affine"),
     "timm pvt_v2": _timm("pvt_v2_b0", 64),
     "timm twins": _timm("twins_svt_small", 64, img_size=64, depths=(1, 1, 2, 1)),
     "timm crossvit": _timm("crossvit_tiny_240", 240),
-    "timm volo": _timm("volo_d1_224", 64, img_size=64, layers=(1, 1, 1, 1)),
+    "timm volo": _volo(),
     **{
         f"torchvision {name}": _vision(name, size, num_classes=10)
         for name, size in {

@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.match import modules_by_name
+from lightning_efficient.common.running import forget
 from lightning_efficient.structured.cuts import Cuts, tensors_by_name
 from lightning_efficient.structured.groups import Groups, check_keep
 from lightning_efficient.structured.pretrained import find_configs, put_configs
@@ -131,6 +132,7 @@ def replay_slim(model: nn.Module, cuts: Cuts) -> Change:
     for name, attributes in cuts.attributes.items():
         for attribute, value in attributes.items():
             setattr(modules[name], attribute, tuple(value) if isinstance(value, list | tuple) else value)
+    forget(model)  # what modules have kept in evaluation mode is as wide as before
     for name, before in widths.items():
         change.targets[name] = f"{tuple(before)} -> {tuple(tensors[name].shape)}"
     return change

@@ -220,7 +220,6 @@ class Trial:
         """What the model gives without some units."""
         with self._restored():
             replay_slim(self.model, plan_slim(self.model, keep, groups))
-            forget(self.model)
             return self._outputs(self.run)
 
     def _breaks(self, group: UnitGroup) -> str:

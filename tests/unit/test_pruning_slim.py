@@ -240,3 +240,30 @@ def test_a_compiled_model_sees_the_cut() -> None:
         compiled(x)
         apply_slim(compiled, _half(groups), groups)
         torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=1e-6)
+
+
+class Caching(nn.Module):
+    """Keeps what its weights make in evaluation mode, as timm's LeViT its position biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gain, self.last = nn.Linear(4, 6), nn.Parameter(torch.rand(6)), nn.Linear(6, 2)
+        self.kept: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> Caching:
+        if mode:
+            self.kept.clear()
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gain = self.kept.setdefault("gain", self.gain.exp() - 1) if not self.training else self.gain.exp() - 1
+        return self.last(self.first(x).relu() * gain)  # type: ignore[no-any-return]
+
+
+def test_what_a_module_keeps_in_evaluation_mode_is_forgotten() -> None:
+    model, x = Caching().eval(), torch.randn(3, 4)
+    groups = find_groups(model, x)
+    model(x)
+    apply_slim(model, {"first": [1, 4]}, groups)
+    assert not model.training
+    assert model(x).shape == (3, 2)
