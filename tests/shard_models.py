@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader
 
-from lightning_efficient import MagnitudePruning, SigmaReparam
+from lightning_efficient import MagnitudePruning, PRepBN, SigmaReparam
 
 How = Literal["whole", "fsdp", "tp", "2d", "hsdp"]
 BATCH, CLASSES = 8, 7
@@ -190,6 +190,11 @@ PRUNING: dict[str, Callable[[], list[Any]]] = {
         MagnitudePruning(amount=1 / 3, granularity="2:3", schedule="one_shot", start=1, include=["*.qkv", "*.up"])
     ],
     "tied": lambda: [Coarse(), MagnitudePruning(amount=0.5, schedule="constant")],
+}
+
+
+NORMS: dict[str, Callable[[], list[Any]]] = {
+    target: lambda target=target: [PRepBN(target=target, transition=3, hold=1)] for target in ("dyt", "rms")
 }
 
 

@@ -17,6 +17,7 @@ from lightning_efficient.common.change import Change
 from lightning_efficient.common.running import first_line
 from lightning_efficient.lifecycle.standing import is_smoke_run
 from lightning_efficient.lifecycle.state import Request
+from lightning_efficient.lifecycle.strategies import gather_anew, is_sharded
 from lightning_efficient.lifecycle.structural import StructuralCallback
 from lightning_efficient.lifecycle.weights import Plan
 from lightning_efficient.norms.blend import BlendNorm, blend_norms, set_blend
@@ -30,6 +31,9 @@ from lightning_efficient.trainer.finished import FinishedForm
 from lightning_efficient.trainer.probing import probed
 from lightning_efficient.trainer.statistics import average_over_processes, recalibrate_in
 from lightning_efficient.trainer.transition import TRANSITION, GuardedTransition
+
+# Targets that keep no statistics.
+_SHARDED = ("dyt", "rms")
 
 
 class PRepBN(StructuralCallback):
@@ -80,6 +84,7 @@ class PRepBN(StructuralCallback):
     """
 
     method = METHOD
+    sharded = True
     progress_schema = TRANSITION
 
     def __init__(
@@ -155,6 +160,15 @@ class PRepBN(StructuralCallback):
             if isinstance(norm.target, RepBN) and not self.options.learn_eta:
                 norm.target.eta.requires_grad_(False)
 
+    def check_sharded(self, pl_module: LightningModule) -> None:
+        """Norms without statistics can be had: what the others have to know of a model needs a copy of it to run."""
+        if self.options.target not in _SHARDED:
+            raise ValueError(
+                f"PRepBN(target={self.options.target!r}) runs a copy of the model to find its statistics, its padding "
+                "and whether it is causal, and a sharded model cannot be copied. Use one of the targets without "
+                f"statistics, {_SHARDED}, or train unsharded."
+            )
+
     def request(self) -> Request:
         """What to do to a model: plain data and a function, so that copies of the model can carry it."""
         config = self.config()
@@ -181,6 +195,7 @@ class PRepBN(StructuralCallback):
         self._total = self.standing.length(trainer)
         if self._total == 0:
             return
+        gather_anew(pl_module)
         way, name = self.transition, type(self).__name__
         way.fix(*self.standing.fix(trainer, name, self._resolve, sum))
         self._norms = list(blend_norms(pl_module).values())
@@ -216,6 +231,8 @@ class PRepBN(StructuralCallback):
         if not self.enabled:
             return
         self._settle()
+        if self.transition.begins(self.step(trainer)):
+            gather_anew(pl_module)
         self._write(self.step(trainer))
         check_training(pl_module, wake=self.eval_mode == "train")
         if not self._looked:
@@ -267,7 +284,8 @@ class PRepBN(StructuralCallback):
             self._write(step := self.step(trainer))  # this is the network that is validated
             if self._over(trainer):
                 self._recalibrate(trainer, pl_module)
-            if self.finished_metrics and 0 < self.transition.at(step) < 1 and not trainer.sanity_checking:
+            copies = not is_sharded(trainer) and not trainer.sanity_checking
+            if self.finished_metrics and copies and 0 < self.transition.at(step) < 1:
                 self._finished.start(trainer, pl_module)
         self._finished.batch(self._norms, batch, batch_idx, dataloader_idx)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
@@ -29,3 +31,16 @@ def whole(tensor: Tensor) -> Tensor:
         tensor: Of one process: itself. Cut over several: gathered, so not for what runs in every step.
     """
     return cast(DTensor, tensor.detach()).full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of several tensors together, without their history; those that are cut may be so in several ways.
+
+    Args:
+        tensors: At least one.
+    """
+    kinds: dict[object, list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault(tensor.device_mesh if isinstance(tensor, DTensor) else None, []).append(tensor)
+    norms = [whole(nn.utils.get_total_norm(some)) for some in kinds.values()]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))

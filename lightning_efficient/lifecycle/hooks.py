@@ -12,16 +12,18 @@ weights* Lightning itself calls the callbacks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MethodType
 from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
 
 from lightning_efficient.common.match import NoMatchError
 from lightning_efficient.common.registry import METHODS
+from lightning_efficient.common.shards import is_cut
 from lightning_efficient.lifecycle import checkpoint as codec
 from lightning_efficient.lifecycle import recipe
 from lightning_efficient.lifecycle.cut_entries import CUT, ZEROED, check_cuts, make_cuts, read_cuts, write_cuts
@@ -150,9 +152,32 @@ def _previous(pl_module: LightningModule, name: str, *args: Any) -> Any:
 
 def configure_model(self: LightningModule) -> None:
     """The user's ``configure_model``, then every structural request on what is new."""
+    before = dict(self.named_parameters(remove_duplicate=False))
     _previous(self, "configure_model")
+    if any(is_cut(parameter) for parameter in self.parameters()):
+        _follow(self, before)
+        return
     for request in attachment(self).requests:
         _apply(self, request, required=True)
+
+
+def _follow(pl_module: LightningModule, before: Mapping[str, nn.Parameter]) -> None:
+    """Sharding makes new parameters, under the same names: what changes have noted of the old ones is about those."""
+    mine, now = attachment(pl_module), dict(pl_module.named_parameters(remove_duplicate=False))
+    if idle := [request for request in mine.requests if not request.changes]:
+        raise ValueError(
+            f"{idle[0].method}: {type(pl_module).__name__} was sharded in `configure_model` before any of its modules "
+            "could be replaced. Build the network in `__init__` (on the meta device if it is large), and call "
+            "`fully_shard` or `parallelize_module` in `configure_model`."
+        )
+    heirs = {id(old): now.get(name, old) for name, old in before.items()}
+
+    def heir(old: nn.Parameter) -> nn.Parameter:
+        return heirs.get(id(old), old)
+
+    for change in mine.changes:
+        change.replaced = [(old, heir(new)) for old, new in change.replaced]
+        change.added = [(heir(new), None if weight is None else heir(weight)) for new, weight in change.added]
 
 
 def configure_optimizers(self: LightningModule) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -14,6 +15,7 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
 )
 from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
 
 _WHOLE = "Trainer(strategy='auto') on one device, or 'ddp' (also 'ddp_spawn', 'ddp_fork', 'ddp_notebook')"
 _COPYING = (WeightAveraging, StochasticWeightAveraging)
@@ -30,6 +32,25 @@ def gather_anew(pl_module: LightningModule) -> None:
     for module in pl_module.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def misplaced_states(pl_module: LightningModule, optimizers: Sequence[Optimizer], file: Mapping[str, Any]) -> bool:
+    """Whether states of optimizers, read from one file into a sharded model, are at other parameters than they were.
+
+    Lightning numbers them by ``pl_module.parameters()``; a file of an unsharded run has the optimizer's own order.
+
+    Args:
+        pl_module: The model.
+        optimizers: Of the fit.
+        file: The checkpoint.
+    """
+    places = {id(parameter): i for i, parameter in enumerate(pl_module.parameters())}
+    for optimizer, state in zip(optimizers, file.get("optimizer_states", ()), strict=False):
+        saved = [place for group in state["param_groups"] for place in group["params"]]
+        here = [places.get(id(parameter)) for group in optimizer.param_groups for parameter in group["params"]]
+        if state["state"] and saved != here:
+            return True
+    return False
 
 
 def check_strategy(trainer: Trainer, who: str, sharded: bool, weights: bool = True) -> None:

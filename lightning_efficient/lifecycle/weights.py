@@ -22,7 +22,7 @@ from lightning_efficient.lifecycle.base import EfficientCallback, peers
 from lightning_efficient.lifecycle.hooks import hook_files
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
 from lightning_efficient.lifecycle.state import attachment
-from lightning_efficient.lifecycle.strategies import gather_anew, is_sharded
+from lightning_efficient.lifecycle.strategies import gather_anew, is_sharded, misplaced_states
 from lightning_efficient.lifecycle.structural import rebind_all
 from lightning_efficient.surgery.optimizer import add_parameters
 from lightning_efficient.surgery.schedulers import adopt_untrained_groups, take_added_groups
@@ -252,6 +252,12 @@ class WeightSpaceCallback(EfficientCallback):
             for name, state in ({} if mine is None else mine.tensors).items():
                 self._boundary.sites[name].load(self._transforms[name], state)
             return
+        if is_sharded(trainer) and misplaced_states(pl_module, trainer.optimizers, checkpoint):
+            raise RecipeError(
+                "the checkpoint is of an unsharded run, whose optimizer has its parameters in another order than "
+                f"{type(pl_module).__name__}.parameters(); Lightning goes by that, and would exchange their states. "
+                "Give the optimizer one group, or parameters in that order; or start anew from the weights alone."
+            )
         self._file = checkpoint
         if not self._was_there(pl_module):
             rank_zero_info(

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_efficient.common.guard import Clock, JumpGuard
 from lightning_efficient.common.schedule import check_spans, transition, transition_steps
 from lightning_efficient.common.schema import Int, ListOf, MapOf, Number, Record, Text
+from lightning_efficient.common.shards import total_norm
 
 TRANSITION = Record(
     {
@@ -169,7 +170,7 @@ class Watchdog:
         if grads:
             several = len(trainer.optimizers) > 1
             name = f"gradient norm of optimizer {trainer.optimizers.index(optimizer)}" if several else "gradient norm"
-            norm = torch.nn.utils.get_total_norm(grads).detach().float()
+            norm = total_norm(grads).float()
             precision = trainer.precision_plugin
             if isinstance(precision, MixedPrecision) and precision.scaler is not None:
                 # The scaler tries large scales and skips the steps that overflow: nothing to judge, marked by -1.

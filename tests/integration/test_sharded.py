@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from forking import forked
-from shard_models import PRUNING, Module, SaveAt, loader, trainer
+from shard_models import NORMS, PRUNING, Module, SaveAt, loader, trainer
 
 from lightning_efficient import CollapseMonitor, SigmaReparam, load_from_checkpoint
 from lightning_efficient.lifecycle.files import UnsafeCheckpointError
@@ -36,6 +36,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     alone(folder, "sigma", SigmaReparam(), gradient_clip_val=0.3)
     alone(folder, "sigma_free", SigmaReparam())
     alone(folder, "split", SigmaReparam(qkv="split", init="one"), accumulate_grad_batches=2)
+    for name, make in NORMS.items():
+        alone(folder, name, *make(), module=Module(inside=False))
     t = trainer(folder, CollapseMonitor(every_n_steps=4))
     t.fit(Module(), loader(), loader(1))
     torch.save({n: v for n, v in t.callback_metrics.items() if n.startswith("efficient/")}, folder / "monitor.pt")
@@ -53,7 +55,8 @@ def passed(root: Path, processes: int, *checks: str) -> None:
 @pytest.mark.forks
 def test_equal_to_one_process(root: Path) -> None:
     pruned = [name for name in PRUNING if name != "both"]
-    passed(root, 2, "sigma", "split", "tensor_parallel", *pruned, "tied_inputs", "stale", "monitor", "battery", "loop")
+    passed(root, 2, "sigma", "split", "tensor_parallel", "stale", "loop", *pruned, "tied_inputs")
+    passed(root, 2, "monitor", *NORMS, "built_inside", "battery")
 
 
 @pytest.mark.forks

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
@@ -17,11 +18,13 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import nn
 
 from lightning_efficient.common.registry import METHODS
 from lightning_efficient.lifecycle.methods import callback_class
-from lightning_efficient.lifecycle.strategies import check_strategy
+from lightning_efficient.lifecycle.strategies import check_strategy, misplaced_states
 
 CARD = Path(__file__).parents[2] / "docs" / "sharded.md"
 
@@ -67,6 +70,22 @@ def test_narrow_weights_are_refused_where_they_are_cut(precision: str) -> None:
 def test_what_copies_the_model_is_refused_beside_it(other: type) -> None:
     with pytest.raises(ValueError, match=f"^{other.__name__} .*ModelParallelStrategy"):
         check_strategy(run(ModelParallelStrategy, "32-true", object.__new__(other)), "Mine", True)
+
+
+@pytest.mark.parametrize("order", ["the model's", "backwards"])
+def test_states_of_optimizers_at_other_parameters(order: str) -> None:
+    """Lightning assigns those of an unsharded run by the order of the model's parameters, whatever the optimizer's."""
+    module = BoringModel()
+    module.second = nn.Linear(32, 2)  # of the same shapes as the first: nothing else would notice
+    parameters = list(module.parameters())
+    optimizer = torch.optim.Adam(parameters[::-1] if order == "backwards" else parameters)
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    file = {"optimizer_states": [optimizer.state_dict()]}
+    assert misplaced_states(module, [optimizer], file) is (order == "backwards")
+    file["optimizer_states"][0]["param_groups"][0]["params"] = [3, 2, 1, 0]  # as a sharded run numbers them
+    assert misplaced_states(module, [optimizer], file) is (order != "backwards")
 
 
 def test_the_card_says_what_the_code_does() -> None:

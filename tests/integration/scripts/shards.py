@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
-from shard_models import IMAGES, LABELS, PRUNING, How, Module, SaveAt, loader, share_out, trainer
+from shard_models import IMAGES, LABELS, NORMS, PRUNING, How, Module, SaveAt, loader, share_out, trainer
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -68,6 +68,8 @@ def difference(found: Any, expected: Any) -> float:
     if isinstance(expected, dict):
         assert found.keys() == expected.keys(), sorted(found.keys() ^ expected.keys())
         return max((difference(found[key], value) for key, value in expected.items()), default=0.0)
+    if isinstance(expected, float):
+        return abs(found - expected)
     assert found.shape == expected.shape
     if expected.dtype == torch.uint8 or not expected.numel():
         return float(not torch.equal(found, expected))
@@ -138,6 +140,19 @@ def monitor() -> None:
         assert abs(float(t.callback_metrics[name] - expected[name])) < 1e-5, name
 
 
+def norms(target: str) -> None:
+    """Swapped in ``__init__``, sharded in ``configure_model``: the new parameters are in the optimizer."""
+    t = fit(Module("fsdp", inside=False), *NORMS[target]())
+    held = {id(p) for group in t.optimizers[0].param_groups for p in group["params"]}
+    assert held == {id(p) for p in t.lightning_module.parameters() if p.requires_grad}
+    compare(state(t), target)
+
+
+def built_inside() -> None:
+    with pytest.raises(ValueError, match=r"sharded in `configure_model` before any.*Build the network in `__init__`"):
+        fit(Module("fsdp"), *NORMS["dyt"]())
+
+
 def battery() -> None:
     """Every method trains, or is refused by the documented error before anything has changed."""
     for name in METHODS.with_callback:
@@ -178,7 +193,7 @@ def loop() -> None:
 BATTERY: dict[str, dict[str, Any]] = {
     "magnitude_pruning": {"schedule": "one_shot", "start": 1},
     "collapse_monitor": {"every_n_steps": 2},
-    "collapse_guard": {},
+    "norm_swap": {"target": "dyt", "transition": 2, "hold": 1},
 }
 
 
@@ -231,8 +246,11 @@ def from_one_process() -> None:
 
 
 CHECKS: dict[str, Callable[[], None]] = {
-    **{f.__name__: f for f in (sigma, split, tensor_parallel, stale, monitor, battery, loop, from_one_process)},
+    **{f.__name__: f for f in (sigma, split, tensor_parallel, stale, monitor, battery, loop)},
+    "from_one_process": from_one_process,
     **{name: partial(masks, name) for name in PRUNING if name != "both"},
+    **{name: partial(norms, name) for name in NORMS},
+    "built_inside": built_inside,
     "tied_inputs": partial(masks, "tied", "tp", 2),
     "masks_2d": partial(masks, "masks", "2d", 2),
     "masks_hsdp": partial(masks, "masks", "hsdp"),
