@@ -32,9 +32,6 @@ from lightning_efficient.trainer.probing import probed
 from lightning_efficient.trainer.statistics import average_over_processes, recalibrate_in
 from lightning_efficient.trainer.transition import TRANSITION, GuardedTransition
 
-# Targets that keep no statistics.
-_SHARDED = ("dyt", "rms")
-
 
 class PRepBN(StructuralCallback):
     """Trade layer norms and RMS norms for ones that can be folded away, progressively (SLAB, arXiv 2405.11582).
@@ -161,12 +158,11 @@ class PRepBN(StructuralCallback):
                 norm.target.eta.requires_grad_(False)
 
     def check_sharded(self, pl_module: LightningModule) -> None:
-        """Norms without statistics can be had: what the others have to know of a model needs a copy of it to run."""
-        if self.options.target not in _SHARDED:
+        """Refuse what has to know more of a model than a sharded one can tell."""
+        if self.options.target not in ("dyt", "rms"):
             raise ValueError(
-                f"PRepBN(target={self.options.target!r}) runs a copy of the model to find its statistics, its padding "
-                "and whether it is causal, and a sharded model cannot be copied. Use one of the targets without "
-                f"statistics, {_SHARDED}, or train unsharded."
+                f"PRepBN(target={self.options.target!r}) runs a copy of the model to find padding, and whether it is "
+                "causal, and a sharded model cannot be copied. Use 'dyt' or 'rms', or train unsharded."
             )
 
     def request(self) -> Request:
