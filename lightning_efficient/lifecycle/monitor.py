@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_efficient.common.eager import uncompiled
 from lightning_efficient.common.match import find_module
 from lightning_efficient.lifecycle.base import EfficientCallback, peers
+from lightning_efficient.metrics.streaming import share
 from lightning_efficient.norms.base import in_backward
 
 MonitoredStage: TypeAlias = Literal["train", "val", "test"]
@@ -224,10 +225,9 @@ class StageMonitor(EfficientCallback):
     def _begin(self, trainer: Trainer, stage: str) -> None:
         self._close()
         if self.enabled and stage == self.stage:
-            processes = trainer.world_size
-            # Lightning deals samples out in turn, so that these are the first of the data set on any number of them.
             self._batches = 0
-            self._room = self.max_samples // processes + (trainer.global_rank < self.max_samples % processes)
+            # Lightning deals samples out in turn, so that these are the first of the data set on any number of them.
+            self._room = share(self.max_samples)
             self.forget()
 
     def _read(self, trainer: Trainer, pl_module: LightningModule, stage: str, batch: Any) -> None:

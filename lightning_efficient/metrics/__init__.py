@@ -5,6 +5,8 @@ from lightning_efficient.metrics.embedding_spread import Alignment, Uniformity
 from lightning_efficient.metrics.length_collapse import CosineByLength, FilterRate
 from lightning_efficient.metrics.length_plot import plot_by_length
 from lightning_efficient.metrics.lidar import LiDAR
+from lightning_efficient.metrics.neural_collapse import NeuralCollapse
+from lightning_efficient.metrics.posterior_collapse import PosteriorCollapse
 from lightning_efficient.metrics.pq_index import PQIndex
 from lightning_efficient.metrics.sparsity import Sparsity
 from lightning_efficient.metrics.spectrum import AlphaReQ, EffectiveRank, ParticipationRatio, RankMe, StableRank
@@ -18,8 +20,10 @@ __all__ = [
     "EffectiveRank",
     "FilterRate",
     "LiDAR",
+    "NeuralCollapse",
     "PQIndex",
     "ParticipationRatio",
+    "PosteriorCollapse",
     "RankMe",
     "Sparsity",
     "StableRank",

@@ -62,3 +62,11 @@ def gathered(state: Tensor, group: Any = None) -> list[Tensor]:
     parts = gather_all_tensors(state, group)
     largest = max(parts, key=Tensor.numel)
     return [part.expand_as(largest) if part.numel() == 1 else part for part in parts]
+
+
+def share(most: int) -> int:
+    """How many of the first ``most`` samples are this process's, where samples are dealt out in turn."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return most
+    processes, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    return most // processes + (rank < most % processes)

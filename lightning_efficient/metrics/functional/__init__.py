@@ -20,6 +20,8 @@ from lightning_efficient.metrics.functional.embedding_spread import (
 from lightning_efficient.metrics.functional.filter_rate import attention_filter_rate, filter_rate
 from lightning_efficient.metrics.functional.lengths import bin_labels, length_bins
 from lightning_efficient.metrics.functional.lidar import lidar
+from lightning_efficient.metrics.functional.neural_collapse import gof
+from lightning_efficient.metrics.functional.posterior_collapse import kl_per_unit, predict_active_units
 from lightning_efficient.metrics.functional.pq_index import pq_bound, pq_index
 from lightning_efficient.metrics.functional.sparsity import sparsity
 from lightning_efficient.metrics.functional.spectral import spectral_norms
@@ -45,6 +47,8 @@ __all__ = [
     "effective_rank",
     "entropy_lower_bound",
     "filter_rate",
+    "gof",
+    "kl_per_unit",
     "length_bins",
     "lidar",
     "mean_cosine",
@@ -52,6 +56,7 @@ __all__ = [
     "participation_ratio",
     "pq_bound",
     "pq_index",
+    "predict_active_units",
     "query_indices",
     "rank_of_spectrum",
     "rankme",

@@ -14,7 +14,9 @@ from lightning_efficient.metrics import (
     AlphaReQ,
     EffectiveRank,
     LiDAR,
+    NeuralCollapse,
     ParticipationRatio,
+    PosteriorCollapse,
     RankMe,
     StableRank,
     Uniformity,
@@ -23,12 +25,17 @@ from lightning_efficient.metrics import (
 g = torch.Generator().manual_seed(0)
 z = torch.randn(60, 12, generator=g) + 2
 pairs = torch.randn(60, 12, generator=g)
+labels = torch.arange(60) % 4
+weight = torch.randn(4, 12, generator=g)
 views = torch.randn(40, 3, 12, generator=g)
 CASES = {
     **{kind.__name__: (kind, (z,)) for kind in (RankMe, EffectiveRank, StableRank, ParticipationRatio, AlphaReQ)},
     "LiDAR": (LiDAR, (views,)),
     "Uniformity": (Uniformity, (z,)),
     "Alignment": (Alignment, (z, pairs)),
+    "NeuralCollapse": (lambda: NeuralCollapse(4), (z, labels)),
+    "NeuralCollapse with a classifier": (lambda: NeuralCollapse(4), (z, labels, weight)),
+    "PosteriorCollapse": (PosteriorCollapse, (0.1 * z, 0.1 * pairs)),
 }
 NEEDS_SAMPLES = ("Uniformity",)  # torchmetrics gathers lists of samples from processes that have some
 
@@ -53,7 +60,7 @@ for share in (25, 0):  # of process 0; the rest, in two updates, is the other's
         metric = kind()
         for lo, hi in ((0, share),) if rank == 0 else ((share, share + 7), (share + 7, None)):
             if rank or share:
-                metric.update(*(part[lo:hi] for part in data))
+                metric.update(*(part if part is weight else part[lo:hi] for part in data))
         metric._update_count = 1  # torchmetrics warns of processes that have seen nothing
         found = flat(metric.compute())
         torch.testing.assert_close(found, expected[name], rtol=1e-9, atol=1e-12, equal_nan=True)
