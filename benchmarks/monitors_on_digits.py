@@ -18,9 +18,10 @@ from lightning.pytorch.callbacks import Callback
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from lightning_efficient import RepresentationMonitor
+from lightning_efficient import NeuralCollapseMonitor, PosteriorCollapseMonitor, RepresentationMonitor
 from lightning_efficient.demo.data import Digits
-from lightning_efficient.metrics.functional import singular_values, uniformity
+from lightning_efficient.metrics import NeuralCollapse, PosteriorCollapse
+from lightning_efficient.metrics.functional import predict_active_units, singular_values, uniformity
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -102,7 +103,97 @@ def representation() -> None:
     save(figure, "representation_monitor")
 
 
-FIGURES: dict[str, Callable[[], None]] = {"representation": representation}
+class Classifier(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU())
+        self.head = nn.Linear(64, 10)
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return F.cross_entropy(self.head(self.net(batch[0])), batch[1])
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.log("val_loss", self.training_step(batch, index))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), 0.1, momentum=0.9, weight_decay=5e-3)
+        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)]
+
+
+def neural() -> None:
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    axes = figure.subplots(1, 3, width_ratios=(1.3, 1, 1))
+    seed_everything(0, verbose=False)
+    model, data = Classifier(), Digits()
+    data.setup("fit")
+    images, labels = (torch.stack([torch.as_tensor(row[i]) for row in data.parts[0]]) for i in (0, 1))
+
+    def cosines() -> Tensor:
+        metric = NeuralCollapse(10)
+        with torch.no_grad():
+            metric.update(model.net(images), labels)
+        return metric.cosines()
+
+    before = cosines()
+    rows = fit(model, NeuralCollapseMonitor(stage="train"), 100)
+    for name in ("nc1", "nc2", "nc3", "nc4"):
+        axes[0].plot(range(1, len(rows)), [row[name] for row in rows[1:]], label=name)
+    axes[0].set(xlabel="epoch", yscale="log", title="training digits")
+    axes[0].legend(frameon=False)
+    for panel, values, title in ((axes[1], before, "before training"), (axes[2], cosines(), "after 100 epochs")):
+        picture = panel.imshow(values, vmin=-1, vmax=1, cmap="RdBu_r")
+        panel.set(title=f"class means, {title}", xlabel="class")
+    figure.colorbar(picture, ax=axes[2])
+    save(figure, "neural_collapse_monitor")
+
+
+class Autoencoder(LightningModule):
+    """Sixteen latent units for digits of 64 pixels."""
+
+    def __init__(self, beta: float) -> None:
+        super().__init__()
+        self.beta = beta
+        self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 32))
+        self.decoder = nn.Sequential(nn.Linear(16, 128), nn.ReLU(), nn.Linear(128, 64))
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        mu, logvar = self.encoder(batch[0]).chunk(2, 1)
+        z = mu + torch.randn_like(mu) * (logvar / 2).exp()
+        kl = 0.5 * (mu.square() + logvar.exp() - logvar - 1).sum(1)
+        return (0.5 * (self.decoder(z) - batch[0].flatten(1)).square().sum(1) + self.beta * kl).mean()
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.log("val_loss", self.training_step(batch, index))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), 2e-3)
+
+
+def posterior() -> None:
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    images = validation()[0].flatten(1).double()
+    spectrum = torch.linalg.eigvalsh(torch.cov(images.t())).clamp(min=0)
+    for beta in (0.25, 1.0, 4.0):
+        seed_everything(0, verbose=False)
+        model = Autoencoder(beta)
+        rows = fit(model, PosteriorCollapseMonitor(mu="encoder"), 60)
+        metric = PosteriorCollapse()
+        with torch.no_grad():
+            metric.update(*model.encoder(validation()[0]).chunk(2, 1))
+        found, linear = metric.compute(), predict_active_units(spectrum, beta, units=16)
+        label = f"β = {beta:g} (a linear decoder keeps {linear})"
+        left.plot(range(1, len(rows) + 1), [row["active_units"] for row in rows], label=label)
+        right.plot(found["eps"], found["collapsed_curve"], marker=".", label=label)
+    left.set(xlabel="epoch", ylabel="active units of 16", ylim=(0, 16.5))
+    right.set(xlabel="eps, nats", ylabel="share of units collapsed", xscale="log")
+    left.legend(frameon=False, fontsize=8)
+    save(figure, "posterior_collapse_monitor")
+
+
+FIGURES: dict[str, Callable[[], None]] = {
+    "representation": representation, "neural": neural, "posterior": posterior
+}  # fmt: skip
 
 
 def main() -> None:

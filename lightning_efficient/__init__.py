@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from lightning_efficient.callbacks.linear_attention import SimplifiedLinearAttention
     from lightning_efficient.callbacks.magnitude_pruning import MagnitudePruning
     from lightning_efficient.callbacks.module_timer import ModuleTimer
+    from lightning_efficient.callbacks.neural_collapse_monitor import NeuralCollapseMonitor
     from lightning_efficient.callbacks.padding_report import PaddingReport
     from lightning_efficient.callbacks.pagcp_pruning import PAGCPPruning
+    from lightning_efficient.callbacks.posterior_collapse_monitor import PosteriorCollapseMonitor
     from lightning_efficient.callbacks.prepbn import PRepBN
     from lightning_efficient.callbacks.representation_monitor import RepresentationMonitor
     from lightning_efficient.callbacks.run_cost import RunCost
@@ -78,10 +80,12 @@ _HOMES = {
     "LengthGroupedBatchSampler": "companions.samplers",
     "MagnitudePruning": "callbacks.magnitude_pruning",
     "ModuleTimer": "callbacks.module_timer",
+    "NeuralCollapseMonitor": "callbacks.neural_collapse_monitor",
     "PAGCPPruning": "callbacks.pagcp_pruning",
     "PRepBN": "callbacks.prepbn",
     "PaddingReport": "callbacks.padding_report",
     "Plan": "lifecycle.weights",
+    "PosteriorCollapseMonitor": "callbacks.posterior_collapse_monitor",
     "RecipeError": "lifecycle.recipe",
     "RepresentationMonitor": "callbacks.representation_monitor",
     "RunCost": "callbacks.run_cost",
@@ -130,10 +134,12 @@ __all__ = [
     "LengthGroupedBatchSampler",
     "MagnitudePruning",
     "ModuleTimer",
+    "NeuralCollapseMonitor",
     "PAGCPPruning",
     "PRepBN",
     "PaddingReport",
     "Plan",
+    "PosteriorCollapseMonitor",
     "RecipeError",
     "RepresentationMonitor",
     "RunCost",

@@ -137,10 +137,10 @@ class RepresentationMonitor(StageMonitor):
         how = {} if self.center is None else {"center": self.center}
         self._spectrum = {name: _SPECTRUM[name](**how) for name in self.metrics if name in _SPECTRUM}
         self._others = {name: _OTHERS[name]() for name in self.metrics if name in _OTHERS}
-        self._samples, self._width, self._broken = 0, 0, False
+        self._width = 0
         self._drawn: Gram | None = None
 
-    def take(self, calls: Mapping[str, list[SeenCall]], batch: Any, room: int) -> int:
+    def take(self, calls: Mapping[str, list[SeenCall]], batch: Any, room: int) -> Tensor:
         """Pool, cut to what may still be read, and add up."""
         sizes = {tensor.shape[0] for tensor in tensors_behind(batch) if tensor.dim()}
         views = [self._rows(call, sizes) for call in calls["module"]]
@@ -156,17 +156,16 @@ class RepresentationMonitor(StageMonitor):
                 f"{sorted(widths)}, which have no common spectrum: choose another `pool` or module."
             )
         rows = torch.cat(views)
-        self._samples, self._width = self._samples + len(rows), rows.shape[1]
+        self._width = rows.shape[1]
         if not bool(rows.isfinite().all()):
-            self._broken = True
-            return len(rows)
+            return rows
         for metric in (*list(self._spectrum.values())[:1], *self._others.values()):
             metric.to(rows.device)
             if isinstance(metric, Alignment):
                 metric.update(views[0], views[1])
             else:
                 metric.update(torch.stack(views, 1) if isinstance(metric, LiDAR) else rows)
-        return len(rows)
+        return rows
 
     def _rows(self, call: SeenCall, sizes: set[int]) -> Tensor:
         try:
@@ -181,21 +180,15 @@ class RepresentationMonitor(StageMonitor):
         except ValueError as error:
             raise ValueError(f"RepresentationMonitor: module={self.module!r} cannot be read: {error}") from None
 
+    def names(self) -> list[str]:
+        """The metrics."""
+        return self.metrics
+
     def figures(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        """Every metric over all samples of all processes, and how many they are."""
-
-        def over_processes(value: float, how: str) -> float:
-            return float(trainer.strategy.reduce(torch.tensor(float(value), device=pl_module.device), reduce_op=how))
-
-        samples, broken = (over_processes(value, "sum") for value in (self._samples, self._broken))
-        if not samples:
-            return {}
-        width = int(over_processes(self._width, "max"))
-        if not self._samples and "uniformity" in self._others:  # which is gathered, and has to know its width
+        """Every metric over all samples of all processes."""
+        width = int(self.over_processes(trainer, pl_module, self._width, "max"))
+        if not self._width and "uniformity" in self._others:  # which is gathered, and has to know its width
             self._others["uniformity"].to(pl_module.device).update(torch.zeros(0, width, device=pl_module.device))
-        if broken:
-            self.tell(f"embeddings of module={self.module!r} are NaN or infinite: its values are NaN from here on.")
-            return dict.fromkeys(self.metrics, torch.nan) | {"samples": samples}
         values = {name: float(metric.compute()) for name, metric in self._others.items()}
         if self._spectrum:
             leader = next(iter(self._spectrum.values()))
@@ -203,7 +196,7 @@ class RepresentationMonitor(StageMonitor):
                 grams = {center: leader.seen(center) for center in (False, True)}
             self._drawn = grams[bool(self.center)]
             values |= {name: float(metric.measure(grams[metric.center])) for name, metric in self._spectrum.items()}
-        return {name: values[name] for name in self.metrics} | {"samples": samples}
+        return {name: values[name] for name in self.metrics}
 
     def draw(self, logger: TensorBoardLogger, step: int) -> None:
         """The spectrum of the epoch, eigenvalues of the Gram matrix."""

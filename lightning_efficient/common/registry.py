@@ -331,6 +331,16 @@ METHODS = Registry(
             charts={"a measured step, ms": "efficient/module_timer/(forward|backward|step)_ms"},
         ),
         _ours(
+            "neural_collapse_monitor",
+            "neural_collapse_monitor:NeuralCollapseMonitor",
+            charts={"neural collapse": "efficient/neural_collapse_monitor/(.*/)?nc[1-4]"},
+        ),
+        _ours(
+            "posterior_collapse_monitor",
+            "posterior_collapse_monitor:PosteriorCollapseMonitor",
+            charts={"active units": "efficient/posterior_collapse_monitor/(.*/)?active_units"},
+        ),
+        _ours(
             "run_cost",
             "run_cost:RunCost",
             charts={

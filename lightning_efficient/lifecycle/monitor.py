@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -30,11 +31,13 @@ class SeenCall(NamedTuple):
         args: Positional arguments.
         kwargs: Keyword arguments.
         output: What it returned.
+        module: The module.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     output: Any
+    module: nn.Module
 
 
 class StageMonitor(EfficientCallback):
@@ -71,7 +74,7 @@ class StageMonitor(EfficientCallback):
         self._open: ExitStack | None = None
         self._depth = 0
         self._room = 0
-        self._batches = 0
+        self._batches, self._samples, self._broken = 0, 0, False
         self._told: set[str] = set()
 
     # -- what a subclass says -------------------------------------------------------------------------------------
@@ -84,8 +87,11 @@ class StageMonitor(EfficientCallback):
         """An epoch of the stage begins."""
         raise NotImplementedError
 
-    def take(self, calls: Mapping[str, list[SeenCall]], batch: Any, room: int) -> int:
-        """Add up what the modules did in one batch.
+    def prepare(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        """Before a batch of the stage is read: find out what there is to know of it."""
+
+    def take(self, calls: Mapping[str, list[SeenCall]], batch: Any, room: int) -> Tensor:
+        """Add up what the modules did in one batch, unless it holds NaN or infinite values.
 
         Args:
             calls: Argument → calls of its module, in their order.
@@ -93,12 +99,16 @@ class StageMonitor(EfficientCallback):
             room: Samples that may still be read.
 
         Returns:
-            How many were.
+            What was read, one row a sample.
         """
         raise NotImplementedError
 
+    def names(self) -> list[str]:
+        """The quantities."""
+        raise NotImplementedError
+
     def figures(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        """Quantity → value, over all processes; called on all of them. Empty: nothing was read."""
+        """Quantity → value, over all processes; called on all of them, where something was read."""
         raise NotImplementedError
 
     def draw(self, logger: TensorBoardLogger, step: int) -> None:
@@ -225,7 +235,7 @@ class StageMonitor(EfficientCallback):
     def _begin(self, trainer: Trainer, stage: str) -> None:
         self._close()
         if self.enabled and stage == self.stage:
-            self._batches = 0
+            self._batches, self._samples, self._broken = 0, 0, False
             # Lightning deals samples out in turn, so that these are the first of the data set on any number of them.
             self._room = share(self.max_samples)
             self.forget()
@@ -236,6 +246,7 @@ class StageMonitor(EfficientCallback):
         if not self.enabled or stage != self.stage or self._room < 1 or trainer.barebones:
             return
         self._batches += 1
+        self.prepare(trainer, pl_module, batch)
         with ExitStack() as stack:
             for argument, module in self._modules(pl_module).items():
                 for handle in self._hooks(trainer, pl_module, argument, module):
@@ -266,7 +277,7 @@ class StageMonitor(EfficientCallback):
                 if self._depth < outside:
                     return
             if not in_backward():
-                self._calls[argument].append(SeenCall(args, kwargs, output))
+                self._calls[argument].append(SeenCall(args, kwargs, output, module))
 
         if root:
             yield module.register_forward_pre_hook(enter)
@@ -278,7 +289,9 @@ class StageMonitor(EfficientCallback):
             calls = dict(self._calls)
             self._calls.clear()
             with torch.no_grad():
-                self._room -= self.take(calls, batch, self._room)
+                rows = self.take(calls, batch, self._room)
+            self._room, self._samples = self._room - len(rows), self._samples + len(rows)
+            self._broken = self._broken or not bool(rows.isfinite().all())
 
     def _close(self) -> None:
         if self._open is not None:
@@ -289,21 +302,40 @@ class StageMonitor(EfficientCallback):
         self._close()
         if not self.enabled or stage != self.stage or trainer.sanity_checking or trainer.barebones:
             return
-        with _quiet():
-            figures = self.figures(trainer, pl_module)
-        if not figures and not self._batches:  # an epoch that was over when it was resumed
+        samples = self.over_processes(trainer, pl_module, self._samples, "sum")
+        broken = self.over_processes(trainer, pl_module, self._broken, "sum")
+        names = ", ".join(repr(name) for name in self.watched().values())
+        if not samples:
+            if self._batches:  # else an epoch that was over when it was resumed
+                self.tell(f"{names} was not called in any {stage} batch of the epoch: no {self.quantities} is logged.")
             return
-        if not figures:
-            names = ", ".join(repr(name) for name in self.watched().values())
-            self.tell(f"{names} was not called in any {stage} batch of the epoch, so {self.quantities} is not logged.")
-            return
+        if broken:
+            self.tell(f"outputs of {names} are NaN or infinite: what is logged of them is NaN from here on.")
+            figures = dict.fromkeys(self.names(), math.nan)
+        else:
+            with _quiet():
+                figures = self.figures(trainer, pl_module)
+        figures |= {"samples": samples}
         for name, value in figures.items():
             # The same on all processes; Lightning warns where nothing says how to reduce, and a maximum is exact.
             pl_module.log(f"{self.prefix}/{name}", value, on_step=False, on_epoch=True, sync_dist=True, reduce_fx="max")
-        if self.picture and trainer.is_global_zero:
+        if self.picture and not broken and trainer.is_global_zero:
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     self.draw(logger, trainer.global_step)
+
+    def over_processes(self, trainer: Trainer, pl_module: LightningModule, value: float, how: str) -> float:
+        """Sum or maximum of a number over all processes.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: Its module.
+            value: Of this process.
+            how: ``"sum"`` or ``"max"``.
+        """
+        # Exact for counts below 2**24, on devices without float64 as well.
+        mine = torch.tensor(float(value), dtype=torch.float32, device=pl_module.device)
+        return float(trainer.strategy.reduce(mine, reduce_op=how))
 
     def tell(self, problem: str) -> None:
         """Warn once a run.

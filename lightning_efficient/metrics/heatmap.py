@@ -35,8 +35,9 @@ def heatmap(
     frames: Sequence[Sequence[bool]] | None = None,
     dots: Sequence[Sequence[bool]] | None = None,
     legend: str = "",
+    axes: tuple[str, str] = ("layer", "head"),
 ) -> Tensor:
-    """Draw a layer x head table of numbers.
+    """Draw a table of numbers, layer x head unless said otherwise.
 
     Args:
         values: One row per layer, one number per head; rows may differ in length. NaN cells are grey.
@@ -48,6 +49,7 @@ def heatmap(
         frames: Cells to frame in red, shaped like ``values``.
         dots: Cells to put a dot into, shaped like ``values``.
         legend: Last line of the image.
+        axes: What a row is, and a column.
 
     Returns:
         ``(3, height, width)`` uint8, for ``SummaryWriter.add_image``.
@@ -59,14 +61,14 @@ def heatmap(
         raise ValueError(f"got {len(values)} rows and {len(labels)} labels; expected as many, at least one.")
     shared, names = _shorten(labels)
     grid = _Grid.fit(names, max(1, *(len(row) for row in values)))
-    subtitle = f"layers: {shared}" if shared else ""
+    subtitle = f"{axes[0]}s: {shared}" if shared else ""
     wide = max(int(grid.font.getlength(text)) for text in (title, legend, subtitle)) + 2 * _PAD
     image = Image.new("RGB", (max(grid.right + 110, wide), grid.foot + 64), "white")
     draw = ImageDraw.Draw(image)
     draw.text((_PAD, 8), title, "black", grid.font)
     draw.text((_PAD, 27), subtitle, (90, 90, 90), grid.small)
     draw.text((_PAD, image.height - 12), legend, "black", grid.small, anchor="ls")
-    _axes(draw, grid, names)
+    _axes(draw, grid, names, axes)
     for i, row in enumerate(values):
         for j, value in enumerate(row):
             box = grid.box(i, j)
@@ -110,9 +112,9 @@ class _Grid(NamedTuple):
         return x, y, x + self.width - 1, y + self.height - 1
 
 
-def _axes(draw: ImageDraw.ImageDraw, grid: _Grid, names: Sequence[str]) -> None:
-    draw.text((grid.left - _PAD, grid.top - 4), "layer", "black", grid.font, anchor="rd")
-    draw.text(((grid.left + grid.right) / 2, grid.bottom + 32), "head", "black", grid.font, anchor="mm")
+def _axes(draw: ImageDraw.ImageDraw, grid: _Grid, names: Sequence[str], axes: tuple[str, str]) -> None:
+    draw.text((grid.left - _PAD, grid.top - 4), axes[0], "black", grid.font, anchor="rd")
+    draw.text(((grid.left + grid.right) / 2, grid.bottom + 32), axes[1], "black", grid.font, anchor="mm")
     for row, name in enumerate(names):
         y = grid.top + (row + 0.5) * grid.height
         font = grid.font if grid.height > 16 else grid.small

@@ -152,6 +152,10 @@ class NeuralCollapse(StreamingMetric):
 
     def compute(self) -> dict[str, Tensor]:
         """Scalars, float64."""
+        return self.measured()
+
+    def measured(self) -> dict[str, Tensor]:
+        """The same of the sums as they are, without gathering those of other processes."""
         sums = self.sums()
         out = collapse_of_sums(sums, self.weight if self.weight.numel() > 1 else None, self.global_mean)
         if len(self.kept):

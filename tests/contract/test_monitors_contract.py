@@ -8,18 +8,26 @@ from typing import Any
 import pytest
 from test_contract import data, variants
 
-from lightning_efficient import MagnitudePruning, RepresentationMonitor
+from lightning_efficient import (
+    MagnitudePruning,
+    NeuralCollapseMonitor,
+    PosteriorCollapseMonitor,
+    RepresentationMonitor,
+)
 from lightning_efficient.testing import HISTORIES, SCENARIOS, assert_method_contract
 
 MONITORS: dict[str, Callable[[], Any]] = {
     "representation_train": lambda: RepresentationMonitor(module="net", stage="train"),
     "representation_val": lambda: RepresentationMonitor(module="net.head", metrics=["rankme", "uniformity"]),
+    "neural": NeuralCollapseMonitor,
+    "posterior_train": lambda: PosteriorCollapseMonitor(mu="net.head", stage="train"),
 }
 ALWAYS = ("plain", "disabled", "resume", "manual", "configure_model", "ddp", "copy_and_pickle", "fit_twice_then_test")
 
 
 def tail(test: str, cell: dict[str, Any]) -> bool:
-    return cell["name"] not in ALWAYS or (cell["monitor"] == "representation_val" and cell["name"] != "resume")
+    head = cell["monitor"] == "representation_train"
+    return cell["name"] not in ALWAYS or not (head or cell["name"] in ("plain", "resume"))
 
 
 @pytest.mark.parametrize("name", [s for s in SCENARIOS if s != "ddp_spawn"] + list(HISTORIES))

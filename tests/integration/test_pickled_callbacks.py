@@ -31,6 +31,8 @@ MAKERS: dict[str, tuple[str, Callable[[], Any]]] = {
     "collapse_monitor": ("timm_vit", le.CollapseMonitor),
     "distillation": ("cnn", le.Distillation),
     "collapse_guard": ("cnn", partial(le.CollapseGuard, every_n_steps=2)),
+    "neural_collapse_monitor": ("cnn", le.NeuralCollapseMonitor),
+    "posterior_collapse_monitor": ("cnn", partial(le.PosteriorCollapseMonitor, mu="net.head")),
     "representation_monitor": ("cnn", partial(le.RepresentationMonitor, module="net.head")),
     "fixed_etf_head": ("cnn", partial(le.FixedETFHead, include=["net.head"], steps=5)),
     "module_timer": ("cnn", partial(le.ModuleTimer, table=False)),
