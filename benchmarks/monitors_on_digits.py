@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from lightning_efficient import NeuralCollapseMonitor, PosteriorCollapseMonitor, RepresentationMonitor
+from lightning_efficient.common.running import evaluating
 from lightning_efficient.demo.data import Digits
 from lightning_efficient.metrics import NeuralCollapse, PosteriorCollapse
 from lightning_efficient.metrics.functional import predict_active_units, singular_values, uniformity
@@ -106,8 +107,9 @@ def representation() -> None:
 class Classifier(LightningModule):
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU())
-        self.head = nn.Linear(64, 10)
+        blocks = [nn.Sequential(nn.Linear(n, 128), nn.BatchNorm1d(128), nn.ReLU()) for n in (64, 128, 128)]
+        self.net = nn.Sequential(nn.Flatten(), *blocks)
+        self.head = nn.Linear(128, 10)
 
     def training_step(self, batch: Any, index: int) -> Tensor:
         return F.cross_entropy(self.head(self.net(batch[0])), batch[1])
@@ -116,7 +118,7 @@ class Classifier(LightningModule):
         self.log("val_loss", self.training_step(batch, index))
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), 0.1, momentum=0.9, weight_decay=5e-3)
+        optimizer = torch.optim.SGD(self.parameters(), 0.05, momentum=0.9, weight_decay=2e-3)
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)]
 
 
@@ -130,7 +132,7 @@ def neural() -> None:
 
     def cosines() -> Tensor:
         metric = NeuralCollapse(10)
-        with torch.no_grad():
+        with evaluating(model):
             metric.update(model.net(images), labels)
         return metric.cosines()
 

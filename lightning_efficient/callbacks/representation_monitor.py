@@ -96,8 +96,6 @@ class RepresentationMonitor(StageMonitor):
         picture: bool = True,
     ) -> None:
         super().__init__(enabled, stage, max_samples, name, picture)
-        if isinstance(metrics, str):
-            raise TypeError(f"`metrics` takes a list; got the string {metrics!r}. Write [{metrics!r}].")
         known = list(_SPECTRUM | _OTHERS)
         chosen = list(_SPECTRUM) if metrics is None else [_NAMES.get(metric, metric) for metric in metrics]
         for metric in chosen:
