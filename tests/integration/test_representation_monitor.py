@@ -398,8 +398,8 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         fit(tmp_path, RepresentationMonitor(module="backbone", output="x"), model=Model("tuple"))
     with pytest.raises(ValueError, match=r"shape \(8, 12, 2, 2\) and `pool` is 'cls'.*use 'mean'"):
         fit(tmp_path, RepresentationMonitor(module="backbone", pool="cls"), model=Model("map"))
-    for argument, value in (("metrics", ["rank_me"]), ("metrics", []), ("metrics", "rankme"), ("pool", "max"), ("stage", "fit"),
-                            ("max_samples", 0)):  # fmt: skip
+    for argument, value in (("metrics", ["rank_me"]), ("metrics", []), ("metrics", "rankme"), ("pool", "max"),
+                            ("stage", "fit"), ("max_samples", 0)):  # fmt: skip
         with pytest.raises(ValueError, match=f"`{argument}`"):
             RepresentationMonitor(**{argument: value})
 
