@@ -48,7 +48,7 @@ class ModuleTimer(EfficientCallback):
     method = "module_timer"
     changes_weights = False
 
-    def __init__(self, enabled: bool = True, every_n_steps: int = 500, table: bool = True) -> None:
+    def __init__(self, enabled: bool = True, every_n_steps: int = 1000, table: bool = True) -> None:
         super().__init__(enabled)
         if every_n_steps < 1:
             raise ValueError(f"`every_n_steps` is {every_n_steps}; expected at least 1.")
