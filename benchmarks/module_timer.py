@@ -7,6 +7,7 @@ median.
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
 from typing import Any
 
@@ -54,7 +55,7 @@ def main() -> None:
         data = DataLoader(torch.randn(batch * (2 * rounds + 4), 64, width), batch)  # type: ignore[arg-type]
         trainer = Trainer(
             accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, max_epochs=1, callbacks=[clock, timer],
+            enable_model_summary=False, max_epochs=1, callbacks=[clock, timer], default_root_dir=tempfile.mkdtemp(),
         )  # fmt: skip
         trainer.fit(Model(width, layers), data)
         steps = [b - a for a, b in zip(clock.moments, clock.moments[1:], strict=False)][2:]
