@@ -27,8 +27,10 @@ from lightning_efficient.ablation.plan import Planned, check, jobs, locked, plan
 from lightning_efficient.ablation.program import find_program
 from lightning_efficient.ablation.variants import BASELINE, VariantsLike, check_variants, read_variants
 from lightning_efficient.ablation.view import RunRow, View, errors, row_of, shown_metric, table
+from lightning_efficient.common.escaping import printable_lines, shown_or_skipped, write_whole
 from lightning_efficient.comparison import Comparison, compare
 from lightning_efficient.comparison.html import to_html
+from lightning_efficient.comparison.pictures import png
 
 RESULT = "ablation.json"
 PICTURE = "curves.png"
@@ -232,15 +234,19 @@ def _report(
     plain: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
     console.print(table(rows, shown_metric(rows, metrics)))
     for text in errors(rows):
-        console.print(text, style="red", **plain)
+        console.print(printable_lines(text), style="red", **plain)
     if comparison is not None:
-        console.print(comparison.table())
+        with shown_or_skipped("comparison", console):
+            console.print(comparison.table())
         for verdict in comparison.verdicts():
-            console.print(f"{verdict.variant}  {verdict.text}", **plain)
-        comparison.figure().savefig(folder / PICTURE, dpi=150)
-        (folder / PAGE).write_text(to_html(comparison), encoding="utf-8")
+            for text in filter(None, (verdict.text, verdict.cost)):
+                console.print(printable_lines(f"{verdict.variant}  {text}"), **plain)
+        with shown_or_skipped("picture", console):
+            write_whole(folder / PICTURE, png(comparison.figure()))
+        with shown_or_skipped("page", console):
+            write_whole(folder / PAGE, to_html(comparison))
     for note in notes:
-        console.print(note, **plain)
+        console.print(printable_lines(note), **plain)
     if any(row.state == "failed" for row in rows):
         console.print("Failed runs are kept as they are: --retry-failed trains them anew.", **plain)
     files = [RESULT, *([PICTURE, PAGE] if comparison is not None else [])]

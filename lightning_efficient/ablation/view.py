@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_efficient.ablation.plan import Planned
+from lightning_efficient.common.escaping import printable, rich_text
 
 # Names for people, and colours that also differ in brightness.
 _STATES = {
@@ -122,10 +123,10 @@ def table(rows: Sequence[RunRow], metric: str | None, height: int | None = None)
     found = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), caption=caption, caption_justify="left")
     found.add_column("variant", overflow="fold")
     for name in ("seed", "state", "epoch", "step", metric or "metric", "elapsed", "left"):
-        found.add_column(name, justify="left" if name == "state" else "right")
+        found.add_column(rich_text(name), justify="left" if name == "state" else "right")
     for row in shown:
         found.add_row(
-            row.variant,
+            rich_text(row.variant),
             str(row.seed),
             Text(row.state, _STATES[row.state]),
             _of(row.epoch, row.epochs),
@@ -226,8 +227,8 @@ class View:
             return text
         text += f" after {duration(row.seconds)}"
         if row.error is not None:
-            return f"{text}: {row.error.splitlines()[0]}"
-        return text + (f", {metric} {number(row.metrics[metric])}" if metric in row.metrics else "")
+            return f"{text}: {printable(row.error.splitlines()[0])}"
+        return text + (f", {printable(metric)} {number(row.metrics[metric])}" if metric in row.metrics else "")
 
 
 _PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}

@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 from torch import nn
 
 from lightning_efficient.cli.efficient_cli import EfficientCLI
 from lightning_efficient.cli.errors import only_libraries, short_errors
 from lightning_efficient.cli.targets import show_targets
 from lightning_efficient.cli.tune import tune
+from lightning_efficient.common.escaping import printable, printable_lines, shown_or_skipped, write_whole
 from lightning_efficient.common.registry import near
 from lightning_efficient.lifecycle.load import load_from_checkpoint
 
@@ -180,24 +181,29 @@ def run_compare(options: Namespace) -> None:
     """
     from lightning_efficient.comparison import compare
     from lightning_efficient.comparison.html import to_html
+    from lightning_efficient.comparison.pictures import png
 
     with short_errors():
         comparison = compare(options.logdir, options.metrics, options.baseline, options.judge)
         console = Console()
-        console.print(comparison.table())
-        for verdict in comparison.verdicts():
-            console.print(f"[bold]{escape(verdict.variant)}[/]  {escape(verdict.text)}", highlight=False)
-        if options.png is not None:
-            options.png.parent.mkdir(parents=True, exist_ok=True)
-            comparison.figure().savefig(options.png, dpi=150)
-            print(options.png)
-        if options.html is not None:
-            options.html.parent.mkdir(parents=True, exist_ok=True)
-            options.html.write_text(to_html(comparison), encoding="utf-8")
-            print(options.html)
         if options.json is not None:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(comparison.to_dict(), indent=1), encoding="utf-8")
+            write_whole(options.json, json.dumps(comparison.to_dict(), indent=1))
+        with shown_or_skipped("table", console):
+            console.print(comparison.table())
+        for verdict in comparison.verdicts():
+            for text in filter(None, (verdict.text, verdict.cost)):
+                console.print(Text.assemble((printable(verdict.variant), "bold"), "  ", printable_lines(text)))
+        if options.png is not None:
+            with shown_or_skipped("picture", console):
+                picture = png(comparison.figure())
+                write_whole(options.png, picture)
+                print(options.png)
+        if options.html is not None:
+            with shown_or_skipped("page", console):
+                page = to_html(comparison)
+                write_whole(options.html, page)
+                print(options.html)
+        if options.json is not None:
             print(options.json)
 
 

@@ -10,6 +10,8 @@ from types import TracebackType
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_efficient.common.escaping import printable_lines
+
 _PACKAGE = __name__.partition(".")[0]
 _DOCUMENTED = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 _LIBRARIES = {"lightning", "torch", "jsonargparse", *sys.stdlib_module_names}
@@ -34,7 +36,7 @@ def short_errors() -> Iterator[None]:
         yield
     except Exception as error:
         if refused(error):
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable_lines(error)}", file=sys.stderr)
             raise SystemExit(2) from error
         if hasattr(error, "add_note"):  # Python 3.11
             error.add_note(_UNEXPECTED)

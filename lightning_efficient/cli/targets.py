@@ -25,6 +25,7 @@ from lightning_efficient.callbacks.collapse_monitor import CollapseMonitor
 from lightning_efficient.cli.efficient_cli import EfficientCLI, add_method_arguments
 from lightning_efficient.cli.inputs import first_batch_of, inputs_of, read_inputs
 from lightning_efficient.common.change import Change
+from lightning_efficient.common.escaping import printable_lines, rich_text
 from lightning_efficient.common.registry import METHODS
 from lightning_efficient.common.running import Call, as_call, evaluating
 from lightning_efficient.lifecycle.base import EfficientCallback
@@ -137,11 +138,11 @@ def show_targets(args: Sequence[str], console: Console | None = None) -> None:
                 change = planned(callback, model)
         except ValueError as error:
             refused += [method] * callback.enabled
-            console.print(Text(f"  {error}"))
+            console.print(Text(f"  {printable_lines(error)}"))
             continue
         console.print(_table(change))
         for note in change.notes:
-            console.print(Text(f"  {note}"))
+            console.print(Text(f"  {printable_lines(note)}"))
         console.print(f"  {len(change.targets)} matched, {len(change.skipped)} left alone", highlight=False)
     if refused:
         raise ValueError(f"{', '.join(refused)}: switched on, and would refuse this model.")
@@ -265,7 +266,7 @@ def _table(change: Change) -> Table:
     table.add_column(overflow="fold")
     for notes, mark, style in ((change.targets, "✓", ""), (change.skipped, "–", "dim")):
         for (name, note), count in _grouped(notes).items():
-            table.add_row(Text(f"{mark} {name}", style), f"× {count}" if count > 1 else "", Text(note, style))
+            table.add_row(rich_text(f"{mark} {name}", style), f"× {count}" if count > 1 else "", rich_text(note, style))
     return table
 
 

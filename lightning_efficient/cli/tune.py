@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, cast
 
 from lightning.pytorch import Trainer
@@ -13,6 +12,8 @@ from rich.console import Console
 
 from lightning_efficient.callbacks.temp_scale import TempScale
 from lightning_efficient.cli.efficient_cli import EfficientCLI, check_path
+from lightning_efficient.common.escaping import printable_lines, shown_or_skipped, write_whole
+from lightning_efficient.comparison.pictures import png
 from lightning_efficient.tuning.sweep import TAUS
 from lightning_efficient.tuning.validation import tune_on_validation
 
@@ -91,17 +92,14 @@ def tune(args: Sequence[str], console: Console | None = None) -> None:
         include=ours.include, exclude=ours.exclude, resamples=options["resamples"],
     )  # fmt: skip
     console = console or Console()
-    console.print(found.table())
-    console.print(found.verdict, highlight=False, soft_wrap=True)
-    if options["png"] is not None:
-        _ready(options["png"])
-        found.figure().savefig(options["png"], dpi=150)
-        print(options["png"])
     if options["json"] is not None:
-        _ready(options["json"]).write_text(json.dumps(found.to_dict(), indent=1), encoding="utf-8")
+        write_whole(options["json"], json.dumps(found.to_dict(), indent=1))
+    with shown_or_skipped("table", console):
+        console.print(found.table())
+    console.print(printable_lines(found.verdict), highlight=False, markup=False, soft_wrap=True)
+    if options["png"] is not None:
+        with shown_or_skipped("picture", console):
+            write_whole(options["png"], png(found.figure()))
+            print(options["png"])
+    if options["json"] is not None:
         print(options["json"])
-
-
-def _ready(path: str) -> Path:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    return Path(path)

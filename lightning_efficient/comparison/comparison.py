@@ -5,16 +5,17 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from lightning_efficient.common.escaping import rich_text
 from lightning_efficient.comparison.estimate import Difference, Estimate, json_number
 from lightning_efficient.comparison.logs import Run, direction, read_runs
 from lightning_efficient.comparison.quantities import ENTROPY, ENTROPY_NAME, Quantity, quantities
-from lightning_efficient.comparison.verdict import Verdict, verdicts
+from lightning_efficient.comparison.verdict import Verdict, cost_of, verdicts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,6 +34,7 @@ class ComparisonRow:
         runs: How many runs the variant has.
         estimate: Over those of them that have the quantity.
         difference: To the baseline; ``None`` for the baseline itself, or if there is none.
+        ratio: Whether it is a time or a size.
     """
 
     quantity: str
@@ -40,6 +42,7 @@ class ComparisonRow:
     runs: int
     estimate: Estimate
     difference: Difference | None
+    ratio: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ class Comparison:
         """One quantity of one variant."""
         runs = self.variants[variant]
         values = tuple(value for run in runs if (value := quantity.of(run)) is not None)
-        return ComparisonRow(quantity.name, variant, len(runs), Estimate(values), self.difference(quantity, variant))
+        difference = self.difference(quantity, variant)
+        return ComparisonRow(quantity.name, variant, len(runs), Estimate(values), difference, quantity.ratio)
 
     def difference(self, quantity: Quantity, variant: str) -> Difference | None:
         """To the baseline: over the seeds both have, or between independent groups if they share none."""
@@ -107,7 +111,14 @@ class Comparison:
         if self.baseline is None:
             return []
         others = [variant for variant in self.variants if variant != self.baseline]
-        return verdicts(self.headline, self.baseline, {name: self.difference(self.headline, name) for name in others})
+        found = verdicts(self.headline, self.baseline, {name: self.difference(self.headline, name) for name in others})
+        costs = {q.name: q for q in self.quantities if q.ratio}
+        return [
+            replace(
+                v, cost=cost_of({n: self.difference(q, v.variant) for n, q in costs.items()}, v.call, self.headline)
+            )
+            for v in found
+        ]
 
     def table(self) -> Table:
         """The rows as a rich table, a section per quantity."""
@@ -117,16 +128,15 @@ class Comparison:
         table.add_column("runs", justify="right")
         table.add_column("mean ± 95 %", justify="right")
         if self.baseline is not None:
-            table.add_column(f"to {self.baseline}", justify="right")
+            table.add_column(rich_text(f"to {self.baseline}"), justify="right")
         previous = None
         for row in self.rows():
             if previous not in (None, row.quantity):
                 table.add_section()
-            cells = [row.quantity if row.quantity != previous else "", row.variant, shown_count(row)]
-            cells.append(row.estimate.show())
+            cells = [row.quantity if row.quantity != previous else "", row.variant, shown_count(row), shown_mean(row)]
             if self.baseline is not None:
                 cells.append(shown_difference(row))
-            table.add_row(*cells)
+            table.add_row(*map(rich_text, cells))
             previous = row.quantity
         return table
 
@@ -184,6 +194,14 @@ def shown_count(row: ComparisonRow) -> str:
     if n < row.runs:
         return f"{n} of {row.runs}"
     return f"{n}" if n > 1 else "1 seed: no interval"
+
+
+def shown_mean(row: ComparisonRow) -> str:
+    """The mean and its interval; of a time or size whose interval means nothing, the values."""
+    half, values = row.estimate.half_width, row.estimate.values
+    if row.ratio and half is not None and half > row.estimate.mean / 2:
+        return f"{min(values):.3g} to {max(values):.3g}, too noisy for a mean"
+    return row.estimate.show()
 
 
 def shown_difference(row: ComparisonRow) -> str:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from lightning_efficient.common.escaping import picture_text
 from lightning_efficient.comparison.logs import Run, Series
 
 # Okabe and Ito's palette (jfly.uni-koeln.de/color) without yellow, which is too light for lines on white.
@@ -40,7 +41,7 @@ def learning_curves(
     """
     rows = math.ceil(len(metrics) / 3)
     columns = math.ceil(len(metrics) / rows)  # four panels: two by two
-    labels = [f"{name} ({len(runs)} run{'s' if len(runs) > 1 else ''})" for name, runs in variants.items()]
+    labels = [f"{picture_text(n, 40)} ({len(runs)} run{'s' if len(runs) > 1 else ''})" for n, runs in variants.items()]
     width = max(4.2 * columns, 6.0)
     # A legend wider than the figure would be cut off; a letter takes about 0.08 inch.
     legend_columns = max(1, min(len(labels), int(width / (0.08 * max(map(len, labels)) + 0.8))))
@@ -49,7 +50,7 @@ def learning_curves(
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, metric in zip(panels, metrics, strict=False):
         _panel(axes, variants, metric)
-        axes.set_title((titles or {}).get(metric, title_of(metric, better)), fontsize=10)
+        axes.set_title(picture_text((titles or {}).get(metric, title_of(metric, better))), fontsize=10)
     for axes in panels[len(metrics) :]:
         axes.remove()
     figure.legend(
@@ -74,7 +75,7 @@ def single(variants: Mapping[str, Sequence[Run]], metric: str, title: str) -> Fi
     figure = Figure(figsize=(3.7, 2.6), layout="constrained", dpi=150)
     axes = figure.subplots()
     _panel(axes, variants, metric)
-    axes.set_title(title, fontsize=10)
+    axes.set_title(picture_text(title), fontsize=10)
     return figure
 
 
@@ -107,7 +108,7 @@ def _panel(axes: Axes, variants: Mapping[str, Sequence[Run]], metric: str) -> No
     # A run that blows up must not press every other line onto the axis.
     if finite and min(finite) > 0 and max(finite) > 100 * min(finite):
         axes.set_yscale("log")
-    axes.set_ylabel(metric.rpartition("/")[2], fontsize=9)
+    axes.set_ylabel(picture_text(metric.rpartition("/")[2], 30), fontsize=9)
     axes.set_xlabel("training step", fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.tick_params(labelsize=8)

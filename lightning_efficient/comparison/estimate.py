@@ -132,6 +132,11 @@ class Difference:
             return len(set(self.values)) <= 1
         return len(set(self.before)) <= 1 and len(set(self.after)) <= 1
 
+    @property
+    def vague(self) -> bool:
+        """Whether a ratio's interval means nothing: its ends differ by more than a factor of two."""
+        return self.ratio and self.interval is not None and self.interval[1] > 2 * self.interval[0]
+
     def show(self) -> str:
         """For people."""
         if not math.isfinite(self.mean):
@@ -141,6 +146,8 @@ class Difference:
         if self.interval is None or self.constant:
             return f"× {self.mean:.3f}"
         low, high = self.interval
+        if self.vague:
+            return "too noisy to tell"
         places = min(3, _decimals((high - low) / 2))
         return f"× {self.mean:.{places}f} ({low:.{places}f}–{high:.{places}f})"
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from lightning_efficient.comparison.comparison import shown_count, shown_difference
+from lightning_efficient.common.running import first_line
+from lightning_efficient.comparison.comparison import shown_count, shown_difference, shown_mean
 from lightning_efficient.comparison.curves import COLOURS, DASHES, MARKERS, single, title_of
 from lightning_efficient.comparison.pictures import differences, pareto, pareto_costs, svg
 from lightning_efficient.comparison.quantities import ENTROPY, ENTROPY_NAME, Quantity
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from lightning_efficient.comparison.comparison import Comparison
 
 
@@ -87,6 +91,7 @@ def _verdicts(comparison: Comparison) -> list[dict[str, Any]]:
                 "call": verdict.call,
                 "badge": badge,
                 "text": verdict.text,
+                "cost": verdict.cost,
                 "colour": _colour(names.index(verdict.variant)),
                 "facts": facts,
             }
@@ -101,23 +106,37 @@ def _facts(comparison: Comparison) -> list[str]:
 
 
 def _pictures(comparison: Comparison) -> dict[str, Any]:
-    gaps = differences(comparison)
-    costs = [(cost, pareto(comparison, [cost])) for cost in pareto_costs(comparison)]
-    headline = comparison.headline.name
-    titles = {ENTROPY: ENTROPY_NAME}
+    headline, titles = comparison.headline.name, {ENTROPY: ENTROPY_NAME}
+    skipped: list[str] = []
+
+    def inline(draw: Callable[[], Figure | None], label: str) -> Markup | None:
+        try:
+            figure = draw()
+            return None if figure is None else Markup(svg(figure, label))  # our own figures; matplotlib escapes names
+        except Exception as error:  # numbers are worth more than pictures of them
+            skipped.append(f"The picture {label!r} could not be drawn: {first_line(error)}")
+            return None
+
+    def several(pictures: Iterable[tuple[Callable[[], Figure | None], str]]) -> list[Markup]:
+        return [made for draw, label in pictures if (made := inline(draw, label)) is not None]
+
+    def curve(metric: str) -> Figure:
+        title = titles.get(metric) or title_of(metric, comparison.better)
+        return single(comparison.variants, metric, title)
+
+    drawn = [
+        m for m in comparison.curves
+        if any(len(run.series[m].steps) > 1 for run in comparison.runs if m in run.series)  # no test metrics
+    ]  # fmt: skip
     return {
-        "differences": None if gaps is None else _inline(gaps, f"Differences to {comparison.baseline} in {headline}"),
-        "pareto": [_inline(picture, f"{headline} against {cost.name}") for cost, picture in costs if picture],
-        "curves": [
-            _inline(single(comparison.variants, m, titles.get(m) or title_of(m, comparison.better)), f"{m} over steps")
-            for m in comparison.curves
-            if any(len(run.series[m].steps) > 1 for run in comparison.runs if m in run.series)  # no test metrics
-        ],
+        "differences": inline(lambda: differences(comparison), f"Differences to {comparison.baseline} in {headline}"),
+        "pareto": several(
+            (partial(pareto, comparison, [cost]), f"{headline} against {cost.name}")
+            for cost in pareto_costs(comparison)
+        ),
+        "curves": several((partial(curve, m), f"{m} over steps") for m in drawn),
+        "skipped": skipped,
     }
-
-
-def _inline(figure: Any, label: str) -> Markup:
-    return Markup(svg(figure, label))  # our own figures; names in them are escaped by matplotlib
 
 
 def _legend(comparison: Comparison) -> list[dict[str, str]]:
@@ -154,7 +173,7 @@ def _table(comparison: Comparison, quantity: Quantity) -> dict[str, Any]:
             {
                 "variant": row.variant,
                 "count": shown_count(row),
-                "mean": row.estimate.show(),
+                "mean": shown_mean(row),
                 "difference": shown_difference(row),
             }
             for row in rows

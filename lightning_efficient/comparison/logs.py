@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import re
 import statistics
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
+from lightning_efficient.common.escaping import printable
+
+_LARGEST = 1e100
 _EVENTS = "events.out.tfevents.*"
 _CSV = "metrics.csv"
 _REPLICA = re.compile(r"(seed|version)[_-]?\d+", re.IGNORECASE)
@@ -41,13 +46,17 @@ class Series:
 
     Args:
         steps: Global steps.
-        values: The quantity at each.
+        values: The quantity at each; beyond 1e100, where sums and axes overflow, infinite.
         times: Wall time of each entry in seconds since 1970; ``None`` where the logger keeps none (CSV).
     """
 
     steps: list[int]
     values: list[float]
     times: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        far = [math.copysign(math.inf, value) if abs(value) > _LARGEST else value for value in self.values]
+        object.__setattr__(self, "values", far)
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,7 @@ class Run:
             for step, moment in zip(series.steps, series.times or (), strict=False):
                 first[step] = min(moment, first.get(step, moment))
         intervals = [(t1 - t0) / (step1 - step0) for (step0, t0), (step1, t1) in pairwise(sorted(first.items()))]
-        return statistics.median(intervals) if intervals else None
+        return statistics.median(found) if (found := [s for s in intervals if s > 0]) else None  # clocks are set back
 
 
 def read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Run]:
@@ -105,13 +114,26 @@ def read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Run]:
         ValueError: No log holds a scalar.
     """
     folders = _log_folders([Path(path).resolve() for path in paths])
-    series = {folder: _read(folder) for folder in folders}
+    series, broken = {}, []
+    for folder in folders:
+        try:
+            series[folder] = _read(folder)
+        except ValueError as error:
+            broken.append(str(error))
+    if broken and not series:
+        raise ValueError(broken[0] + (f" So are {len(broken) - 1} more." if len(broken) > 1 else ""))
+    for text in broken:
+        warnings.warn(f"{text} The run is left out.", stacklevel=2)
+    folders = list(series)
     if empty := [str(folder) for folder in folders if not series[folder]]:
         if len(empty) == len(folders):
             raise ValueError(f"the logs hold no scalars: {', '.join(empty)}.")
         warnings.warn(f"no scalars logged in {', '.join(empty)}: left out.", stacklevel=2)
     variants = _variants([folder for folder in folders if series[folder]])
-    runs = [Run(f, variant, replica, series[f], _noted_seed(f)) for f, (variant, replica) in variants.items()]
+    runs = [
+        Run(f, printable(variant), printable(replica), series[f], _noted_seed(f))
+        for f, (variant, replica) in variants.items()
+    ]
     return sorted(_last_version_of_each_seed(runs), key=lambda run: (run.variant, _natural(run.replica)))
 
 
@@ -119,7 +141,7 @@ def _log_folders(roots: Iterable[Path]) -> list[Path]:
     roots = list(roots)
     if missing := [str(root) for root in roots if not root.exists()]:
         raise FileNotFoundError(f"no such folder: {', '.join(missing)}.")
-    files = [file for root in roots for pattern in (_EVENTS, _CSV) for file in root.rglob(pattern)]
+    files = [file for root in roots for pattern in (_EVENTS, _CSV) for file in _files(root, pattern, below=True)]
     folders = sorted({file.parent for file in files})
     if not folders:
         looked = ", ".join(map(str, roots)) or "an empty list of folders"
@@ -135,33 +157,53 @@ def _log_folders(roots: Iterable[Path]) -> list[Path]:
 
 def _read(folder: Path) -> dict[str, Series]:
     # Event files first: they know the wall time.
-    points = _read_events(folder) if any(folder.glob(_EVENTS)) else _read_csv(folder / _CSV)
-    return {name: _series(rows) for name, rows in points.items() if rows and name not in _NOT_LOGGED_BY_THE_USER}
+    points = _read_events(folder) if any(_files(folder, _EVENTS)) else _read_csv(folder / _CSV)
+    return {printable(n): _series(rows) for n, rows in points.items() if rows and n not in _NOT_LOGGED_BY_THE_USER}
+
+
+def _files(folder: Path, pattern: str, below: bool = False) -> list[Path]:
+    """Regular files: opening a pipe would wait for ever."""
+    return sorted(file for file in (folder.rglob if below else folder.glob)(pattern) if file.is_file())
 
 
 _Point = tuple[int, float, float | None]
 
 
 def _read_events(folder: Path) -> dict[str, list[_Point]]:
+    """As written: a clock that was set back changes nothing."""
     kinds = ("images", "audio", "histograms", "compressedHistograms", "tensors")
-    log = EventAccumulator(str(folder), size_guidance={"scalars": 0, **dict.fromkeys(kinds, 1)})  # 0: all of them
-    log.Reload()
-    return {
-        name: [(e.step, e.value, e.wall_time) for e in sorted(log.Scalars(name), key=lambda e: e.wall_time)]
-        for name in log.Tags()["scalars"]
-    }
+    guidance = {"scalars": 0, **dict.fromkeys(kinds, 1)}  # 0: all of them
+    points: dict[str, list[_Point]] = {}
+    for file in _files(folder, _EVENTS):
+        log = EventAccumulator(str(file), size_guidance=guidance)
+        try:
+            with file.open("rb"):
+                log.Reload()
+            for name in log.Tags()["scalars"]:
+                points.setdefault(name, []).extend((e.step, e.value, e.wall_time) for e in log.Scalars(name))
+        except Exception as error:  # whatever the bytes of a broken file make of the reader
+            raise ValueError(f"cannot read the log {str(file)!r}: {_reason(error)}.") from error
+    return points
 
 
 def _read_csv(file: Path) -> dict[str, list[_Point]]:
     points: dict[str, list[_Point]] = {}
-    with file.open(newline="") as lines:
-        for row in csv.DictReader(lines):
-            if not (row.get("step") or "").strip():
-                raise ValueError(f"{file}: a row without `step`: {row}; expected what Lightning's CSVLogger writes.")
-            for name, text in row.items():
-                if name not in ("step", None) and text:
-                    points.setdefault(name, []).append((int(row["step"]), float(text), None))
+    try:
+        with file.open(newline="", encoding="utf-8", errors="backslashreplace") as lines:
+            for row in csv.DictReader(lines):
+                if not (row.get("step") or "").strip():
+                    raise ValueError(f"a row without `step`: {row}; expected what Lightning's CSVLogger writes")
+                for name, text in row.items():
+                    if name not in ("step", None) and text:
+                        points.setdefault(name, []).append((int(float(row["step"])), float(text), None))
+    except (OSError, ValueError, TypeError, OverflowError, csv.Error) as error:
+        raise ValueError(f"cannot read the log {str(file)!r}: {_reason(error)}.") from error
     return points
+
+
+def _reason(error: Exception) -> str:
+    text = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+    return printable(text.strip().rstrip(".") or type(error).__name__)
 
 
 def _series(points: list[_Point]) -> Series:
@@ -199,15 +241,22 @@ def _split(folder: Path) -> tuple[Path, str]:
 def _noted_seed(folder: Path) -> int | None:
     for name in ("config.yaml", "hparams.yaml"):
         file = folder / name
-        if file.is_file() and (found := _NOTED_SEED.search(file.read_text(encoding="utf-8"))):
+        if found := _NOTED_SEED.search(_text(file)):
             return int(found[1])
     return None
 
 
+def _text(file: Path) -> str:
+    """Empty if it is not there, or cannot be read: it only says more of a run."""
+    with suppress(OSError):
+        if file.is_file():
+            return file.read_text(encoding="utf-8", errors="replace")
+    return ""
+
+
 def _hparams(folder: Path) -> str:
     file = folder / "hparams.yaml"
-    lines = file.read_text().splitlines() if file.is_file() else []
-    return "\n".join(sorted(line for line in lines if not re.match(r"\s*\w*seed\w*\s*:", line)))
+    return "\n".join(sorted(line for line in _text(file).splitlines() if not re.match(r"\s*\w*seed\w*\s*:", line)))
 
 
 def _names(folders: set[Path]) -> dict[Path, str]:

@@ -6,7 +6,9 @@ import html
 import io
 import math
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import matplotlib
@@ -14,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from lightning_efficient.common.escaping import picture_text
 from lightning_efficient.comparison.curves import COLOURS, MARKERS
 from lightning_efficient.comparison.quantities import Quantity
 
@@ -62,12 +65,13 @@ def _pareto_panel(axes: Axes, comparison: Comparison, cost: Quantity) -> None:
             x.mean, y.mean, xerr=x.half_width, yerr=y.half_width, color=COLOURS[index % len(COLOURS)],
             marker=MARKERS[index % len(MARKERS)], markersize=7, linewidth=1.2, capsize=3,
         )  # fmt: skip
-    axes.plot(
-        *zip(*front(points, headline.better), strict=True), color="#888888", linestyle="--", linewidth=1, zorder=0
-    )
+    if points:
+        axes.plot(
+            *zip(*front(points, headline.better), strict=True), color="#888888", linestyle="--", linewidth=1, zorder=0
+        )
     axes.margins(0.12, 0.12)
-    axes.set_xlabel(f"{cost.name} (lower is better)", fontsize=9)
-    axes.set_ylabel(headline.name, fontsize=9)
+    axes.set_xlabel(picture_text(f"{cost.name} (lower is better)"), fontsize=9)
+    axes.set_ylabel(picture_text(headline.name, 40), fontsize=9)
     _tidy(axes)
 
 
@@ -105,11 +109,11 @@ def differences(comparison: Comparison) -> Figure | None:
         if difference.paired:
             axes.plot(difference.values, [place] * difference.seeds, "|", color=colour, alpha=0.6, markersize=9)
     axes.axvline(0, color="#888888", linewidth=1, linestyle="--", zorder=0)
-    axes.set_yticks(range(len(shown)), list(shown))
+    axes.set_yticks(range(len(shown)), [picture_text(name, 30) for name in shown])
     axes.set_ylim(len(shown) - 0.5, -0.5)
     way = {"min": " (left is better)", "max": " (right is better)"}.get(headline.better or "", "")
-    axes.set_title(headline.name, fontsize=10)
-    axes.set_xlabel(f"difference to {comparison.baseline}{way}", fontsize=9)
+    axes.set_title(picture_text(headline.name), fontsize=10)
+    axes.set_xlabel(picture_text(f"difference to {comparison.baseline}{way}"), fontsize=9)
     _tidy(axes)
     return figure
 
@@ -121,6 +125,27 @@ def _tidy(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+@contextmanager
+def any_glyph() -> Iterator[None]:
+    """Characters that no font of this machine has are boxes; that is no news to whoever named something so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        warnings.filterwarnings("ignore", "constrained_layout not applied", UserWarning)  # long words, small panels
+        yield
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a file.
+
+    Args:
+        figure: The figure.
+    """
+    content = io.BytesIO()
+    with any_glyph():
+        figure.savefig(content, format="png", dpi=150)
+    return content.getvalue()
+
+
 def svg(figure: Figure, label: str) -> str:
     """A figure as an inline SVG element with the colours of the page: ``currentColor``, and ``--c0`` to ``--c5``.
 
@@ -129,7 +154,7 @@ def svg(figure: Figure, label: str) -> str:
         label: What a screen reader says.
     """
     text = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}), any_glyph():
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     source = text.getvalue()
     source = re.sub(r"<metadata>.*?</metadata>", "", source[source.index("<svg") :], flags=re.DOTALL)

@@ -25,6 +25,7 @@ class Verdict:
         text: The sentence.
         p_corrected: Of the difference, Holm-corrected for ``comparisons``; ``None`` if it was not tested.
         comparisons: How many differences were tested, so one a variant that has enough seeds.
+        cost: What it does to size, latency, memory and time, and at what price; empty if none of these is logged.
     """
 
     variant: str
@@ -32,6 +33,7 @@ class Verdict:
     text: str
     p_corrected: float | None
     comparisons: int
+    cost: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -59,6 +61,49 @@ def verdicts(quantity: Quantity, baseline: str, differences: Mapping[str, Differ
         else:
             found.append(_judge(name, quantity, baseline, tested[name], corrected[name], len(tested)))
     return found
+
+
+# What is logged, the nearest to what a user pays first → how it is called.
+_COSTS = {
+    ("exported: size", "exported: parameters", "parameters"): "the size",
+    ("exported: latency",): "the latency",
+    ("peak memory",): "the peak memory",
+    ("ms per step",): "the time a step",
+}
+_PRICES = {
+    "better": "and better {}", "worse": "and worse {}", "none": "at no measurable loss of {}",
+    "higher": "and higher {}", "lower": "and lower {}", "open": "and too few runs to tell what {} loses",
+}  # fmt: skip
+
+
+def cost_of(differences: Mapping[str, Difference | None], call: str, headline: Quantity) -> str:
+    """What a variant costs, in one sentence beside its verdict.
+
+    Args:
+        differences: Quantity of time or size → its ratio to the baseline.
+        call: Of the verdict.
+        headline: What the verdict is about.
+    """
+    said, noisy = [], []
+    for starts, name in _COSTS.items():
+        matching = (d for start in starts for n, d in differences.items() if n.startswith(start) and d is not None)
+        difference = next(matching, None)
+        if difference is None or not math.isfinite(difference.mean):
+            continue
+        ends = difference.interval
+        if difference.vague:
+            noisy.append(name)
+        elif ends is not None and not difference.constant and ends[0] <= 1 <= ends[1]:
+            continue  # no measurable difference
+        elif abs(difference.mean - 1) >= 0.005:
+            alone = " (1 run)" if ends is None and "size" not in name else ""
+            said.append(f"{_two_digits(difference.mean)} × {name}{alone}")
+    text = f"{', '.join(said)} {_PRICES[call].format(headline.metric or headline.name)}." if said else ""
+    return " ".join(filter(None, (text, f"Too noisy to tell: {', '.join(noisy)}." if noisy else "")))
+
+
+def _two_digits(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.3g}"
 
 
 def _p(difference: Difference) -> float:

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_efficient.common.comparing import Difference, difference
+from lightning_efficient.common.escaping import rich_text
 from lightning_efficient.common.match import canonical_name
 from lightning_efficient.common.names import EXPORTED
 from lightning_efficient.common.running import Call, Inputs, as_call, device_of, evaluating
@@ -89,7 +90,7 @@ class ExportReport:
         table = Table(title=title, caption=str(self.difference))
         table.add_column("quantity")
         for heading in (before, after, f"{after} ÷ {before}"):
-            table.add_column(heading, justify="right")
+            table.add_column(rich_text(heading), justify="right")
         for row in self.rows:
             values = [_shown(value, row.unit) for value in (row.before, row.after)]
             table.add_row(row.quantity, *values, "–" if row.ratio is None else f"{row.ratio:.3f}")
@@ -255,7 +256,7 @@ class SlimReport:
         table = Table(title=f"{len(narrower)} of {len(self.widths)} layers are narrower")
         table.add_column("layer")
         for heading in ("before", "after", "kept"):
-            table.add_column(heading, justify="right")
+            table.add_column(rich_text(heading), justify="right")
         for name, (before, after) in narrower.items():
             table.add_row(name, str(before), str(after), f"{after / before:.0%}")
         return Group(self.measured.table("dense", "slim"), table)

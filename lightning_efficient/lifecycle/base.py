@@ -349,14 +349,17 @@ def peers(trainer: Trainer) -> list[EfficientCallback]:
 def log_hparams(trainer: Trainer, pl_module: LightningModule, callbacks: list[EfficientCallback]) -> None:
     """Log the user's hyper-parameters together with ours, in place of Lightning's record of the user's alone.
 
-    TensorBoard keeps the first record of a run only. Every run gets the same keys: one switch and one text a method,
-    and ``seed`` where ``seed_everything`` has set one. TensorBoard also gets the charts of the enabled methods.
+    TensorBoard keeps the first record of a run only. Every run gets a switch for each method, and a column for each
+    argument of those that are on, after the user's own; and ``seed`` where ``seed_everything`` has set one. TensorBoard
+    also gets the charts of the enabled methods.
     """
     ours: dict[str, Any] = {}
     for method in METHODS.with_callback:
         active = [cb for cb in callbacks if cb.method == method and cb.enabled]
         ours[f"{HPARAM_PREFIX}{method}"] = bool(active)
-        ours[f"{HPARAM_PREFIX}{method}_config"] = "; ".join(_summary(cb) for cb in active)
+        for name in active[0].config() if active else ():
+            if name != "enabled":
+                ours[f"{HPARAM_PREFIX}{method}/{name}"] = _column([cb.config()[name] for cb in active])
     users: dict[str, Any] = {}
     for source in (pl_module, getattr(trainer, "datamodule", None)):
         # `save_hyperparameters(logger=False)` keeps them out of the logs; Lightning has no public name for that.
@@ -368,13 +371,16 @@ def log_hparams(trainer: Trainer, pl_module: LightningModule, callbacks: list[Ef
     active_methods = [cb.method for cb in callbacks if cb.enabled]
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-            write_hparams(logger, {**ours, **users})
+            write_hparams(logger, {**users, **ours})
             write_layout(logger, active_methods)
         else:
-            logger.log_hyperparams({**ours, **users})
+            logger.log_hyperparams({**users, **ours})
         logger.log_graph(pl_module)
         logger.save()
 
 
-def _summary(callback: EfficientCallback) -> str:
-    return ", ".join(f"{k}={v}" for k, v in callback.config().items() if k != "enabled" and v is not None)
+def _column(values: list[Any]) -> bool | int | float | str:
+    """One value, which can be sorted and filtered by; texts of several instances side by side."""
+    if len(values) == 1 and isinstance(values[0], bool | int | float | str):
+        return values[0]
+    return "; ".join("" if value is None else str(value) for value in values)

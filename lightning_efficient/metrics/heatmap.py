@@ -10,6 +10,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from lightning_efficient.common.escaping import printable
+
 # Ten evenly spaced colours of matplotlib's viridis: even in lightness, and readable by the colour-blind.
 _COLOURS = torch.tensor(
     [
@@ -59,7 +61,9 @@ def heatmap(
     """
     if not values or len(values) != len(labels):
         raise ValueError(f"got {len(values)} rows and {len(labels)} labels; expected as many, at least one.")
-    shared, names = _shorten(labels)
+    shared, names = _shorten([printable(label) for label in labels])
+    shared, names = printable(shared, 90), [printable(name, 40) for name in names]
+    title, unit, legend = (printable(text, 120) for text in (title, unit, legend))
     grid = _Grid.fit(names, max(1, *(len(row) for row in values)))
     subtitle = f"{axes[0]}s: {shared}" if shared else ""
     wide = max(int(grid.font.getlength(text)) for text in (title, legend, subtitle)) + 2 * _PAD

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lightning_efficient.common.escaping import picture_text
 from lightning_efficient.metrics.functional.lengths import EDGES, bin_labels
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def plot_by_length(
         plain = name == 1.0
         axes.plot(
             [float(value) for value in values],
-            label=name if isinstance(name, str) else f"τ = {name:g}" + " (unchanged)" * plain,
+            label=picture_text(name) if isinstance(name, str) else f"τ = {name:g}" + " (unchanged)" * plain,
             color="black" if plain else colormaps["viridis"](0.85 * i / max(1, len(curves) - 1)),
             marker=_MARKERS[i % len(_MARKERS)],
             linewidth=2.2 if plain else 1.4,
@@ -64,8 +65,8 @@ def plot_by_length(
         )
     axes.set_xticks(range(len(labels)), labels)
     axes.set_xlabel("tokens" if counts is None else "tokens (number of texts)")
-    axes.set_ylabel(ylabel)
-    axes.set_title(title, fontsize=10)
+    axes.set_ylabel(picture_text(ylabel))
+    axes.set_title(picture_text(title), fontsize=10)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, ncols=2 if len(curves) > 5 else 1)

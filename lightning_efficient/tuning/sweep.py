@@ -21,6 +21,7 @@ from lightning_efficient.attention.temperature import (
     install_targets,
     remove_temp_scale,
 )
+from lightning_efficient.common.escaping import picture_text, rich_text
 from lightning_efficient.common.running import evaluating
 from lightning_efficient.tuning.bootstrap import Array, Paired, compare_paired
 
@@ -136,10 +137,10 @@ class TemperatureSweep:
     def table(self) -> Table:
         """The curve as a rich table."""
         percent = f"{100 * self.confidence:g} %"
-        table = Table(title=f"{self.metric} by temperature, {self.scores.shape[1]} {self.unit}")
+        table = Table(title=rich_text(f"{self.metric} by temperature, {self.scores.shape[1]} {self.unit}"))
         table.caption = f"intervals: paired bootstrap over {self.unit}, {percent} for all rows at once"
         for heading in ("τ", self.metric, f"minus τ = 1, {percent}", ""):
-            table.add_column(heading, justify="right" if heading else "left")
+            table.add_column(rich_text(heading), justify="right" if heading else "left")
         for row in self.rows:
             known = row.tau != 1.0 and not math.isnan(row.low)
             gap = self._signed(row) if known else "" if row.tau == 1.0 else f"{row.difference:+.2g}"
@@ -160,7 +161,7 @@ class TemperatureSweep:
         axes.errorbar(taus, gaps, yerr=halves, marker="o", markersize=5, capsize=3, color="#0072B2")
         axes.set_xticks(taus, [f"{tau:g}" for tau in taus])
         axes.set_xlabel("temperature τ (1: the model as it is)")
-        axes.set_ylabel(f"{self.metric} minus its value at τ = 1, {self.plain.score:.4g}")
+        axes.set_ylabel(picture_text(f"{self.metric} minus its value at τ = 1, {self.plain.score:.4g}"))
         better = "higher" if self.maximize else "lower"
         title = f"τ = {self.tau:g} beats 1" if self.tau != 1.0 else "no evidence that any τ beats 1"
         axes.set_title(f"{title} ({self.scores.shape[1]} {self.unit}; {better} is better)", fontsize=10)

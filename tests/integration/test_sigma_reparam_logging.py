@@ -172,12 +172,15 @@ def test_hyper_parameters_are_one_record_with_the_users(tmp_path: Path) -> None:
         assert session["lr"] == file["lr"] == 0.004
         assert session["net"] == file["net"] == "encoder"
         assert session.keys() == file.keys()
-    assert records["on"][0].keys() == records["off"][0].keys()
+    more = records["on"][0].keys() - records["off"][0].keys()
+    assert more == {f"efficient/sigma_reparam/{name}" for name in SigmaReparam().config() if name != "enabled"}
+    assert records["off"][0].keys() <= records["on"][0].keys()
+    assert list(records["on"][1])[:1] == ["build"], "the user's come first"
     assert records["on"][0]["efficient/sigma_reparam"] == 1
     assert records["off"][0]["efficient/sigma_reparam"] == 0
     assert (records["on"][1]["efficient/sigma_reparam"], records["off"][1]["efficient/sigma_reparam"]) == (True, False)
-    assert "qkv=split" in records["on"][0]["efficient/sigma_reparam_config"]
-    assert records["off"][0]["efficient/sigma_reparam_config"] == ""
+    assert records["on"][0]["efficient/sigma_reparam/qkv"] == "split"
+    assert records["on"][0]["efficient/sigma_reparam/learnable_gain"] == 1
     assert "qkv" not in Classifier("encoder").hparams
 
 
@@ -211,5 +214,5 @@ def test_two_of_them_are_one_record(tmp_path: Path) -> None:
     both = SigmaReparam(include=["net.encoder"]), SigmaReparam(include=["net.head"], init="one")
     trainer(tmp_path, *both, logger=TensorBoardLogger(tmp_path)).fit(Classifier("encoder"), loader())
     session, _ = hparams(tmp_path)
-    assert "include=['net.encoder']" in session["efficient/sigma_reparam_config"]
-    assert "include=['net.head'], init=one" in session["efficient/sigma_reparam_config"]
+    assert session["efficient/sigma_reparam/include"] == "['net.encoder']; ['net.head']"
+    assert session["efficient/sigma_reparam/init"] == "preserve; one"

@@ -133,7 +133,7 @@ def test_columns_and_charts(clipped: Any, tmp_path: Path) -> None:
     trainer(tmp_path, clipped.Clipped(bound=0.5), logger=[logger, board]).fit(Classifier("cnn"), loader(), loader(1))
     saved = yaml.safe_load((Path(logger.log_dir) / "hparams.yaml").read_text("utf-8"))
     assert saved["efficient/clipped"] is True
-    assert saved["efficient/clipped_config"] == "bound=0.5, shrink=0.95"
+    assert (saved["efficient/clipped/bound"], saved["efficient/clipped/shrink"]) == (0.5, 0.95)
     header = (Path(logger.log_dir) / "metrics.csv").read_text("utf-8").splitlines()[0]
     assert "efficient/clipped/bound" in header.split(",")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -434,7 +434,7 @@ def test_logs_without_scalars(tmp_path: Path) -> None:
 
 def test_foreign_csv(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match=r"metrics\.csv: a row without `step`"):
+    with pytest.raises(ValueError, match=r"metrics\.csv': a row without `step`"):
         compare(tmp_path)
 
 

@@ -198,9 +198,15 @@ def test_every_number_in_the_verdicts(page: Page, truth: dict[str, dict[str, lis
     values = truth["val_acc, final"]
     p = [stats.ttest_rel(values[v], values["baseline"]).pvalue for v in others]
     assert (min(p) * 2 < 0.05, max(p) < 0.05) == (True, False)  # Holm, two comparisons
-    assert [t.split(" with")[0] for t in page.verdicts] == ["Better than baseline", "No evidence of a difference"]
-    for verdict, variant in zip(page.verdicts, others, strict=True):
+    said, costs = page.verdicts[::2], page.verdicts[1::2]
+    assert [t.split(" with")[0] for t in said] == ["Better than baseline", "No evidence of a difference"]
+    for verdict, variant in zip(said, others, strict=True):
         same(verdict, [4, *difference("val_acc, final", values["baseline"], values[variant])])
+    for cost, variant in zip(costs, others, strict=True):
+        for shown, name in re.findall(r"([\d.]+) × the (latency|size|time a step)", cost):
+            quantity = next(q for q in truth if {"time a step": "ms per step"}.get(name, name) in q)
+            ratio = difference(quantity, truth[quantity]["baseline"], truth[quantity][variant])[0]
+            assert float(shown) == pytest.approx(ratio, abs=5e-3)
     facts = [fact.rpartition(": ") for fact in page.facts]
     assert len(facts) == 6
     for (quantity, _, shown), variant in zip(facts, [v for v in others for _ in range(3)], strict=True):

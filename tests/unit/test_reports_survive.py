@@ -1,0 +1,350 @@
+"""Reports survive their users: any name and number in every table, picture and page, any file among the logs."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import math
+import os
+import re
+import warnings
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from lightning_efficient.ablation.view import RunRow, errors
+from lightning_efficient.ablation.view import table as runs_table
+from lightning_efficient.cli import main
+from lightning_efficient.common.escaping import picture_text, printable, printable_lines, rich_text, write_whole
+from lightning_efficient.comparison import compare
+from lightning_efficient.comparison.comparison import Comparison
+from lightning_efficient.comparison.html import to_html
+from lightning_efficient.comparison.logs import Run, Series, read_runs
+from lightning_efficient.comparison.pictures import png
+from lightning_efficient.metrics.heatmap import heatmap
+
+NAMES: dict[str, str] = {
+    "brackets": "val_rate [/s]", "closing tag": "[/]", "style": "[bold red]val[/bold red]", "link": "[link=x]a[/link]",
+    "dollar": "val_$cost", "dollars": "val $x_1^{$ loss", "odd dollars": "$$$", "math": r"$\frac{$",
+    "percent": "val_%d 100%",
+    "underscore": "_hidden loss", "caret": "a^b_c~d", "backslash": "val\\", "backslash dollar": "a\\$b",
+    "quote": "'\"`<>&",
+    "script": "</script><script>alert(1)</script>", "html": "<b>val</b>&amp;",
+    "escape code": "\x1b[31mval\x1b[0m\x1b]0;t\x07",
+    "carriage return": "val\rgone", "newlines": "val\nloss\n\n", "tab": "val\tloss", "nul": "val\x00loss",
+    "right to left": "val\u202egnp.exe", "zero width": "v\u200bal", "surrogate": "val\udcff", "emoji": "val 🦙 loss",
+    "cjk": "验证损失", "combining": "a" + "\u0301" * 50, "long": "val_" + "x" * 5000, "spaces": "   ",
+    "percent s": "%s%n{0}{}",
+    "colon": "val:min", "slashes": "a//b///c",
+}  # fmt: skip
+VALUES: dict[str, list[float]] = {
+    "usual": [1.0, 0.5, 0.25], "nan": [1.0, math.nan, math.nan], "inf": [math.inf, -math.inf, 1.0],
+    "all nan": [math.nan] * 3,
+    "huge": [1e308, -1e308, 1e300], "tiny": [5e-324, 1e-300, 1e-310], "negative": [-1.0, -2.0, -3.0], "zero": [0.0] * 3,
+    "one": [7.0],
+}  # fmt: skip
+ACTS = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b\u202a-\u202e\ud800-\udfff]")
+
+
+def comparison(name: str, values: list[float], variant: str = "variant") -> Comparison:
+    def run(called: str, seed: int) -> Run:
+        shifted = [v + 0.01 * seed * (called != "baseline") for v in values]
+        cost = {"efficient/export/latency_ms_batch_1": Series([3], [1.0 + seed])}
+        series = {printable(name): Series(list(range(len(shifted))), shifted), **cost}
+        return Run(Path("x", called, f"seed_{seed}"), printable(called), f"seed_{seed}", series)
+
+    runs = [run(called, seed) for called in ("baseline", variant) for seed in range(3)]
+    return Comparison(runs, [printable(name)], "baseline", {printable(name): "min"})
+
+
+def said(found: Any) -> str:
+    console = Console(file=io.StringIO(), width=120, force_terminal=False)
+    console.print(found)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+class Page(HTMLParser):
+    """Counts elements: a name must not add one."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_any_name_goes_through_table_picture_and_page(case: str) -> None:
+    found = comparison(NAMES[case], VALUES["usual"], NAMES[case])
+    text = said(found.table())
+    assert not ACTS.search(text)
+    assert "[/s]" not in NAMES[case] or "[/s]" in text, "shown as it is"
+    assert png(found.figure()).startswith(b"\x89PNG")
+    page, plain = to_html(found), to_html(comparison("val_loss", VALUES["usual"]))
+    assert "could not be drawn" not in page
+    assert not ACTS.search(page.replace("\t", ""))
+    assert Page(page).tags.count("script") == Page(plain).tags.count("script")
+    assert json.loads(json.dumps(found.to_dict()))["metrics"] == [printable(NAMES[case])]
+
+
+@pytest.mark.parametrize("case", VALUES)
+def test_any_numbers_go_through_table_picture_and_page(case: str) -> None:
+    found = comparison("val_loss", VALUES[case])
+    assert "val_loss" in said(found.table())
+    assert png(found.figure()).startswith(b"\x89PNG")
+    page = to_html(found)
+    assert "could not be drawn" not in page
+    json.loads(json.dumps(found.to_dict(), allow_nan=False))
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_any_name_goes_through_the_table_of_runs_and_heatmaps(case: str) -> None:
+    name = NAMES[case]
+    row = RunRow(name, 0, "folder", "failed", f"ValueError: {name}", 1, 2.0, 0, 1, 1, 2, None, {name: 0.5})
+    assert not ACTS.search(said(runs_table([row], name)))
+    assert not ACTS.search(printable_lines("\n".join(errors([row]))).replace("\n", ""))
+    image = heatmap([[0.5, math.nan], [math.inf, 1.0]], [name, f"{name}.x"], title=name, unit="nats", low=0.0, high=1.0)
+    assert image.dtype == torch.uint8
+    assert image.shape[1] < 4000
+    assert image.shape[2] < 4000
+
+
+def test_escapes() -> None:
+    assert printable("a\x1b[31m\nb\u202e\udcff") == "a\\x1b[31m\\nb\\u202e\\udcff"
+    assert printable("naïve 验证 🦙 ñ") == "naïve 验证 🦙 ñ"
+    assert printable_lines("a\nb\r") == "a\nb\\r"
+    assert len(printable("x" * 10_000)) <= 200
+    assert rich_text("[bold]x").plain == "[bold]x"
+    assert picture_text("_a $b$") == r" _a \$b\$"
+
+
+# -- verdicts --------------------------------------------------------------------------------------------------------
+
+
+def costs(ratio: float, spread: float, metric: float) -> Comparison:
+    def run(called: str, seed: int) -> Run:
+        other = called != "baseline"
+        series = {
+            "val_acc": Series([1], [0.9 + 0.01 * seed + metric * other]),
+            "efficient/export/size_mib": Series([1], [10.0 * (ratio if other else 1.0)]),
+            "efficient/export/latency_ms_batch_1": Series([1], [5.0 * (1.0 + spread * seed * other)]),
+        }
+        return Run(Path("x", called, f"seed_{seed}"), called, f"seed_{seed}", series)
+
+    runs = [run(called, seed) for called in ("baseline", "small") for seed in range(4)]
+    return Comparison(runs, ["val_acc"], "baseline", {"val_acc": "max"})
+
+
+def test_a_smaller_model_at_no_measurable_loss_is_said_to_be_one() -> None:
+    found = costs(0.68, 0.0, 0.0)
+    found = Comparison(
+        [r if r.variant == "baseline" else Run(r.path, r.variant, r.replica, {**r.series, "val_acc": Series([1], [v])})
+         for r, v in zip(found.runs, [0, 0, 0, 0, 0.905, 0.9, 0.925, 0.925], strict=True)],
+        found.metrics, "baseline", found.better,
+    )  # fmt: skip
+    (verdict,) = found.verdicts()
+    assert verdict.call == "none"
+    assert verdict.cost == "0.68 × the size at no measurable loss of val_acc."
+    assert verdict.cost in to_html(found)
+
+
+def test_a_smaller_model_that_loses_is_said_to_lose() -> None:
+    (verdict,) = costs(0.5, 0.0, -0.1).verdicts()
+    assert verdict.cost == "" or verdict.cost.startswith("0.50 × the size and")
+
+
+def test_a_latency_too_noisy_is_no_number() -> None:
+    found = costs(0.68, 3.0, 0.0)
+    (latency,) = [row for row in found.rows() if "latency" in row.quantity and row.variant == "small"]
+    assert latency.difference is not None
+    assert latency.difference.show() == "too noisy to tell"
+    text = said(found.table())
+    assert "too noisy for a mean" in text
+    assert "Too noisy to tell: the latency." in found.verdicts()[0].cost
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_csv(folder: Path, text: str = "step,val_loss\n1,0.5\n2,0.25\n") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.csv").write_text(text, encoding="utf-8")
+    return folder
+
+
+def write_events(folder: Path, rows: list[tuple[int, float, float]], name: str = "val_loss") -> Path:
+    """Step, value, wall time of each, in this order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = EventFileWriter(str(folder))
+    for step, value, moment in rows:
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value)])
+        writer.add_event(Event(wall_time=moment, step=step, summary=summary))
+    writer.close()
+    return folder
+
+
+def test_steps_count_and_not_the_clock(tmp_path: Path) -> None:
+    write_events(tmp_path / "a" / "seed_0", [(1, 1.0, 900.0), (2, 0.5, 100.0), (3, 0.25, 50.0), (2, 0.75, 10.0)])
+    (run,) = read_runs([tmp_path])
+    assert run.series["val_loss"].steps == [1, 2, 3]
+    assert run.series["val_loss"].values == [1.0, 0.75, 0.25], "what was written last for a step, whatever the time"
+    assert run.seconds_per_step is None or run.seconds_per_step > 0
+
+
+def fifo(file: Path) -> None:
+    os.mkfifo(file)
+
+
+BROKEN: dict[str, Any] = {
+    "rubbish": lambda f: f.write_bytes(os.urandom(3000)),
+    "no step": lambda f: f.write_text("epoch,val_loss\n1,2\n"),
+    "words": lambda f: f.write_text("step,val_loss\nthree,much\n"),
+    "nul bytes": lambda f: f.write_bytes(b"step,val_loss\n1,\x00\x00\n"),
+    "a huge field": lambda f: f.write_text("step,val_loss\n1," + "9" * 200_000 + "\n"),
+    "infinite step": lambda f: f.write_text("step,val_loss\ninf,1\n"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_log_alone_is_named(case: str, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    BROKEN[case](tmp_path / "a" / "metrics.csv")
+    with pytest.raises(ValueError, match=r"metrics\.csv|no scalars"):
+        compare(tmp_path)
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_log_among_others_is_left_out_with_a_warning(case: str, tmp_path: Path) -> None:
+    write_csv(tmp_path / "good" / "seed_0")
+    (tmp_path / "bad").mkdir()
+    BROKEN[case](tmp_path / "bad" / "metrics.csv")
+    with pytest.warns(UserWarning, match="left out"):
+        found = compare(tmp_path)
+    assert [run.variant for run in found.runs] == ["good/seed_0"] or len(found.runs) == 1
+
+
+SPECIAL: dict[str, Any] = {
+    "a pipe": fifo, "a folder": Path.mkdir, "a dead link": lambda f: f.symlink_to("nowhere"),
+    "a link in a circle": lambda f: f.symlink_to(f.name),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "events.out.tfevents.1.host", "hparams.yaml", "config.yaml"])
+@pytest.mark.parametrize("case", SPECIAL)
+def test_special_files_are_no_logs(case: str, name: str, tmp_path: Path) -> None:
+    write_csv(tmp_path / "good" / "seed_0")
+    folder = tmp_path / "good" / "seed_0" if name.endswith("yaml") else tmp_path / "odd"
+    folder.mkdir(exist_ok=True)
+    SPECIAL[case](folder / name)
+    assert len(compare(tmp_path).runs) == 1
+
+
+@pytest.mark.parametrize("content", [b"", os.urandom(500), b"\x00" * 64])
+def test_event_files_that_hold_nothing_readable(content: bytes, tmp_path: Path) -> None:
+    write_events(tmp_path / "good", [(1, 0.5, 1.0), (2, 0.25, 2.0)])
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "events.out.tfevents.1.host").write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = compare(tmp_path)
+    assert len(found.runs) == 1
+
+
+def test_a_cut_event_file_gives_what_it_has(tmp_path: Path) -> None:
+    folder = write_events(tmp_path / "a", [(step, 1.0 / step, float(step)) for step in range(1, 50)])
+    (file,) = folder.glob("events*")
+    file.write_bytes(file.read_bytes()[:-7])
+    (run,) = read_runs([tmp_path])
+    assert run.series["val_loss"].steps[:40] == list(range(1, 41))
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+
+def run_command(*args: object) -> int:
+    try:
+        main([str(arg) for arg in args])
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize("option", ["--json", "--png", "--html"])
+@pytest.mark.parametrize("case", ["a full disk", "below a file", "a folder"])
+def test_a_file_that_cannot_be_written_is_named_in_one_sentence(
+    option: str, case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_csv(tmp_path / "logs")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder" / "x").mkdir(parents=True)
+    target = {
+        "a full disk": Path("/dev/full"),
+        "below a file": tmp_path / "file" / "x",
+        "a folder": tmp_path / "folder",
+    }
+    if case == "a full disk" and not target[case].exists():
+        pytest.skip("no /dev/full")
+    assert run_command("compare", tmp_path / "logs", f"{option}={target[case]}") == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: cannot write")
+    assert str(target[case]) in shown
+    assert len(shown.strip().splitlines()) == 1
+
+
+def test_the_numbers_are_written_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    write_csv(tmp_path / "logs")
+
+    def fails(self: Comparison) -> Any:
+        raise RuntimeError("no [fonts]")
+
+    for name in ("table", "figure"):
+        monkeypatch.setattr(Comparison, name, fails)
+    out = {"--json": tmp_path / "n.json", "--png": tmp_path / "n.png", "--html": tmp_path / "n.html"}
+    assert run_command("compare", tmp_path / "logs", *(f"{key}={value}" for key, value in out.items())) == 0
+    shown = capsys.readouterr().out
+    assert "The table is left out: RuntimeError: no [fonts]" in shown
+    assert "The picture is left out: RuntimeError: no [fonts]" in shown
+    assert json.loads((tmp_path / "n.json").read_text())["metrics"] == ["val_loss"]
+    assert "<html" in (tmp_path / "n.html").read_text()
+    assert not (tmp_path / "n.png").exists()
+
+
+def test_a_picture_that_fails_leaves_the_page_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("lightning_efficient.comparison.html.single", fails)
+    page = to_html(comparison("val_loss", VALUES["usual"]))
+    assert "could not be drawn: RuntimeError: no fonts" in page or "could not be drawn: no fonts" in page
+    assert "seed_0" in page
+
+
+def test_writing_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a" / "b.txt"
+    write_whole(file, "one")
+    assert oct(file.stat().st_mode & 0o777) == oct(0o666 & ~_umask())
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match=r"cannot write .*b\.txt': No space left on device\."):
+        write_whole(file, "two")
+    assert file.read_text() == "one"
+    assert [child.name for child in file.parent.iterdir()] == ["b.txt"]
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
