@@ -350,16 +350,17 @@ def log_hparams(trainer: Trainer, pl_module: LightningModule, callbacks: list[Ef
     """Log the user's hyper-parameters together with ours, in place of Lightning's record of the user's alone.
 
     TensorBoard keeps the first record of a run only. Every run gets a switch for each method, and a column for each
-    argument of those that are on, after the user's own; and ``seed`` where ``seed_everything`` has set one. TensorBoard
-    also gets the charts of the enabled methods.
+    argument of those that are on that has a value, after the user's own; and ``seed`` where ``seed_everything`` has set
+    one. TensorBoard also gets the charts of the enabled methods.
     """
     ours: dict[str, Any] = {}
     for method in METHODS.with_callback:
         active = [cb for cb in callbacks if cb.method == method and cb.enabled]
         ours[f"{HPARAM_PREFIX}{method}"] = bool(active)
         for name in active[0].config() if active else ():
-            if name != "enabled":
-                ours[f"{HPARAM_PREFIX}{method}/{name}"] = _column([cb.config()[name] for cb in active])
+            values = [cb.config()[name] for cb in active]
+            if name != "enabled" and values != [None] * len(values):
+                ours[f"{HPARAM_PREFIX}{method}/{name}"] = _column(values)
     users: dict[str, Any] = {}
     for source in (pl_module, getattr(trainer, "datamodule", None)):
         # `save_hyperparameters(logger=False)` keeps them out of the logs; Lightning has no public name for that.

@@ -22,6 +22,7 @@ _COLOURS = torch.tensor(
 _NO_VALUE = (208, 208, 208)
 _FRAME = (255, 60, 60)
 _PAD = 12
+_LINE = 24
 _Box: TypeAlias = tuple[int, int, int, int]
 _Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -50,7 +51,7 @@ def heatmap(
         high: Value of the brightest colour; at least ``low``.
         frames: Cells to frame in red, shaped like ``values``.
         dots: Cells to put a dot into, shaped like ``values``.
-        legend: Last line of the image.
+        legend: Last lines of the image; three spaces end a line.
         axes: What a row is, and a column.
 
     Returns:
@@ -66,12 +67,14 @@ def heatmap(
     title, unit, legend = (printable(text, 120) for text in (title, unit, legend))
     grid = _Grid.fit(names, max(1, *(len(row) for row in values)))
     subtitle = f"{axes[0]}s: {shared}" if shared else ""
-    wide = max(int(grid.font.getlength(text)) for text in (title, legend, subtitle)) + 2 * _PAD
-    image = Image.new("RGB", (max(grid.right + 110, wide), grid.foot + 64), "white")
+    notes = [part.strip() for part in legend.split("   ") if part.strip()]
+    wide = max(int(grid.font.getlength(text)) for text in (title, subtitle, *notes)) + 2 * _PAD
+    image = Image.new("RGB", (max(grid.right + 110, wide), grid.foot + 72 + _LINE * len(notes)), "white")
     draw = ImageDraw.Draw(image)
     draw.text((_PAD, 8), title, "black", grid.font)
-    draw.text((_PAD, 27), subtitle, (90, 90, 90), grid.small)
-    draw.text((_PAD, image.height - 12), legend, "black", grid.small, anchor="ls")
+    draw.text((_PAD, 34), subtitle, (90, 90, 90), grid.small)
+    for line, note in enumerate(notes):
+        draw.text((_PAD, grid.foot + 66 + _LINE * (line + 0.5)), note, "black", grid.small, anchor="lm")
     _axes(draw, grid, names, axes)
     for i, row in enumerate(values):
         for j, value in enumerate(row):
@@ -101,9 +104,10 @@ class _Grid(NamedTuple):
 
     @classmethod
     def fit(cls, names: Sequence[str], columns: int) -> _Grid:
-        font, small = ImageFont.load_default(14), ImageFont.load_default(11)
-        width, height = max(10, min(44, 700 // columns)), max(12, min(26, 900 // len(names)))
-        left, top = max(int(font.getlength(text)) for text in [*names, "layer"]) + 2 * _PAD, 64
+        # TensorBoard shows a picture of 700 pixels at half its size.
+        font, small = ImageFont.load_default(20), ImageFont.load_default(18)
+        width, height = max(10, min(46, 700 // columns)), max(14, min(30, 900 // len(names)))
+        left, top = max(int(font.getlength(text)) for text in [*names, "layer"]) + 2 * _PAD, 86
         return cls(left, top, left + width * columns, top + height * len(names), width, height, font, small)
 
     @property
@@ -118,21 +122,21 @@ class _Grid(NamedTuple):
 
 def _axes(draw: ImageDraw.ImageDraw, grid: _Grid, names: Sequence[str], axes: tuple[str, str]) -> None:
     draw.text((grid.left - _PAD, grid.top - 4), axes[0], "black", grid.font, anchor="rd")
-    draw.text(((grid.left + grid.right) / 2, grid.bottom + 32), axes[1], "black", grid.font, anchor="mm")
+    draw.text(((grid.left + grid.right) / 2, grid.bottom + 42), axes[1], "black", grid.font, anchor="mm")
     for row, name in enumerate(names):
         y = grid.top + (row + 0.5) * grid.height
-        font = grid.font if grid.height > 16 else grid.small
+        font = grid.font if grid.height > 20 else ImageFont.load_default(max(10, grid.height - 3))
         draw.text((grid.left - _PAD, y), name, "black", font, anchor="rm")
-    for column in range(0, (grid.right - grid.left) // grid.width, math.ceil(22 / grid.width)):
+    for column in range(0, (grid.right - grid.left) // grid.width, math.ceil(28 / grid.width)):
         x = grid.left + (column + 0.5) * grid.width
-        draw.text((x, grid.bottom + 12), str(column), "black", grid.font, anchor="mm")
+        draw.text((x, grid.bottom + 16), str(column), "black", grid.font, anchor="mm")
 
 
 def _cell(draw: ImageDraw.ImageDraw, box: _Box, value: float, low: float, high: float, font: _Font) -> None:
     colour = _colour(value, low, high)
     draw.rectangle(box, colour)
     text = "n/a" if math.isnan(value) else f"{value:.2f}"
-    if font.getlength(text) + 6 < box[2] - box[0] and box[3] - box[1] >= 14:
+    if font.getlength(text) + 4 < box[2] - box[0] and box[3] - box[1] >= 20:
         middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
         draw.text(middle, text, _contrast(colour), font, anchor="mm")
 
