@@ -16,8 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scipy.special import stdtr, stdtrit  # type: ignore[import-untyped]
-
 LEVEL = 0.05
 
 
@@ -123,6 +121,8 @@ class Difference:
         centre, error, freedom = self._centre_and_error()
         if freedom <= 0 or not error or not math.isfinite(centre):
             return None
+        from scipy.special import stdtr  # type: ignore[import-untyped]
+
         return float(2 * stdtr(freedom, -abs(centre) / error))
 
     @property
@@ -232,6 +232,8 @@ def _decimals(half_width: float) -> int:
 
 
 def _quantile(freedom: float) -> float:
+    from scipy.special import stdtrit
+
     return float(stdtrit(freedom, 1 - LEVEL / 2))
 
 

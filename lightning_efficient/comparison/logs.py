@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from lightning_efficient.common.escaping import printable
 
@@ -171,11 +170,13 @@ _Point = tuple[int, float, float | None]
 
 def _read_events(folder: Path) -> dict[str, list[_Point]]:
     """As written: a clock that was set back changes nothing."""
+    from tensorboard.backend.event_processing import event_accumulator  # type: ignore[import-untyped]
+
     kinds = ("images", "audio", "histograms", "compressedHistograms", "tensors")
     guidance = {"scalars": 0, **dict.fromkeys(kinds, 1)}  # 0: all of them
     points: dict[str, list[_Point]] = {}
     for file in _files(folder, _EVENTS):
-        log = EventAccumulator(str(file), size_guidance=guidance)
+        log = event_accumulator.EventAccumulator(str(file), size_guidance=guidance)
         try:
             with file.open("rb"):
                 log.Reload()

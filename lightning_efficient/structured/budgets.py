@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from scipy.optimize import brentq  # type: ignore[import-untyped]
-
 MODES = ("min", "max")
 
 
@@ -110,6 +108,8 @@ def decay(share: float, first: float, count: int) -> float:
     high = 1.0
     while missing(high) < 0:
         high *= 2
+    from scipy.optimize import brentq  # type: ignore[import-untyped]
+
     return float(brentq(missing, 0.0, high, xtol=1e-15, rtol=1e-14))
 
 
