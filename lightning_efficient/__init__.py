@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     )
     from lightning_efficient.comparison import compare, read_runs
     from lightning_efficient.deploy.export import export
+    from lightning_efficient.deploy.folder import save_pretrained
     from lightning_efficient.deploy.formats import save_exported
     from lightning_efficient.deploy.measure import log_exported, slim_report
     from lightning_efficient.deploy.semi_structured import to_semi_structured
@@ -111,6 +112,7 @@ _HOMES = {
     "replace_modules": "surgery.replace",
     "sap_fits": "callbacks.sap_pruning",
     "save_exported": "deploy.formats",
+    "save_pretrained": "deploy.folder",
     "select_modules": "common.match",
     "slim_report": "deploy.measure",
     "to_semi_structured": "deploy.semi_structured",
@@ -165,6 +167,7 @@ __all__ = [
     "replace_modules",
     "sap_fits",
     "save_exported",
+    "save_pretrained",
     "select_modules",
     "slim_report",
     "to_semi_structured",

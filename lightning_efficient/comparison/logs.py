@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-
 from lightning_efficient.common.escaping import printable
 
 _LARGEST = 1e100

@@ -1,0 +1,84 @@
+"""Folders of exported models: read by the libraries' own loaders, with a card; refused where these cannot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from lightning_efficient import attach, export, save_pretrained
+from lightning_efficient.common.comparing import ExportError
+
+TOKENS = {"input_ids": torch.arange(3, 17).view(2, 7)}
+IMAGES = torch.randn(2, 3, 32, 32)
+MASKS: dict[str, dict[str, Any]] = {"magnitude_pruning": {"amount": 0.5, "schedule": "constant"}}
+
+
+def vit() -> nn.Module:
+    torch.manual_seed(0)
+    net: nn.Module = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=1, num_heads=2, num_classes=4
+    )
+    return net
+
+
+def bert() -> nn.Module:
+    import transformers as hf
+
+    torch.manual_seed(0)
+    return hf.BertForMaskedLM(
+        hf.BertConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    )
+
+
+def masked(net: nn.Module) -> nn.Module:
+    driver = attach(net, torch.optim.SGD(net.parameters(), 0.1), MASKS, total_steps=1)
+    driver.step()
+    return driver.finish()
+
+
+@pytest.mark.parametrize(("make", "inputs"), [(vit, IMAGES), (bert, TOKENS)], ids=["timm", "transformers"])
+def test_round_trip(make: Any, inputs: Any, tmp_path: Path) -> None:
+    plain = export(masked(make()), inputs)
+    folder = tmp_path / "new" / "model"
+    assert save_pretrained(plain, folder, inputs, methods=MASKS, before=make()).absolute == 0
+    if make is vit:
+        again = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    else:
+        again = type(plain).from_pretrained(folder)  # type: ignore[attr-defined]
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), again.parameters(), strict=True))
+    card = (folder / "README.md").read_text("utf-8")
+    assert '"amount": 0.5' in card
+    assert "| before |" in card
+    assert "max abs difference 0" in card
+    assert (folder / "model.safetensors").is_file()
+    assert (folder / "config.json").is_file()
+
+
+def test_a_changed_form_is_refused(tmp_path: Path) -> None:
+    """Folded norms: the architecture's name builds another network."""
+    net = vit()
+    driver = attach(
+        net, torch.optim.SGD(net.parameters(), 0.01), {"norm_swap": {"hold": 1, "transition": 1}}, total_steps=2,
+        example=IMAGES,
+    )  # fmt: skip
+    net.train()
+    for _ in range(2):
+        net(IMAGES).square().mean().backward()
+        driver.before_step()
+        driver.step()
+    plain = export(driver.finish([IMAGES]), IMAGES)
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ExportError, match="timm cannot build VisionTransformer as it is now"):
+        save_pretrained(plain, tmp_path / "model", IMAGES)
+    assert not list((tmp_path / "model").iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_other_models(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"Linear is a model of neither.*\.pt2"):
+        save_pretrained(nn.Linear(2, 2), tmp_path / "model", torch.randn(1, 2))
