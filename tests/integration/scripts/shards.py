@@ -128,7 +128,7 @@ def masks(name: str, how: How = "fsdp", tp: int = 1) -> None:
     calls = Calls()
     t = fit(Module(how), *PRUNING[name](), calls, tp=tp)
     compare(state(t), name)
-    if name == "masks":
+    if name == "masks" and how == "fsdp":
         assert calls.a_step == [0, 0, 8, 8, 8, 0], calls.a_step  # float64: six digits
 
 
