@@ -94,4 +94,5 @@ def test_the_card_says_what_the_code_does() -> None:
     here = {
         name: ["yes", "yes" if callback_class(name).sharded else "refused", "refused"] for name in METHODS.with_callback
     }
-    assert found == here
+    assert found.items() <= here.items()
+    assert {name for name, yes in works.items() if yes} <= found.keys(), "what is not in the table is refused, it says"
