@@ -19,6 +19,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 STYLES = [("#000000", "-"), ("#D55E00", "--"), ("#0072B2", "-"), ("#009E73", "-."), ("#CC79A7", ":"), ("#56B4E9", "--")]
 # A plain run below this validation accuracy does not train; the language model, which always does, has no such line.
 TRAINS = 0.5
+STEPS = 2000
 
 
 def name_of(setting: Row) -> str:
@@ -27,7 +28,7 @@ def name_of(setting: Row) -> str:
     words += (
         ["warm-up"] * setting["warmup"] + ["no decay"] * (setting["decay"] == 0) + ["no norms"] * (not setting["norms"])
     )
-    return ", ".join(words)
+    return ", ".join(words + [f"{setting['steps']:,} steps"] * (setting["steps"] != STEPS))
 
 
 def group(rows: Sequence[Row]) -> dict[Cell, dict[int, Row]]:
@@ -61,7 +62,7 @@ def table(rows: Sequence[Row]) -> str:
             line[key] = f"{statistics.fmean(values(runs, key)):.3f}"
             differences = [] if arm == "plain" else paired(cells, (setting, arm), key)
             line[f"d_{key}"] = plus_minus(interval(differences), sign=True) if differences else ""
-        ranges = [row["gains"] for row in runs.values() if row["gains"]]
+        ranges = [row["gains"] for row in runs.values() if None not in row["gains"]]
         line["gains"] = f"{min(g[0] for g in ranges):.3g} to {max(g[1] for g in ranges):.3g}" if ranges else ""
         lines.append(line)
     columns = {"setting": "setting", "arm": "arm", "seeds": "seeds"}
@@ -130,7 +131,8 @@ def picture(rows: Sequence[Row], path: Path) -> None:
     figure, axes = plt.subplots(
         lines, columns, figsize=(4.6 * columns, 3.1 * lines), squeeze=False, layout="constrained"
     )
-    arms = [a for a in dict.fromkeys(a for _, a in cells) if "," not in a][: len(STYLES)]
+    seen = [arm for _, arm in cells if "," not in arm]
+    arms = sorted(dict.fromkeys(seen), key=lambda arm: (arm != "plain", -seen.count(arm)))[: len(STYLES)]
     for axis, setting in zip(axes.flat, chosen, strict=False):
         column = 1 if "LM" in setting else 2
         for arm, (colour, dashes) in zip(arms, STYLES, strict=False):
@@ -153,11 +155,11 @@ def picture(rows: Sequence[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def opening(rows: Sequence[Row], steps: int) -> str:
+def opening(rows: Sequence[Row]) -> str:
     """What was trained."""
     seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
     return (
-        f"{steps} steps, cosine decay to 0, warm-up over the first 10% or none; seeds {seeds}, the last ones only "
+        f"{STEPS:,} steps, cosine decay to 0, warm-up over the first 10% or none; seeds {seeds}, the last ones only "
         "where the column says so. Every arm of a seed has the first weights and the batches of the plain run that it "
         'is paired with. *linear ×10*: `SigmaReparam(gain="linear", gain_lr=10)`; *linear ×1* is the method as '
         "published. ViT: the tour's form (pre-norm, 2 blocks, mean over patches) at width 32, batches of 16, on 1,097 "
@@ -175,15 +177,15 @@ CLOSING = (
 )
 
 
-def write(rows: Sequence[Row], steps: int) -> str:
+def write(rows: Sequence[Row]) -> str:
     """Write ``sigma_gain.json`` and ``.md`` beside the other results, and the picture into ``docs``."""
-    save("sigma_gain", list(rows), steps=steps)
+    save("sigma_gain", list(rows))
     picture(rows, DOCS / "sigma_gain.png")
     text = "\n".join(
         [
             "# The gain of sigmaReparam: how fast may it move?",
             "",
-            opening(rows, steps),
+            opening(rows),
             "",
             "![validation curves](../../docs/sigma_gain.png)",
             "",

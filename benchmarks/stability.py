@@ -48,7 +48,7 @@ def build_arm(
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
     if arm.startswith("sigmaReparam"):
-        config = SigmaReparamConfig(learnable_gain="frozen" not in arm)
+        config = SigmaReparamConfig(learnable_gain="frozen" not in arm, gain="linear", gain_lr=1)
         apply_sigma_reparam(model, optimizer, config, schedulers=[schedule])
     return model, optimizer, schedule
 

@@ -51,9 +51,10 @@ class SigmaReparam(WeightSpaceCallback):
         monitor_only: Log the spectral norms, change nothing.
         embeddings: Include ``nn.Embedding`` tables.
         learnable_gain: Train ``γ``. ``False`` is plain spectral normalization, the paper's control arm.
-        gain: ``"linear"`` trains ``γ``, as published. ``"log"`` trains ``log γ``: a step is relative to the gain, and
-            none leads through zero.
+        gain: ``"log"`` trains ``log γ``: a step is relative to the gain, and none leads through zero. ``"linear"``
+            trains ``γ``, as published, and starves small models at small rates (``benchmarks/results/sigma_gain.md``).
         gain_lr: Factor on the learning rate of each gain, which else is that of its weight, group and schedule.
+            Published: 1.
         remove_norms: Replace every normalization layer outside ``exclude`` by the identity: the paper's from-scratch
             recipe for ViTs. Such checkpoints load with :func:`lightning_efficient.load_from_checkpoint`.
     """
@@ -75,8 +76,8 @@ class SigmaReparam(WeightSpaceCallback):
         embeddings: bool = False,
         learnable_gain: bool = True,
         remove_norms: bool = False,
-        gain: Literal["linear", "log"] = "linear",
-        gain_lr: float = 1.0,
+        gain: Literal["linear", "log"] = "log",
+        gain_lr: float = 10.0,
     ) -> None:
         super().__init__(enabled, include, exclude)
         self.remove_norms = remove_norms

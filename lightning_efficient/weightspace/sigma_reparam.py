@@ -58,9 +58,9 @@ class SigmaReparamConfig:
         monitor_only: Track the spectral norms, change nothing.
         embeddings: Include ``nn.Embedding`` tables (the paper leaves them alone).
         learnable_gain: Train ``γ``; False is plain spectral normalization, the paper's control arm.
-        gain: ``"linear"`` trains ``γ``, as published; ``"log"`` trains ``log γ``: a step is relative, and none leads
-            through zero.
-        gain_lr: Factor on the learning rate of each gain, which else is that of its weight.
+        gain: ``"log"`` trains ``log γ``: a step is relative, and none leads through zero. ``"linear"`` trains ``γ``, as
+            published.
+        gain_lr: Factor on the learning rate of each gain, which else is that of its weight; published: 1.
     """
 
     init: Literal["preserve", "one"] = "preserve"
@@ -68,8 +68,8 @@ class SigmaReparamConfig:
     monitor_only: bool = False
     embeddings: bool = False
     learnable_gain: bool = True
-    gain: Literal["linear", "log"] = "linear"
-    gain_lr: float = 1.0
+    gain: Literal["linear", "log"] = "log"
+    gain_lr: float = 10.0
 
     def __post_init__(self) -> None:
         words = (("init", ("preserve", "one")), ("qkv", ("fused", "split")), ("gain", ("linear", "log")))

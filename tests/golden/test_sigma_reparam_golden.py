@@ -123,7 +123,7 @@ def test_boundary_equals_autograd(optimizer, accumulate, clip, qkv, init):
         ]
     )
     ours_optimizer = OPTIMIZERS[optimizer](ours.parameters())
-    config = SigmaReparamConfig(init=init, qkv=qkv)
+    config = SigmaReparamConfig(init=init, qkv=qkv, gain="linear", gain_lr=1)
     _, boundary = apply_sigma_reparam(ours, ours_optimizer, config)
     ours_optimizer.boundary = boundary
 
@@ -160,7 +160,7 @@ def test_two_optimizers_step_independently():
     ours_optimizers = [OPTIMIZERS["adamw"](a), OPTIMIZERS["sgd"](b)]
     boundary = Boundary()
     for name, (param, blocks) in targets.matched.items():
-        boundary.add(name, param, make_transform(SigmaReparamConfig(), blocks))
+        boundary.add(name, param, make_transform(SigmaReparamConfig(gain="linear", gain_lr=1), blocks))
     for o in ours_optimizers:
         add_parameters(o, boundary.thetas(o), [])
     boundary.start()

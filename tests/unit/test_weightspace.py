@@ -198,7 +198,9 @@ def test_every_kind_of_weight_against_autograd(layer: str, init: str) -> None:
     weight = model.get_parameter(name)
     home, strides = weight.data_ptr(), weight.stride()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
-    _, boundary = apply_sigma_reparam(model, optimizer, SigmaReparamConfig(init=init, qkv="split"))
+    _, boundary = apply_sigma_reparam(
+        model, optimizer, SigmaReparamConfig(init=init, qkv="split", gain="linear", gain_lr=1)
+    )
     assert [(b.start, b.length, b.dim) for b in boundary.sites[name].chain[0].blocks] == cuts
     losses = []
     for _ in range(6):
