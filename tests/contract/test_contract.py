@@ -44,7 +44,7 @@ def data(batches: int, size: int, dtype: torch.dtype) -> Any:
 METHODS: dict[str, Callable[[], Any]] = {
     "sigma_reparam": SigmaReparam,
     "sigma_reparam_split": partial(SigmaReparam, qkv="split", init="one"),
-    "sigma_reparam_log": partial(SigmaReparam, gain="log", gain_lr=10.0),
+    "sigma_reparam_published": partial(SigmaReparam, gain="linear", gain_lr=1.0),
 }
 
 
@@ -55,7 +55,7 @@ CELLS = [(m, n, s) for m in METHODS for n in NETS for s in SCENARIOS if s != "dd
 def tail(test: str, cell: dict[str, Any]) -> bool:
     """Only where projections are fused are they split, and how the gains move is the same for every network."""
     method, net, scenario = cell["method"], cell["net"], cell["scenario"]
-    if method == "sigma_reparam_log":
+    if method == "sigma_reparam_published":
         return net != "encoder" or rare(scenario, False, ("clipping",))
     if method == "sigma_reparam_split" and net not in ("timm_vit", "encoder"):
         return scenario != "plain"

@@ -161,7 +161,7 @@ KNOWN: dict[str, dict[tuple[Any, ...], Change]] = {
     "sigma_reparam": {
         (0, "tensors", "net.head.weight", "sigma"): lambda sigma: sigma.long(),
         (0, "tensors", "net.head.weight", "right.0"): lambda right: right.to(torch.complex64),
-        (0, "tensors", "net.head.weight", "gain"): torch.zeros_like,
+        (0, "tensors", "net.head.weight", "log_gain"): lambda log: log + 9.0,
         (0, "tensors", "net.head.weight"): lambda state: state | {"sigma": torch.zeros(1)},
         (0, "tensors"): lambda tensors: {},
         ("state",): lambda state: {},

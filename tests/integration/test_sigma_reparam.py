@@ -421,7 +421,7 @@ def test_a_second_fit_goes_on_and_another_module_starts_fresh(tmp_path: Path) ->
     assert not [name for name in gains if differing(gains[name], start["gains"][name])]
 
     trainer(tmp_path, callback, Do(on_train_start=note)).fit(Classifier("encoder"), loader())
-    assert all(torch.equal(state["gain"], torch.ones(1)) for state in start["gains"].values())
+    assert all(torch.equal(state["log_gain"], torch.zeros(1)) for state in start["gains"].values())
     expected: dict[str, Any] = {}
     fresh = Do(on_train_start=lambda t, m: expected.update(weights(m)))
     trainer(tmp_path, one(), fresh).fit(Classifier("encoder"), loader())

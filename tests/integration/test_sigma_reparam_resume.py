@@ -119,8 +119,8 @@ def test_changed_exclude_is_refused(files: Path) -> None:
         ({"learnable_gain": False}, r"`learnable_gain`: True then, False now"),
         ({"monitor_only": True}, r"`monitor_only`: False then, True now"),
         ({"embeddings": True}, r"`embeddings`: False then, True now"),
-        ({"gain": "log"}, r"`gain`: 'linear' then, 'log' now. Resume with the saved values"),
-        ({"gain_lr": 10.0}, r"`gain_lr`: 1.0 then, 10.0 now"),
+        ({"gain": "linear"}, r"`gain`: 'log' then, 'linear' now. Resume with the saved values"),
+        ({"gain_lr": 1.0}, r"`gain_lr`: 10.0 then, 1.0 now"),
     ],
 )
 def test_changed_arguments_are_refused(files: Path, change: dict[str, Any], match: str) -> None:
@@ -137,19 +137,26 @@ def test_init_may_change_because_it_is_over(files: Path) -> None:
     assert not differing(at_start, state(files / "ours.ckpt"))
 
 
-def test_a_file_from_before_there_were_rates_of_gains(files: Path, tmp_path: Path) -> None:
+def test_a_file_from_before_there_were_rates_of_gains(tmp_path: Path) -> None:
     """It was trained as published, and goes on so, to the bit; as something else it is refused by name."""
-    old = edited(files, tmp_path / "old.ckpt", lambda e: [e["config"].pop(name) for name in ("gain", "gain_lr")])
+    new, old = tmp_path / "new.ckpt", tmp_path / "old.ckpt"
+    t = trainer(tmp_path, SigmaReparam(gain="linear", gain_lr=1.0))
+    t.fit(Classifier("encoder"), loader(8))
+    t.save_checkpoint(new)
+    content = torch.load(new, weights_only=True)
+    for name in ("gain", "gain_lr"):
+        del content[recipe.KEY]["methods"][0]["config"][name]
+    torch.save(content, old)
     ends = []
-    for path in (files / "ours.ckpt", old):
+    for path in (new, old):
         module = Classifier("encoder")
-        published = SigmaReparam(init="one", gain="linear", gain_lr=1.0)
+        published = SigmaReparam(gain="linear", gain_lr=1.0)
         trainer(tmp_path, published, max_steps=8).fit(module, ResumableLoader(loader(8)), ckpt_path=path)
         ends.append(weights(module))
     assert not differing(*ends)
     assert differing(ends[0], state(old))
-    match = r"`gain`: 'linear' then, 'log' now; `gain_lr`: 1.0 then, 5.0 now"
-    refused(old, RecipeError, match, SigmaReparam(init="one", gain="log", gain_lr=5.0))
+    match = r"`gain`: 'linear' then, 'log' now; `gain_lr`: 1.0 then, 10.0 now"
+    refused(old, RecipeError, match, SigmaReparam())
 
 
 def test_a_new_run_takes_gains_of_the_other_kind(tmp_path: Path) -> None:
