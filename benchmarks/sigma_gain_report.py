@@ -14,7 +14,6 @@ from stability_report import interval, plus_minus
 Row = dict[str, Any]
 Cell = tuple[str, str]  # setting, arm
 
-DOCS = Path(__file__).parents[1] / "docs"
 # Okabe and Ito's colours; dashes say it again.
 STYLES = [("#000000", "-"), ("#D55E00", "--"), ("#0072B2", "-"), ("#009E73", "-."), ("#CC79A7", ":"), ("#56B4E9", "--")]
 # A plain run below this validation accuracy does not train; the language model, which always does, has no such line.
@@ -178,16 +177,16 @@ CLOSING = (
 
 
 def write(rows: Sequence[Row]) -> str:
-    """Write ``sigma_gain.json`` and ``.md`` beside the other results, and the picture into ``docs``."""
+    """Write ``sigma_gain.json`` and ``.md`` beside the other results, the picture with them."""
     save("sigma_gain", list(rows))
-    picture(rows, DOCS / "sigma_gain.png")
+    picture(rows, RESULTS / "sigma_gain.png")
     text = "\n".join(
         [
             "# The gain of sigmaReparam: how fast may it move?",
             "",
             opening(rows),
             "",
-            "![validation curves](../../docs/sigma_gain.png)",
+            "![validation curves](sigma_gain.png)",
             "",
             "## Findings",
             "",

@@ -67,7 +67,6 @@ def test_the_study_goes_on_where_it_stopped(
     monkeypatch.setattr(study, "RUNS", tmp_path / "runs")
     for module in (script("common"), report):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(report, "DOCS", tmp_path / "docs")
     (tmp_path / "results").mkdir()
     ran: list[Any] = []
     real = study.run
@@ -87,7 +86,7 @@ def test_the_study_goes_on_where_it_stopped(
     text = report.write(rows)
     assert all(name in text for name in ("linear ×1, head out", "linear ×1, γ = 1", "log ×10", "ViT, LAMB 0.001"))
     assert len(json.loads((tmp_path / "results" / "sigma_gain.json").read_text())["rows"]) == len(rows) == 12
-    assert (tmp_path / "docs" / "sigma_gain.png").stat().st_size > 10_000
+    assert (tmp_path / "results" / "sigma_gain.png").stat().st_size > 10_000
 
 
 def test_differences_are_paired_by_seed(script: Any) -> None:
