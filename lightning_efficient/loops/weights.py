@@ -35,8 +35,8 @@ class SigmaReparamPart(Part):
         monitor_only: bool = False,
         embeddings: bool = False,
         learnable_gain: bool = True,
-        gain: Literal["linear", "log"] = "linear",
-        gain_lr: float = 1.0,
+        gain: Literal["linear", "log"] = "log",
+        gain_lr: float = 10.0,
     ) -> None:
         super().__init__(include, exclude)
         self.options = sigma_reparam.SigmaReparamConfig(
