@@ -101,6 +101,11 @@ class Standing:
             asked: tuple[int, ...] | None = tuple(resolve(length))
         except ValueError:  # it would not fit; what the run began with may
             asked = None
+        if length is not None and length == self.total and asked not in (None, self.schedule):
+            raise ValueError(
+                f"{who}: the checkpoint's schedule, in steps, is {list(self.schedule)}, and its arguments make "
+                f"{list(asked or ())} of a run of {length} steps: the file is damaged."
+            )
         last = self._end = end(self.schedule)
         if self.step(trainer) >= last:
             if asked != self.schedule:

@@ -326,18 +326,21 @@ def drop_entries(site: Site, transform: UnitMask, entries: Mapping[int, Tensor],
 
 @torch.no_grad()
 def scale_entries(site: Site, entries: Mapping[int, Tensor], factor: float) -> None:
-    """Multiply entries of a weight, in ``W`` and so in ``Ŵ``, between two steps; other transforms of the weight follow.
+    """Multiply entries of a weight, in ``W`` and so in ``Ŵ``, after a step; other transforms of the weight follow.
 
     Args:
         site: The weight.
         entries: Axis → positions on it, each once.
         factor: 0 writes zeros.
     """
-    site.pull(None)
+    window = site.pulled  # a hook of the optimizer that comes before the boundary's, which then pushes
+    if not window:
+        site.pull(None)
     weight = site.param.data
     for dim, where in entries.items():
         if factor == 0.0:
             weight.index_fill_(dim, where, 0)
         else:
             weight.index_copy_(dim, where, weight.index_select(dim, where).mul_(factor))
-    site.push(advance=False, follow=True)
+    if not window:
+        site.push(advance=False, follow=True)

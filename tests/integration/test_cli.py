@@ -107,7 +107,7 @@ def test_files_merge_key_by_key(cli: Any, last: list[str], enabled: bool) -> Non
     assert (
         ours(made.trainer)["sigma_reparam"].config() == SigmaReparam(enabled, None, ["net.head"], qkv="split").config()
     )
-    assert ours(made.trainer)["collapse_monitor"].every_n_steps == 20
+    assert ours(made.trainer)["collapse_monitor"].every_n_steps == 60
 
 
 def test_a_subclass_may_add_arguments_without_super(cli: Any) -> None:

@@ -403,12 +403,12 @@ def test_jumps_are_counted_in_the_log(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"guard": "stop"}, "`guard` must be 'pause', 'rollback' or 'off'; got 'stop'"),
+        ({"guard": "stop"}, "`guard` must be one of 'pause', 'rollback', 'off'; got 'stop'"),
         ({"guard_length": 0}, "`guard_length` must be steps .int from 1. or a share"),
         ({"guard_length": 1.5}, "got 1.5"),
         ({"guard_factor": 1.0}, "must be a number above 1; got 1.0"),
         ({"recalibrate": -1}, "number of batches from 0; got -1"),
-        ({"recalibrate": 0.5}, "number of batches from 0; got 0.5"),
+        ({"recalibrate": 0.5}, "`recalibrate` must be a whole number; got 0.5"),
     ],
 )
 def test_bad_arguments(options: Any, message: str) -> None:

@@ -283,7 +283,13 @@ def test_what_a_run_is_told(tmp_path: Path) -> None:
     run_job(Job(first.folder, {"fit": ["-c", "import os; print(os.environ['LIGHTNING_EFFICIENT_RUN'])"]}, {},
                 first.cwd, first.checkpoint_every, first.export))  # fmt: skip
     told = json.loads((Path(first.folder) / LOG).read_text(encoding="utf-8").splitlines()[1])
-    assert told == {"folder": first.folder, "checkpoint_every": 1.0, "export": True, "parent": os.getpid()}
+    assert told == {
+        "folder": first.folder,
+        "checkpoint_every": 1.0,
+        "export": True,
+        "latency": False,
+        "parent": os.getpid(),
+    }
 
 
 def test_the_lock_is_held_by_children_of_a_killed_command(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def measured(folder: Path, net: LightningModule) -> None:
     logger = CSVLogger(folder, name="", version="")
     Trainer(
         accelerator="cpu", logger=logger, enable_progress_bar=False, enable_model_summary=False, max_steps=2,
-        enable_checkpointing=False, callbacks=[ExportedCost(str(folder))],
+        enable_checkpointing=False, callbacks=[ExportedCost(str(folder), True)],
     ).fit(net, Data())  # fmt: skip
 
 
