@@ -61,7 +61,9 @@ RELATIVES = {
 
 
 def tail(test: str, cell: dict[str, Any]) -> bool:
-    """Of relatives, what asks for the schedule; finders and the tuner fit several times."""
+    """Of relatives, what asks for the schedule; finders and the tuner, which fit several times, for one of a base."""
+    if cell["history"] in ("finders", "tuned") and cell["method"] in ("linear_attention", "pagcp", "sap"):
+        return True
     return cell["method"] in RELATIVES and cell["history"] not in ("longer", "second_model", "validated_then_fit")
 
 

@@ -83,6 +83,12 @@ class Page(HTMLParser):
         self.tags.append(tag)
 
 
+def tail(test: str, cell: dict[str, Any]) -> bool:
+    """Pictures take long: every third name always."""
+    drawn = test == "test_any_name_goes_through_table_picture_and_page"
+    return drawn and list(NAMES).index(cell["case"]) % 3 > 0
+
+
 @pytest.mark.parametrize("case", NAMES)
 def test_any_name_goes_through_table_picture_and_page(case: str) -> None:
     found = comparison(NAMES[case], VALUES["usual"], NAMES[case])
