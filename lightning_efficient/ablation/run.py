@@ -24,8 +24,8 @@ from lightning_efficient.ablation.engines import (
 from lightning_efficient.ablation.files import EXPORT, read_json, write_json
 from lightning_efficient.ablation.pairing import started_alike
 from lightning_efficient.ablation.plan import Planned, check, jobs, locked, plan
-from lightning_efficient.ablation.program import find_program
-from lightning_efficient.ablation.variants import BASELINE, VariantsLike, check_variants, read_variants
+from lightning_efficient.ablation.program import check_variants, find_program
+from lightning_efficient.ablation.variants import BASELINE, VariantsLike, read_variants
 from lightning_efficient.ablation.view import RunRow, View, errors, row_of, shown_metric, table
 from lightning_efficient.common.escaping import printable_lines, shown_or_skipped, write_whole
 from lightning_efficient.comparison import Comparison, compare

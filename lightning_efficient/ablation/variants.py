@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning_efficient.common.registry import METHODS, near
 from lightning_efficient.lifecycle.methods import build_callback, read_yaml, spelled
-
-if TYPE_CHECKING:
-    from lightning_efficient.ablation.program import Program
 
 BASELINE = "baseline"
 Methods = dict[str, dict[str, Any]]
@@ -142,38 +138,3 @@ def _methods(methods: Mapping[str, Any]) -> Methods:
         build_callback(method, arguments)
     METHODS.check([method for method, arguments in found.items() if arguments["enabled"]])
     return found
-
-
-def check_variants(variants: Mapping[str, Methods], program: Program) -> list[str]:
-    """Put every variant together with the configuration that it changes, before the first run.
-
-    Args:
-        variants: Name → methods.
-        program: What they train, with its configuration.
-
-    Returns:
-        What to know before waiting for the runs: variants that train as the baseline does, and methods that change
-        nothing with the arguments that they have.
-
-    Raises:
-        ValueError: A method refuses its arguments as they are then, or two exclude each other.
-    """
-    base: Methods = {name: dict(program.config[name]) for name in METHODS.with_callback if program.methods_are_keys}
-    remarks, trained = [], dict[str, str]()
-    for variant, methods in variants.items():
-        whole = {name: {**base.get(name, {}), **methods.get(name, {})} for name in {**base, **methods}}
-        on = {name: arguments for name, arguments in whole.items() if arguments.get("enabled")}
-        try:
-            callbacks = {name: build_callback(name, arguments) for name, arguments in on.items()}
-            METHODS.check(list(callbacks))
-        except ValueError as error:
-            raise ValueError(f"variant {variant!r} with the configuration: {error}") from None
-        remarks += [
-            f"{variant}: {type(callbacks[name]).__name__} changes nothing: {why}."
-            for name in methods
-            if name in callbacks and (why := callbacks[name].without_effect())
-        ]
-        same = json.dumps({name: callback.config() for name, callback in callbacks.items()}, sort_keys=True)
-        if (other := trained.setdefault(same, variant)) != variant:
-            remarks.append(f"{variant} trains exactly as {other} does: its methods have the same arguments.")
-    return remarks

@@ -16,8 +16,8 @@ import lightning_efficient
 from lightning_efficient import MagnitudePruning, SigmaReparam, TempScale
 from lightning_efficient.ablation.files import read_json
 from lightning_efficient.ablation.job import Job, run_job
-from lightning_efficient.ablation.program import Program
-from lightning_efficient.ablation.variants import check_variants, read_variants
+from lightning_efficient.ablation.program import Program, check_variants
+from lightning_efficient.ablation.variants import read_variants
 from lightning_efficient.cli import build_parser, main
 from lightning_efficient.common.registry import METHODS
 
