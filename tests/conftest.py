@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
@@ -70,3 +71,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return forks, item.get_closest_marker("slow") is not None
 
     items.sort(key=first, reverse=True)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays to the end: no collection of garbage needs to look at it again."""
+    gc.collect()
+    gc.freeze()
