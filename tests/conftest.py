@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     A module's ``tail(test, parameters)`` says which cells of its matrices are ``exhaustive``: run on request only.
     Autograd in a forked child fails once its parent has started autograd's threads, and compiling does start them. The
-    battery's scenario ``ddp`` forks, and so does what is marked.
+    battery's scenarios ``ddp``, ``fsdp2`` and ``tp`` fork, and so does what is marked.
     """
     for item in items:
         tail, cell = getattr(getattr(item, "module", None), "tail", None), getattr(item, "callspec", None)
@@ -67,7 +67,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     def first(item: pytest.Item) -> tuple[bool, bool]:
         scenario = getattr(item, "callspec", None) and item.callspec.params.get("scenario")
-        forks = scenario == "ddp" or item.get_closest_marker("forks") is not None
+        forks = scenario in ("ddp", "fsdp2", "tp") or item.get_closest_marker("forks") is not None
         return forks, item.get_closest_marker("slow") is not None
 
     items.sort(key=first, reverse=True)

@@ -66,6 +66,7 @@ def forked(script: Path, *arguments: object, processes: int = 1, seconds: float 
         for output in outputs:
             output.seek(0)
         text = "".join(output.read() for output in outputs)
+        del store  # a traceback would hold it, and a later fork wait for its thread, which it has not
     if late and not code:
         pytest.fail(f"{script.name} was not done after {seconds} s:\n{text}")
     return Ended(code, text)

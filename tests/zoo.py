@@ -9,6 +9,9 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -214,6 +217,22 @@ class Lazy(Classifier):
     def configure_model(self) -> None:
         if not hasattr(self, "net"):
             self.net = self._make()
+
+
+class Sharded(Classifier):
+    """Its net is cut in ``configure_model``: by FSDP2, layer by layer, or by tensor parallel inside its MLPs."""
+
+    def configure_model(self) -> None:
+        if self.device_mesh is None or isinstance(next(self.parameters()), DTensor):
+            return
+        data, tensor = (self.device_mesh[f"{kind}_parallel"] for kind in ("data", "tensor"))
+        for module in self.net.modules():
+            if tensor.size() > 1 and hasattr(module, "fc1"):
+                parallelize_module(module, tensor, {"fc1": ColwiseParallel(), "fc2": RowwiseParallel()})
+            elif data.size() > 1 and type(module).__name__ in ("Block", "BertLayer", "TransformerEncoderLayer"):
+                fully_shard(module, mesh=data)
+        if data.size() > 1:
+            fully_shard(self.net, mesh=data)
 
 
 class Manual(Classifier):

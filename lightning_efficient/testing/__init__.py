@@ -20,8 +20,9 @@ from lightning.pytorch import LightningModule
 from lightning_efficient.testing.case import Callbacks, Case, Loader
 from lightning_efficient.testing.histories import HISTORIES
 from lightning_efficient.testing.scenarios import SCENARIOS
+from lightning_efficient.testing.sharded import SHARDED
 
-__all__ = ["HISTORIES", "SCENARIOS", "Case", "assert_method_contract"]
+__all__ = ["HISTORIES", "SCENARIOS", "SHARDED", "Case", "assert_method_contract"]
 
 
 def assert_method_contract(
@@ -43,8 +44,8 @@ def assert_method_contract(
         loader: ``loader(batches, size, dtype)`` makes a data loader without shuffling.
         folds: Whether the method's checkpoints are loadable without this package.
         more_graphs: How many graphs more than without the callback ``torch.compile`` may build in a run.
-        scenarios: Names from :data:`SCENARIOS` and :data:`HISTORIES` (how a run came to be); None: all whose variant
-            is given.
+        scenarios: Names from :data:`SCENARIOS`, :data:`HISTORIES` (how a run came to be) and :data:`SHARDED` (parts of
+            weights in two processes); None: all whose variant is given.
         refused: Scenario → pattern of the error with which the method refuses it.
         root: Folder for checkpoints; None: a temporary one.
 
@@ -55,7 +56,7 @@ def assert_method_contract(
         AssertionError: A promise is not kept.
     """
     table: dict[str, str] = {}
-    known = SCENARIOS | HISTORIES
+    known = SCENARIOS | HISTORIES | SHARDED
     for name in scenarios if scenarios is not None else known:
         needs = name if name in _VARIANTS else "plain"
         if needs not in modules:
@@ -87,7 +88,7 @@ _ADVICE = (
     ".*does not have many workers",
 )
 
-_VARIANTS = ("configure_model", "setup", "checkpointing", "manual", "prebuilt_optimizer")
+_VARIANTS = ("configure_model", "setup", "checkpointing", "manual", "prebuilt_optimizer", *SHARDED)
 
 
 @contextmanager

@@ -51,8 +51,9 @@ class Case:
     Args:
         callback: Makes the callback, or a tuple of them that are used together.
         modules: Variant → makes a fresh module with the same initial weights each time. ``"plain"`` is required; the
-            scenarios ``configure_model``, ``setup``, ``checkpointing``, ``manual`` and ``prebuilt_optimizer`` use the
-            variant of their name.
+            scenarios ``configure_model``, ``setup``, ``checkpointing``, ``manual``, ``prebuilt_optimizer``, ``fsdp2``
+            and ``tp`` use the variant of their name; the last two are built in ``__init__``, and cut in
+            ``configure_model`` where there is a ``device_mesh``.
         loader: ``loader(batches, size, dtype)`` makes a data loader without shuffling.
         root: Folder for checkpoints.
         folds: Whether the method's checkpoints are plain: loadable without this package.

@@ -56,7 +56,7 @@ def passed(root: Path, processes: int, *checks: str) -> None:
 def test_equal_to_one_process(root: Path) -> None:
     pruned = [name for name in PRUNING if name != "both"]
     passed(root, 2, "sigma", "split", "tensor_parallel", "stale", "loop", *pruned, "tied_inputs")
-    passed(root, 2, "monitor", *NORMS, "built_inside", "battery")
+    passed(root, 2, "monitor", *NORMS, "built_inside")
 
 
 @pytest.mark.forks

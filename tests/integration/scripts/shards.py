@@ -11,7 +11,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,10 +25,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_efficient import CollapseMonitor, SigmaReparam
-from lightning_efficient.common.registry import METHODS
 from lightning_efficient.common.shards import local, whole
 from lightning_efficient.functional import apply_sigma_reparam
-from lightning_efficient.lifecycle.methods import build_callback, callback_class
 from lightning_efficient.lifecycle.recipe import read
 from lightning_efficient.lifecycle.weights import WeightSpaceCallback
 
@@ -154,22 +151,6 @@ def built_inside() -> None:
         fit(Module("fsdp"), *NORMS["dyt"]())
 
 
-def battery() -> None:
-    """Every method that the card says so of trains; another one is refused before anything has changed."""
-    works = [name for name in METHODS.with_callback if callback_class(name).sharded]
-    for name, how in product([*works, "hesso_pruning"], ("fsdp", "tp")):
-        module, callback = Module(how, inside=False), build_callback(name, BATTERY.get(name, {}))
-        before = {n: p.detach().clone() for n, p in module.named_parameters()}
-        fitting = partial(fit, module, callback, steps=4, tp=dist.get_world_size() if how == "tp" else 1)
-        if name in works:
-            fitting()
-            assert all(bool(whole(p).isfinite().all()) for p in module.parameters()), (name, how)
-            continue
-        with pytest.raises(ValueError, match="does not support ModelParallelStrategy"):
-            fitting()
-        assert difference({n: p.detach() for n, p in module.named_parameters()}, before) == 0
-
-
 def loop() -> None:
     """Without Lightning: gains beside parts of parameters, clipped together; equal to one process on all samples."""
     results = []
@@ -189,13 +170,6 @@ def loop() -> None:
             optimizer.step()
         results.append({name: whole(p) for name, p in module.named_parameters()})
     assert difference(*results) < 1e-12
-
-
-BATTERY: dict[str, dict[str, Any]] = {
-    "magnitude_pruning": {"schedule": "one_shot", "start": 1},
-    "collapse_monitor": {"every_n_steps": 2},
-    "norm_swap": {"target": "dyt", "transition": 2, "hold": 1},
-}
 
 
 def stale() -> None:
@@ -247,7 +221,7 @@ def from_one_process() -> None:
 
 
 CHECKS: dict[str, Callable[[], None]] = {
-    **{f.__name__: f for f in (sigma, split, tensor_parallel, stale, monitor, battery, loop)},
+    **{f.__name__: f for f in (sigma, split, tensor_parallel, stale, monitor, loop)},
     "from_one_process": from_one_process,
     **{name: partial(masks, name) for name in PRUNING if name != "both"},
     **{name: partial(norms, name) for name in NORMS},
