@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader
 
-from lightning_efficient import MagnitudePruning, PRepBN, SigmaReparam
+from lightning_efficient import MagnitudePruning, PRepBN, SAPPruning, SigmaReparam
 
 How = Literal["whole", "fsdp", "tp", "2d", "hsdp"]
 BATCH, CLASSES = 8, 7
@@ -190,8 +190,14 @@ PRUNING: dict[str, Callable[[], list[Any]]] = {
         MagnitudePruning(amount=1 / 3, granularity="2:3", schedule="one_shot", start=1, include=["*.qkv", "*.up"])
     ],
     "tied": lambda: [Coarse(), MagnitudePruning(amount=0.5, schedule="constant")],
+    "ticket": lambda: [SigmaReparam(), MagnitudePruning(schedule="iterative", rounds=2, rewind_to=1)],
+    "rates": lambda: [MagnitudePruning(schedule="iterative", rounds=2, rewind="learning_rate", criterion="taylor")],
+    "sap": lambda: [SigmaReparam(init="one"), SAPPruning(iterations=2)],
+    "sap_layer": lambda: [SAPPruning(p=1.0, q=2.0, scope="layer", iterations=2, monitor="val", select="best")],
+    "sap_neuron": lambda: [SAPPruning(p=1.0, q=2.0, scope="neuron", iterations=2, gamma=0.5, include=["*.qkv"])],
 }
-
+# Options of the Trainer: what is written between two steps follows an evaluation, which leaves the root gathered.
+EVALUATED: dict[str, dict[str, Any]] = {"sap_layer": {"limit_val_batches": 1, "val_check_interval": 1}}
 
 NORMS: dict[str, Callable[[], list[Any]]] = {
     target: lambda target=target: [PRepBN(target=target, transition=3, hold=1)] for target in ("dyt", "rms")

@@ -127,11 +127,6 @@ class MagnitudePruning(PruningCallback):
 
     def check_sharded(self, pl_module: LightningModule) -> None:
         """Refuse what needs more than parts of the weights; which units there can be, every weight says by its cut."""
-        if self.rule.returns:
-            raise ValueError(
-                f"MagnitudePruning(schedule='iterative', rewind={self.rewind!r}) goes back to a copy of the training "
-                "state, for which files of sharded models have no place. Use rewind='none', or another schedule."
-            )
         if self.criterion == "wanda":
             raise ValueError(
                 "MagnitudePruning(criterion='wanda') looks at the inputs of layers, which a sharded model may have in "

@@ -13,11 +13,12 @@ from torch import Tensor
 from lightning_efficient.common.match import canonical_name
 from lightning_efficient.lifecycle.masks import PruningCallback
 from lightning_efficient.lifecycle.standing import is_smoke_run
+from lightning_efficient.lifecycle.strategies import is_sharded
 from lightning_efficient.pruning.sap import SAP_STATE, SapConfig, SapStep, phase, sap_step
 from lightning_efficient.trainer.tensorboard import log_curve
 from lightning_efficient.weightspace import Boundary
-from lightning_efficient.weightspace.mask import pack_mask, set_mask, unpack_mask
-from lightning_efficient.weightspace.snapshot import Snapshot, restore_snapshot, rewind, take
+from lightning_efficient.weightspace.mask import set_mask
+from lightning_efficient.weightspace.snapshot import Snapshot, restore_snapshot, take
 
 
 class SAPPruning(PruningCallback):
@@ -57,6 +58,7 @@ class SAPPruning(PruningCallback):
     """
 
     method = "sap_pruning"
+    sharded = True
     progress_schema = SAP_STATE
 
     def __init__(
@@ -81,7 +83,7 @@ class SAPPruning(PruningCallback):
         keep_zeros: bool = False,
     ) -> None:
         super().__init__(enabled, include, exclude, embeddings, keep_zeros)
-        self.options = SapConfig(p, q, eta, gamma, beta, scope)
+        self.options, self.scope = SapConfig(p, q, eta, gamma, beta, scope), scope
         self.iterations, self.epochs_per_iteration = iterations, epochs_per_iteration
         self.monitor, self.mode, self.select = monitor, mode, select
         self.stop_at, self.tolerance = stop_at, tolerance
@@ -159,7 +161,7 @@ class SAPPruning(PruningCallback):
             self._check_masks(packed, f"['{field}']")
         if self._next is not None:
             kept = self.masks
-            going = sum(int((kept[n] & ~unpack_mask(m, kept[n].shape)).sum()) for n, m in self._next.items())
+            going = sum(self._counts({n: kept[n] & ~mask for n, mask in self._unpacked(self._next).items()}).values())
             if not self.history or going != self.history[-1]["next_pruned"]:
                 self.refuse("['next']", "masks that drop `next_pruned` of the last row more", f"{going} more")
 
@@ -229,12 +231,9 @@ class SAPPruning(PruningCallback):
 
     def _go_on(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._next is not None and self._snapshot is not None  # noqa: PT018
-        params = {name: target.param for name, target in self._targets.items()}
-        masks = {n: unpack_mask(packed.to(params[n].device), params[n].shape) for n, packed in self._next.items()}
-        self._set_masks(trainer, pl_module, masks, advance=True)
+        self._set_masks(trainer, pl_module, self._unpacked(self._next), advance=True)
         if self.iterations == 0 and self.epochs_per_iteration is None:  # this fit's optimizers are new already
-            rewind(Snapshot(self._snapshot.model, self._snapshot.transforms), pl_module, self._sites())
-            self._measure()
+            self._put_back(pl_module, Snapshot(self._snapshot.model, self._snapshot.transforms))
         else:
             self._rewind(trainer, pl_module, self._snapshot)
         self._next, self._best, self._score = None, None, None
@@ -294,15 +293,16 @@ class SAPPruning(PruningCallback):
         if self._waits(trainer):
             return None
         present = self._present()
-        chosen = {name: target.param.detach() for name, target in present.items()}
+        chosen = {name: self._sites()[name].weight for name in present}
         if self._best is not None:
             best = {canonical_name(name): tensor for name, tensor in self._best.model.items()}
-            chosen = {name: best[name] for name in present}
+            chosen = {name: self._sites()[name].layout.here(best[name]) for name in present}
         kept = self.masks
         step = sap_step(
             {name: target.canonical(chosen[name]) for name, target in present.items()},
             {name: target.canonical(kept[name]) for name, target in present.items()},
             self.options,
+            {name: self._layout(name) for name in present} if is_sharded(trainer) else None,
         )
         self._note(trainer, step)
         self._closed_step = self.step(trainer)
@@ -310,11 +310,10 @@ class SAPPruning(PruningCallback):
             self._restore(trainer, pl_module)
             return self._stop(trainer, "collapse")
         if self.stop_at == "collapse":
-            packed = {name: pack_mask(mask) for name, mask in kept.items()}
-            self._keep = (self._best or take(pl_module, self._sites()), packed)
+            self._keep = (self._best or take(pl_module, self._sites()), self._packed(kept))
         if not step.pruned:
             return self._stop(trainer, "stalled")
-        self._next = {name: pack_mask(present[name].canonical(mask)) for name, mask in step.masks.items()}
+        self._next = self._packed({name: present[name].canonical(mask) for name, mask in step.masks.items()})
         return None
 
     def _note(self, trainer: Trainer, step: SapStep) -> None:
@@ -337,11 +336,9 @@ class SAPPruning(PruningCallback):
     def _restore(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._keep is not None
         snapshot, packed = self._keep
-        for name, transform in self._mask_transforms().items():
-            mask = unpack_mask(packed[name].to(transform.dropped.device), transform.dropped.shape)
-            set_mask(self._sites()[name], transform, mask)
-        rewind(snapshot, pl_module, self._sites())
-        self._measure()
+        for name, mask in self._unpacked(packed).items():
+            set_mask(self._sites()[name], self._mask_transforms()[name], mask)
+        self._put_back(pl_module, snapshot)
 
     def _stop(self, trainer: Trainer, reason: str) -> None:
         self.stopped, trainer.should_stop = reason, True

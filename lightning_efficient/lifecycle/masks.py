@@ -25,7 +25,15 @@ from lightning_efficient.pruning.targets import PrunableWeight, find_targets
 from lightning_efficient.trainer.averages import averages, prune_copies
 from lightning_efficient.weightspace import Boundary, Site, Transform
 from lightning_efficient.weightspace.layout import Layout
-from lightning_efficient.weightspace.mask import MaskTransform, forget, pack_mask, packed_mask, set_mask, unpack_mask
+from lightning_efficient.weightspace.mask import (
+    MaskTransform,
+    forget,
+    pack_mask,
+    pack_parts,
+    packed_mask,
+    set_mask,
+    unpack_mask,
+)
 from lightning_efficient.weightspace.snapshot import Snapshot, check_snapshot, rewind, take
 from lightning_efficient.weightspace.sums import run, total
 
@@ -127,6 +135,18 @@ class PruningCallback(WeightSpaceCallback):
             self._measure()
         return bool(changed)
 
+    def _packed(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Masks of what is here as bits of the whole."""
+        sites = self._sites()
+        return dict(zip(masks, run(pack_parts(sites[n].layout, mask) for n, mask in masks.items()), strict=True))
+
+    def _unpacked(self, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse."""
+        found = {name: (self._sites()[name], bits) for name, bits in packed.items()}
+        return {
+            n: s.layout.part(unpack_mask(bits.to(s.weight.device), s.param.shape)) for n, (s, bits) in found.items()
+        }
+
     def _measure(self) -> None:
         zeros = self._counts({name: self._sites()[name].weight == 0 for name in self._present()})
         self._sparsity = sum(zeros.values()) / max(self._size(), 1)
@@ -168,7 +188,7 @@ class PruningCallback(WeightSpaceCallback):
     def _check_masks(self, packed: Mapping[str, Tensor] | None, field: str) -> None:
         """Refuse masks of a file that are not of this run's weights."""
         if packed is not None:
-            masks = Record({name: packed_mask(mask.shape) for name, mask in self.masks.items()})
+            masks = Record({name: packed_mask(self._targets[name].param.shape) for name in self._transforms})
             check(packed, masks, f"the checkpoint's state of {self.state_key}, field {field}", RecipeError)
 
     def _rewind(self, trainer: Trainer, pl_module: LightningModule, snapshot: Snapshot, weights: bool = True) -> None:
@@ -178,6 +198,13 @@ class PruningCallback(WeightSpaceCallback):
             self.rewinds += 1
             for average in averages(trainer):  # of a training that has been undone: begin anew
                 average.n_averaged.zero_()
+        gather_anew(pl_module)
+        self._measure()
+
+    def _put_back(self, pl_module: LightningModule, snapshot: Snapshot) -> None:
+        """The model of a snapshot without optimizers, under the masks of today."""
+        rewind(snapshot, pl_module, self._sites())
+        gather_anew(pl_module)
         self._measure()
 
     def _waits(self, trainer: Trainer) -> bool:

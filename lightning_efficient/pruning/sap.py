@@ -29,10 +29,12 @@ from lightning_efficient.common.schema import (
     TensorOf,
     Text,
 )
-from lightning_efficient.metrics.functional import pq_bound, pq_index
-from lightning_efficient.metrics.functional.pq_index import check_pq
-from lightning_efficient.pruning.selection import SCOPES, lowest
+from lightning_efficient.metrics.functional import pq_bound
+from lightning_efficient.metrics.functional.pq_index import check_pq, index_of_sums, wide_dtype
+from lightning_efficient.pruning.selection import SCOPES, lowest, lowest_of_races, spread
+from lightning_efficient.weightspace.layout import Layout
 from lightning_efficient.weightspace.snapshot import SNAPSHOT
+from lightning_efficient.weightspace.sums import run, total
 
 
 @dataclass(frozen=True)
@@ -133,47 +135,64 @@ class SapStep:
     scoped: float
 
 
-def sap_step(weights: Mapping[str, Tensor], kept: Mapping[str, Tensor], config: SapConfig) -> SapStep:
+def sap_step(
+    weights: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor],
+    config: SapConfig,
+    layouts: Mapping[str, Layout] | None = None,
+) -> SapStep:
     """One iteration of algorithm 1 on trained weights: steps 4 to 7.
 
     Args:
-        weights: Name → trained weight, ``(outputs, inputs, ...)``.
+        weights: Name → trained weight, ``(outputs, inputs, ...)``; what is here of one that is cut over processes.
         kept: Name → the mask so far, same shapes.
         config: Hyper-parameters.
+        layouts: Name → how the weight is cut; all processes come here. None: whole.
 
     Raises:
         ValueError: Nothing that is left is nonzero.
     """
     magnitude = {name: weight.detach().abs().flatten(1) for name, weight in weights.items()}
     alive = {name: kept[name].flatten(1) for name in weights}
-    together = torch.cat([magnitude[name][alive[name]] for name in weights])
-    overall = pq_index(together, config.p, config.q)
-    # One row for each group of the scope.
-    if config.scope == "global":
-        rows = {"": torch.cat([m.reshape(-1) for m in magnitude.values()])[None]}
-        live = {"": torch.cat([a.reshape(-1) for a in alive.values()])[None]}
-    elif config.scope == "layer":
-        rows = {name: m.reshape(1, -1) for name, m in magnitude.items()}
-        live = {name: a.reshape(1, -1) for name, a in alive.items()}
+    cuts = {name: Layout.find(name, weight) for name, weight in weights.items()} if layouts is None else layouts
+    sizes = {name: math.prod(layout.shape) for name, layout in cuts.items()}
+    rows = {name: _sums(magnitude[name], alive[name], config) for name in weights}
+    whole = dict(zip(weights, run(total(cuts[name], rows[name].sum(1)) for name in weights), strict=True))
+    together = torch.stack(list(whole.values())).sum(0)
+    if not together[0]:
+        raise ValueError(f"the PQ index of weights without a nonzero entry is undefined ({list(weights)[:3]}).")
+    scores = {name: m.masked_fill(~alive[name], -torch.inf) for name, m in magnitude.items()}
+    if config.scope == "neuron":  # a row is in one place
+        indices = {name: _index(rows[name], config) for name in weights}
+        counts = {name: prune_count(indices[name], rows[name][2], config) for name in weights}
+        chosen = {name: lowest(scores[name], (~alive[name]).sum(1) + counts[name]) for name in weights}
+        found = {n: torch.stack([i.nansum(), (~i.isnan()).sum(), counts[n].sum()]) for n, i in indices.items()}
+        summed, defined, pruned = torch.stack(run(total(cuts[n], value) for n, value in found.items())).sum(0).tolist()
+        scoped = summed / defined
     else:
-        rows, live = magnitude, alive
-    chosen: dict[str, Tensor] = {}
-    indices: list[Tensor] = []
-    pruned = 0
-    for name, row in rows.items():
-        index = pq_index(row, config.p, config.q, mask=live[name], dim=0)
-        count = prune_count(index, live[name].sum(1), config)
-        gone = (~live[name]).sum(1)
-        chosen[name] = ~lowest(row.masked_fill(~live[name], -1.0), gone + count)
-        indices.append(index)
-        pruned += int(count.sum())
-    if config.scope == "global":
-        parts = torch.split(chosen[""][0], [m.numel() for m in magnitude.values()])
-        chosen = dict(zip(magnitude, parts, strict=True))
-    masks = {name: chosen[name].reshape(weight.shape) for name, weight in weights.items()}
-    scoped = torch.cat(indices).nanmean()
-    total = sum(m.numel() for m in magnitude.values())
-    return SapStep(masks, pruned, len(together), total, float(overall), float(scoped))
+        fields = [[name] for name in weights] if config.scope == "layer" else [list(weights)]
+        sums = torch.stack([torch.stack([whole[name] for name in names]).sum(0) for names in fields], dim=1)
+        index = _index(sums, config)
+        count = prune_count(index, sums[2], config)
+        gone = [sum(sizes[name] for name in names) - int(left) for names, left in zip(fields, sums[2], strict=True)]
+        races = [(names, dead + int(more)) for names, dead, more in zip(fields, gone, count, strict=True)]
+        inner = {name: math.prod(weight.shape[2:]) for name, weight in weights.items()}
+        spreads = None if layouts is None else {n: spread(layouts[n], m, inner[n]) for n, m in magnitude.items()}
+        chosen = lowest_of_races(scores, races, spreads)
+        scoped, pruned = float(index.nanmean()), int(count.sum())
+    masks = {name: ~chosen[name].reshape(weight.shape) for name, weight in weights.items()}
+    overall = float(_index(together, config))
+    return SapStep(masks, int(pruned), int(together[2]), sum(sizes.values()), overall, scoped)
+
+
+def _sums(magnitude: Tensor, alive: Tensor, config: SapConfig) -> Tensor:
+    """``Σ|w|^p``, ``Σ|w|^q`` and the number of what is left of each row, (3, rows)."""
+    wide = magnitude.to(wide_dtype(magnitude)) * alive
+    return torch.stack([wide.pow(config.p).sum(1), wide.pow(config.q).sum(1), alive.sum(1)])
+
+
+def _index(sums: Tensor, config: SapConfig) -> Tensor:
+    return index_of_sums(sums[0], sums[1], sums[2], config.p, config.q)
 
 
 def phase(indices: Sequence[float], scores: Sequence[float | None], tolerance: float, mode: str) -> str:

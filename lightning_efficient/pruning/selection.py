@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -96,12 +96,14 @@ def make_masks(
         if kept is not None and name in kept:
             flat = flat.masked_fill(~kept[name].reshape(flat.shape), -torch.inf)
         units[name] = cut.units(flat, None if heads is None else heads.get(name))
-    scope = "neuron" if cut.kind == "n:m" else scope
-    if layouts is None or scope == "neuron":
-        pruned = _choose(units, amount, scope)
+    if cut.kind == "n:m" or scope == "neuron":
+        pruned = {name: lowest(u, count_of(amount, u.shape[1])) for name, u in units.items()}
     else:
-        spreads = {name: _spread(layouts[name], cut, shapes[name], u) for name, u in units.items()}
-        pruned = _choose_among_all(units, amount, scope, spreads)
+        cuts = None if layouts is None else {n: spread(layouts[n], u, shapes[n][2], cut.kind) for n, u in units.items()}
+        sizes = {n: u.numel() if cuts is None else math.prod(cuts[n].shape) for n, u in units.items()}
+        fields = [list(units)] if scope == "global" else [[name] for name in units]
+        races = [(names, count_of(amount, sum(sizes[name] for name in names))) for names in fields]
+        pruned = lowest_of_races(units, races, cuts)
     masks = {}
     for name, score in scores.items():
         mask = cut.entries(~pruned[name], shapes[name]).reshape(score.shape)
@@ -124,17 +126,30 @@ def check_scope(scope: str, cut: Granularity) -> None:
         )
 
 
-def _choose(units: Mapping[str, Tensor], amount: float, scope: str) -> dict[str, Tensor]:
-    if scope == "neuron":
-        return {name: lowest(u, count_of(amount, u.shape[1])) for name, u in units.items()}
-    if scope == "layer":
-        return {
-            name: lowest(u.reshape(1, -1), count_of(amount, u.numel())).reshape(u.shape) for name, u in units.items()
-        }
-    together = torch.cat([u.reshape(-1) for u in units.values()])
-    chosen = lowest(together[None], count_of(amount, together.numel()))[0]
-    parts = torch.split(chosen, [u.numel() for u in units.values()])
-    return {name: part.reshape(u.shape) for (name, u), part in zip(units.items(), parts, strict=True)}
+def lowest_of_races(
+    units: Mapping[str, Tensor], races: Sequence[tuple[Sequence[str], int]], spreads: Mapping[str, Spread] | None
+) -> dict[str, Tensor]:
+    """Mark the lowest scores of weights that compete.
+
+    Args:
+        units: Name → scores, ``(rows, units)``; of what is here of a weight that is cut over processes.
+        races: Names of weights that compete, and how many scores of theirs are marked.
+        spreads: How weights are cut; all processes come here. None: they are whole.
+
+    Returns:
+        Name → bool, of the shape of the scores.
+    """
+    if spreads is None:
+        together = [(torch.cat([units[name].reshape(1, -1) for name in names], 1), count) for names, count in races]
+        sizes = [[units[name].numel() for name in names] for names, _ in races]
+        found = [torch.split(lowest(u, n)[0], size) for (u, n), size in zip(together, sizes, strict=True)]
+    else:
+        found = run(
+            lowest_of_all([units[name] for name in names], [spreads[name] for name in names], count)
+            for names, count in races
+        )
+    pairs = [pair for (names, _), marks in zip(races, found, strict=True) for pair in zip(names, marks, strict=True)]
+    return {name: marks.reshape(units[name].shape) for name, marks in pairs}
 
 
 def check_layout(name: str, granularity: str, scope: str, layout: Layout) -> None:
@@ -162,29 +177,18 @@ def check_layout(name: str, granularity: str, scope: str, layout: Layout) -> Non
     )
 
 
-def _spread(layout: Layout, cut: Granularity, shape: tuple[int, int, int], units: Tensor) -> Spread:
-    """How the units of a weight are shared out."""
-    inner = shape[2]
+def spread(layout: Layout, units: Tensor, inner: int = 1, kind: str = "element") -> Spread:
+    """How the units of a weight are shared out.
+
+    Args:
+        layout: Of the weight, seen as ``(outputs, inputs, ...)``.
+        units: Those that are here, ``(rows, units)``.
+        inner: Entries of the weight for each output and input.
+        kind: Of granularity, one that :func:`check_layout` allows.
+    """
     if not layout.groups:
         return Spread((units.shape[0], units.shape[1]))
-    if cut.kind == "row":
+    if kind == "row":
         return Spread((1, layout.shape[0]), (0, layout.offset[0]), layout.everyone)
     columns = layout.shape[1] * inner
     return Spread((layout.shape[0], columns), (layout.offset[0], layout.offset[1] * inner), layout.everyone)
-
-
-def _choose_among_all(
-    units: Mapping[str, Tensor], amount: float, scope: str, spreads: Mapping[str, Spread]
-) -> dict[str, Tensor]:
-    names = list(units)
-    sizes = {name: math.prod(spreads[name].shape) for name in names}
-    races = [names] if scope == "global" else [[name] for name in names]
-    found = run(
-        lowest_of_all(
-            [units[n] for n in race], [spreads[n] for n in race], count_of(amount, sum(sizes[n] for n in race))
-        )
-        for race in races
-    )
-    return {
-        name: gone for race, marks in zip(races, found, strict=True) for name, gone in zip(race, marks, strict=True)
-    }

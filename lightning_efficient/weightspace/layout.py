@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from lightning_efficient.common.shards import local, whole
 from lightning_efficient.weightspace.block import Block
 
 # A cut is undone by summing over each of them, one after the other.
@@ -87,21 +88,29 @@ class Layout:
         here = self.block(block)
         return (self.offset[dim] + here.start - block.start, here.length) if here.length else (0, 0)
 
-    def part(self, whole: Tensor) -> Tensor:
+    def part(self, tensor: Tensor) -> Tensor:
         """What is here of a tensor of the whole's shape, a view."""
         for dim in self.groups:
             start = self.offset[dim] if self.local[dim] else 0
-            whole = whole.narrow(dim, start, self.local[dim])
-        return whole
+            tensor = tensor.narrow(dim, start, self.local[dim])
+        return tensor
 
-    def gather(self, part: Tensor) -> Tensor:
-        """The whole from what each process has here."""
+    def here(self, tensor: Tensor) -> Tensor:
+        """What is here of a tensor of the whole's shape, which is cut like it or not at all; a view."""
+        return local(tensor) if isinstance(tensor, DTensor) else self.part(tensor)
+
+    def placed(self, part: Tensor) -> Tensor:
+        """What each process has here as one tensor that is cut like the parameter."""
         if self.of is None:
             return part
         mesh, placements = self.of.device_mesh, self.of.placements
         shape, stride = self.of.shape, self.of.stride()
-        made = DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=stride)
-        return made.full_tensor()
+        made: Tensor = DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=stride)
+        return made
+
+    def gather(self, part: Tensor) -> Tensor:
+        """The whole from what each process has here."""
+        return whole(self.placed(part))
 
     def repeated(self, values: Tensor) -> Tensor:
         """Values that are the same everywhere, as an optimizer takes them beside this parameter; shares the memory."""

@@ -61,6 +61,21 @@ def unpack_mask(packed: Tensor, shape: Iterable[int]) -> Tensor:
     return bits.view(-1)[: size.numel()].bool().view(size)
 
 
+def pack_parts(layout: Layout, mask: Tensor) -> Sums[Tensor]:
+    """A mask of a whole weight as bits, on every process.
+
+    Args:
+        layout: How the weight is cut.
+        mask: Of what is here.
+    """
+    if layout.groups:  # every process puts its part into zeros, and these are added up
+        whole = torch.zeros(layout.shape, dtype=torch.uint8, device=mask.device)
+        layout.part(whole).copy_(mask)
+        (whole,) = yield layout.everyone, [whole]
+        mask = whole.bool()
+    return pack_mask(mask)
+
+
 def packed_mask(shape: Iterable[int]) -> Schema:
     """What :func:`pack_mask` makes of a mask.
 
@@ -169,13 +184,7 @@ class MaskTransform(Mask):
     @summed
     def state_dict(self) -> Sums[dict[str, Tensor]]:
         """``mask``, packed eight entries a byte."""
-        mask = self.mask
-        if self.layout.groups:  # every process puts its part into zeros, and these are added up
-            whole = torch.zeros(self.layout.shape, dtype=torch.uint8, device=mask.device)
-            self.layout.part(whole).copy_(mask)
-            (whole,) = yield self.layout.everyone, [whole]
-            mask = whole.bool()
-        return {"mask": pack_mask(mask)}
+        return {"mask": (yield from pack_parts(self.layout, self.mask))}
 
     def load_state_dict(self, state: Mapping[str, Tensor], weight: Tensor) -> None:
         """Take over a mask."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_efficient.common.nests import tensors_in
+from lightning_efficient.common.nests import mapped, tensors_in
 from lightning_efficient.common.schema import (
     Anything,
     Flag,
@@ -34,7 +34,9 @@ from lightning_efficient.common.schema import (
     TupleOf,
     check,
 )
+from lightning_efficient.common.shards import is_cut, local, whole
 from lightning_efficient.weightspace import Site
+from lightning_efficient.weightspace.layout import Layout
 from lightning_efficient.weightspace.mask import MaskTransform, forget, set_mask
 from lightning_efficient.weightspace.memory import without_memory
 from lightning_efficient.weightspace.sums import run
@@ -70,8 +72,12 @@ class Snapshot:
     schedulers: list[dict[str, Any]] = field(default_factory=list)
 
     def as_plain(self) -> dict[str, Any]:
-        """The snapshot as plain data, for a checkpoint."""
-        return dict(vars(self))
+        """The snapshot as plain data, for a checkpoint; tensors that are cut over processes are gathered."""
+        if not any(is_cut(tensor) for tensor in self.model.values()):
+            return dict(vars(self))
+        cut = {"model": self.model, "optimizers": self.optimizers}
+        gathered: dict[str, Any] = mapped(cut, lambda leaf: whole(leaf) if isinstance(leaf, Tensor) else leaf)
+        return vars(self) | gathered
 
 
 @torch.no_grad()
@@ -160,11 +166,13 @@ def rewind(
         )
     if weights:
         for name, value in now.items():
-            value.data.copy_(snapshot.model[name])
+            local(value).copy_(Layout.find(name, value).here(snapshot.model[name]))
         for name, site in sites.items():
             _restore_site(site, snapshot.transforms.get(name, {}))
         for optimizer, state in zip(optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
+            params = [param for group in optimizer.param_groups for param in group["params"]]
+            placed = {place: _beside(params[place], memory) for place, memory in state["state"].items()}
+            optimizer.load_state_dict(state | {"state": placed})
     else:
         for optimizer, state in zip(optimizers, states, strict=True):
             for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
@@ -305,7 +313,19 @@ def _joined(optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
             f"{type(optimizer).__name__} had groups of {sizes[0]} parameters in the training state to go back to, now "
             f"of {sizes[1]}; only new groups behind the others can be taken along."
         )
-    return {"state": deepcopy(saved["state"]), "param_groups": deepcopy(before) + deepcopy(now[len(before) :])}
+    return {"state": saved["state"], "param_groups": deepcopy(before) + deepcopy(now[len(before) :])}
+
+
+def _beside(param: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of an optimizer's state of a parameter, cut like that."""
+    layout = Layout.find("a parameter", param)
+
+    def like(value: Any) -> Any:
+        if layout.of is None or not isinstance(value, Tensor) or value.shape != param.shape:
+            return deepcopy(value)
+        return layout.placed(layout.here(value).clone())
+
+    return {name: like(value) for name, value in state.items()}
 
 
 def _grown(saved: Any, now: Any) -> Any:

@@ -20,6 +20,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "magnitude_pruning": {"start": 1, "length": 3, "every": 1},
     "collapse_monitor": {"every_n_steps": 2},
     "collapse_guard": {"every_n_steps": 2, "max_ratio": 1e3},
+    "sap_pruning": {"p": 1.0, "q": 2.0, "iterations": 2},
     "pagcp_pruning": {"budgets": {"val_loss": 0.5}},
     "representation_monitor": {"module": "net"},
     "posterior_collapse_monitor": {"mu": "net"},
@@ -28,7 +29,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 # Tensor parallel where shards of both kinds matter, to weights and to what is written to them.
 CELLS = [(name, "fsdp2") for name in METHODS.with_callback] + [
-    (name, "tp") for name in ("sigma_reparam", "magnitude_pruning")
+    (name, "tp") for name in ("sigma_reparam", "magnitude_pruning", "sap_pruning")
 ]
 
 

@@ -341,7 +341,7 @@ def test_weights_that_became_zero_have_no_index(tmp_path: Path) -> None:
             if isinstance(child, (nn.Conv2d, nn.Linear)):
                 child.weight.data.zero_()
 
-    with pytest.raises(ValueError, match="PQ index of a tensor without a nonzero entry is undefined"):
+    with pytest.raises(ValueError, match="PQ index of weights without a nonzero entry is undefined"):
         run(tmp_path, SAPPruning(iterations=1), Do(on_validation_end=zero))
 
 

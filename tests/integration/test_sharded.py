@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from forking import forked
-from shard_models import NORMS, PRUNING, Module, SaveAt, loader, trainer
+from shard_models import EVALUATED, NORMS, PRUNING, Module, SaveAt, loader, trainer
 
 from lightning_efficient import CollapseMonitor, SigmaReparam, load_from_checkpoint
 from lightning_efficient.lifecycle.files import UnsafeCheckpointError
@@ -23,8 +23,8 @@ def alone(root: Path, name: str, *callbacks: Any, module: Module | None = None, 
     module, path = module or Module(), options.pop("ckpt_path", None)
     t = trainer(root, *callbacks, **options)
     t.fit(module, loader(), loader(1), ckpt_path=path)
-    t.save_checkpoint(root / f"{name}.ckpt")
-    file = torch.load(root / f"{name}.ckpt", weights_only=True)
+    t.save_checkpoint(root / "now.ckpt")
+    file = torch.load(root / "now.ckpt", weights_only=True)
     entries = {e.method: e.tensors for e in read(file)}
     result = {"weights": file["state_dict"], "entries": entries, "losses": torch.stack(module.losses)[-3:]}
     torch.save(result, root / f"{name}.pt")
@@ -42,8 +42,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     t.fit(Module(), loader(), loader(1))
     torch.save({n: v for n, v in t.callback_metrics.items() if n.startswith("efficient/")}, folder / "monitor.pt")
     for name, make in PRUNING.items():
-        alone(folder, name, *make())
-    alone(folder, "half", *PRUNING["everything"](), SaveAt(folder / "half_way.ckpt"), module=Module(groups=False))
+        alone(folder, name, *make(), **EVALUATED.get(name, {}))
+    for name in ("everything", "ticket"):
+        half = SaveAt(folder / f"half_{name}.ckpt")
+        alone(folder, f"half_{name}", *PRUNING[name](), half, module=Module(groups=False))
     return folder
 
 
@@ -62,17 +64,19 @@ def test_equal_to_one_process(root: Path) -> None:
 @pytest.mark.forks
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
 def test_files(root: Path, tmp_path: Path) -> None:
-    passed(root, 2, "resume_full", "resume_folder", "from_one_process")
-    expected = torch.load(root / "half.pt", weights_only=True)["weights"]
-    alone(root, "back", *PRUNING["everything"](), module=Module(groups=False), ckpt_path=root / "full.ckpt")
-    back = torch.load(root / "back.pt", weights_only=True)["weights"]
-    assert max(float((back[name] - value).abs().max()) for name, value in expected.items()) < 1e-12
-    module = load_from_checkpoint(Module, root / "folder.ckpt", weights_only=False)
-    full = torch.load(root / "full.ckpt", weights_only=True)["state_dict"]
+    passed(root, 2, "resume_full", "resume_folder", "resume_ticket", "resume_sap")
+    passed(root, 2, "from_one_process", "ticket_from_one_process")
+    for name in ("everything", "ticket"):
+        expected = torch.load(root / f"half_{name}.pt", weights_only=True)["weights"]
+        alone(root, "back", *PRUNING[name](), module=Module(groups=False), ckpt_path=root / f"full_{name}.ckpt")
+        back = torch.load(root / "back.pt", weights_only=True)["weights"]
+        assert max(float((back[name] - value).abs().max()) for name, value in expected.items()) < 1e-12
+    module = load_from_checkpoint(Module, root / "folder_everything.ckpt", weights_only=False)
+    full = torch.load(root / "full_everything.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(value, full[name]) for name, value in module.state_dict().items())
     assert len(attachment(module).entries) == 2
     with pytest.raises(UnsafeCheckpointError, match=r"folder of shards.*weights_only=False"):
-        load_from_checkpoint(Module, root / "folder.ckpt")
+        load_from_checkpoint(Module, root / "folder_everything.ckpt")
 
 
 @pytest.mark.forks
@@ -80,7 +84,7 @@ def test_files(root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("processes", [4, 8])
 def test_more_processes(root: Path, processes: int) -> None:
     """Of eight, one has no row of the head, and most none of the gate."""
-    passed(root, processes, "2d", "hsdp", "fsdp", "masks", "masks_2d", "masks_hsdp", "tied")
+    passed(root, processes, "2d", "hsdp", "fsdp", "masks", "masks_2d", "masks_hsdp", "tied", "ticket_2d", "sap_2d")
 
 
 @pytest.mark.forks

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
-from shard_models import IMAGES, LABELS, NORMS, PRUNING, How, Module, SaveAt, loader, share_out, trainer
+from shard_models import EVALUATED, IMAGES, LABELS, NORMS, PRUNING, How, Module, SaveAt, loader, share_out, trainer
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -123,7 +123,7 @@ def many(how: How, tp: int = 1) -> None:
 def masks(name: str, how: How = "fsdp", tp: int = 1) -> None:
     """Nothing is asked of other processes but when masks change."""
     calls = Calls()
-    t = fit(Module(how), *PRUNING[name](), calls, tp=tp)
+    t = fit(Module(how), *PRUNING[name](), calls, tp=tp, **EVALUATED.get(name, {}))
     compare(state(t), name)
     if name == "masks" and how == "fsdp":
         assert calls.a_step == [0, 0, 8, 8, 8, 0], calls.a_step  # float64: six digits
@@ -202,12 +202,12 @@ class AsLoaded(Callback):
         assert difference({name: whole(p) for name, p in pl_module.named_parameters()}, file) == 0
 
 
-def resume(distributed: bool) -> None:
+def resume(distributed: bool, name: str = "everything") -> None:
     """Killed and resumed equals uninterrupted, to the bit."""
-    path = ROOT / ("folder.ckpt" if distributed else "full.ckpt")
+    path = ROOT / f"{'folder' if distributed else 'full'}_{name}.ckpt"
     runs = []
     for more, start in (([SaveAt(path)], None), ([] if distributed else [AsLoaded(path)], path)):
-        callbacks = [*PRUNING["everything"](), *more]
+        callbacks = [*PRUNING[name](), *more]
         t = fit(Module("fsdp", groups=False), *callbacks, distributed=distributed, ckpt_path=start)
         runs.append(exact(t))
     assert len(runs[0]) > 60
@@ -215,19 +215,24 @@ def resume(distributed: bool) -> None:
     assert any(name.endswith("optimizer.exp_avg") for name in runs[0])
 
 
-def from_one_process() -> None:
-    t = fit(Module("fsdp", groups=False), *PRUNING["everything"](), ckpt_path=ROOT / "half_way.ckpt")
-    compare(state(t), "half")
+def from_one_process(name: str = "everything") -> None:
+    t = fit(Module("fsdp", groups=False), *PRUNING[name](), ckpt_path=ROOT / f"half_{name}.ckpt")
+    compare(state(t), f"half_{name}")
 
 
 CHECKS: dict[str, Callable[[], None]] = {
     **{f.__name__: f for f in (sigma, split, tensor_parallel, stale, monitor, loop)},
     "from_one_process": from_one_process,
+    "ticket_from_one_process": partial(from_one_process, "ticket"),
+    "resume_ticket": partial(resume, False, "ticket"),
+    "resume_sap": partial(resume, True, "sap"),
     **{name: partial(masks, name) for name in PRUNING if name != "both"},
     **{name: partial(norms, name) for name in NORMS},
     "built_inside": built_inside,
     "tied_inputs": partial(masks, "tied", "tp", 2),
     "masks_2d": partial(masks, "masks", "2d", 2),
+    "ticket_2d": partial(masks, "ticket", "2d", 2),
+    "sap_2d": partial(masks, "sap", "2d", 2),
     "masks_hsdp": partial(masks, "masks", "hsdp"),
     "resume_full": partial(resume, False),
     "resume_folder": partial(resume, True),
