@@ -99,6 +99,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         cut(module, halves, groups)
     trainer.fit(module, ResumableLoader(loader(6)), loader(1))
     content = torch.load(root / "a.ckpt", weights_only=True)
+    del content["optimizer_states"]  # loading a model does not read them, and every mutation is written and read
     expected = outputs(cls, content)
     assert save.outputs is not None
     torch.testing.assert_close(expected, save.outputs)
