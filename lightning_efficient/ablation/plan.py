@@ -25,7 +25,7 @@ from lightning_efficient.ablation.files import (
 )
 from lightning_efficient.ablation.job import Job
 from lightning_efficient.ablation.program import Program
-from lightning_efficient.ablation.variants import Methods
+from lightning_efficient.ablation.variants import Methods, methods_of
 
 _LOCK = ".lock"
 _WAIT = 30.0  # seconds for the processes of a killed `ablate` to end
@@ -39,7 +39,7 @@ class Planned:
         variant: Its name.
         seed: Its seed.
         folder: ``<out>/<variant>/seed_<n>``.
-        methods: Of the variant.
+        methods: Of the variant, and its ``"config"``.
     """
 
     variant: str
@@ -147,7 +147,7 @@ def _make_anew(run: Planned, program: Program) -> None:
     if run.folder.exists():
         shutil.rmtree(run.folder)  # checked: one of ours, or empty
     run.folder.mkdir(parents=True)
-    (run.folder / METHODS_FILE).write_text(yaml.safe_dump(run.methods, sort_keys=False), encoding="utf-8")
+    (run.folder / METHODS_FILE).write_text(yaml.safe_dump(methods_of(run.methods), sort_keys=False), encoding="utf-8")
     write_json(run.folder / INPUTS, _inputs(run, program))
 
 

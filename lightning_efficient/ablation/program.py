@@ -16,7 +16,7 @@ import yaml  # type: ignore[import-untyped]
 
 from lightning_efficient.ablation.files import METHODS_FILE
 from lightning_efficient.ablation.job import error_lines
-from lightning_efficient.ablation.variants import Methods
+from lightning_efficient.ablation.variants import CONFIG, Methods, methods_of, options_of
 from lightning_efficient.common.names import RUN_VARIABLE, VARIABLE
 from lightning_efficient.common.registry import METHODS, near
 from lightning_efficient.lifecycle.methods import build_callback
@@ -53,14 +53,15 @@ class Program:
         Args:
             step: ``"fit"`` or ``"test"``.
             folder: The run's, ``<out>/<variant>/seed_<n>``.
-            methods: Of its variant.
+            methods: Of its variant, and its ``"config"``.
             seed: For ``--seed_everything``.
             checkpoint: To continue from.
         """
         argv = [*self.command, *([step] if self.subcommands else []), *self.arguments]
-        if self.methods_are_keys and methods:
+        if self.methods_are_keys and methods_of(methods):
             argv += [f"--config={folder / METHODS_FILE}"]
         argv += [
+            *options_of(methods),
             f"--seed_everything={seed}",
             f"--trainer.default_root_dir={folder}",
             f"--trainer.logger={json.dumps(loggers(self.config, folder))}",
@@ -75,7 +76,7 @@ class Program:
             folder: The run's.
             methods: Of its variant.
         """
-        return {VARIABLE: "" if self.methods_are_keys or not methods else str(folder / METHODS_FILE)}
+        return {VARIABLE: "" if self.methods_are_keys or not methods_of(methods) else str(folder / METHODS_FILE)}
 
 
 def find_program(script: str | os.PathLike[str] | None, arguments: Sequence[str], subcommand: str = "fit") -> Program:
@@ -177,11 +178,20 @@ def check_variants(variants: Mapping[str, Methods], program: Program) -> list[st
         nothing with the arguments that they have.
 
     Raises:
-        ValueError: A method refuses its arguments as they are then, or two exclude each other.
+        ValueError: A method refuses its arguments as they are then, two exclude each other, or the program refuses a
+            variant's ``"config"``.
     """
     base: Methods = {name: dict(program.config[name]) for name in METHODS.with_callback if program.methods_are_keys}
     remarks, trained = [], dict[str, str]()
-    for variant, methods in variants.items():
+    for variant, changes in variants.items():
+        methods = methods_of(changes)
+        if options := options_of(changes):
+            words = [*program.command, *(["fit"] if program.subcommands else []), *program.arguments, *options]
+            done = _probe([*words, "--print_config"])
+            if done.returncode:
+                raise ValueError(
+                    f"variant {variant!r}: `python {' '.join(words)}` would not start:\n{error_lines(done.stderr)}"
+                )
         whole = {name: {**base.get(name, {}), **methods.get(name, {})} for name in {**base, **methods}}
         on = {name: arguments for name, arguments in whole.items() if arguments.get("enabled")}
         try:
@@ -194,7 +204,8 @@ def check_variants(variants: Mapping[str, Methods], program: Program) -> list[st
             for name in methods
             if name in callbacks and (why := callbacks[name].without_effect())
         ]
-        same = json.dumps({name: callback.config() for name, callback in callbacks.items()}, sort_keys=True)
+        configs = {name: callback.config() for name, callback in callbacks.items()}
+        same = json.dumps([changes.get(CONFIG), configs], sort_keys=True)
         if (other := trained.setdefault(same, variant)) != variant:
             remarks.append(f"{variant} trains exactly as {other} does: its methods have the same arguments.")
     return remarks

@@ -94,6 +94,7 @@ def ablate(
 
     Args:
         variants: A YAML file, a mapping name → methods, or names such as ``["sigma_reparam", "norm_swap+temp_scale"]``.
+            ``config`` among the methods of a variant maps options of the command line to values.
             The baseline, the configuration as it is, is always added.
         script: A LightningCLI script that need not know this package: a file, or a module's import path. ``None``:
             ``lightning-efficient fit``.

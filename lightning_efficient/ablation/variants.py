@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from lightning_efficient.common.registry import METHODS, near
 from lightning_efficient.lifecycle.methods import build_callback, read_yaml, spelled
 
 BASELINE = "baseline"
+CONFIG = "config"  # of a variant: options of the command line beside its methods
 Methods = dict[str, dict[str, Any]]
 VariantsLike = str | os.PathLike[str] | Mapping[str, Any] | Sequence[str]
 
@@ -30,7 +32,8 @@ def read_variants(variants: VariantsLike) -> dict[str, Methods]:
             ``["sigma_reparam", "sigma_reparam+norm_swap"]``.
 
     Returns:
-        Name → method → arguments, with ``enabled`` spelled out. The baseline switches nothing on.
+        Name → method → arguments, with ``enabled`` spelled out; options of the command line under ``"config"``. The
+        baseline switches nothing on.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -131,8 +134,36 @@ def _text(value: Any) -> str:
     return _UNSAFE.sub("_", str(value))
 
 
+def options_of(variant: Methods) -> list[str]:
+    """What a variant changes of the configuration itself, as options of the command line.
+
+    Args:
+        variant: Its methods, and perhaps ``"config"``.
+    """
+    options = variant.get(CONFIG, {})
+    return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in options.items()]
+
+
+def methods_of(variant: Methods) -> Methods:
+    """A variant without ``"config"``.
+
+    Args:
+        variant: Its methods, and perhaps ``"config"``.
+    """
+    return {name: arguments for name, arguments in variant.items() if name != CONFIG}
+
+
 def _methods(methods: Mapping[str, Any]) -> Methods:
     """Arguments with ``enabled`` spelled out, as an ``EfficientCLI`` config and a methods file both understand them."""
+    if CONFIG in methods:
+        options = methods[CONFIG]
+        if not isinstance(options, Mapping) or not options or not all(isinstance(name, str) for name in options):
+            raise ValueError(
+                f"`{CONFIG}` should map options to values, such as `{{model.init_args.width: 32}}`; got {options!r}."
+            )
+        if method := next((name for name in options if METHODS.named(name.partition(".")[0])), None):
+            raise ValueError(f"`{CONFIG}` is for what is no method: name {method!r} beside it.")
+        return {CONFIG: dict(options), **_methods(methods_of(dict(methods)))}
     found = spelled(methods)
     for method, arguments in found.items():
         build_callback(method, arguments)

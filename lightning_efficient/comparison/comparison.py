@@ -15,7 +15,7 @@ from lightning_efficient.common.escaping import rich_text
 from lightning_efficient.comparison.estimate import Difference, Estimate, json_number
 from lightning_efficient.comparison.logs import Run, direction, read_runs
 from lightning_efficient.comparison.quantities import ENTROPY, ENTROPY_NAME, Quantity, quantities
-from lightning_efficient.comparison.verdict import Verdict, cost_of, verdicts
+from lightning_efficient.comparison.verdict import Verdict, cost_of, gain_of, verdicts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -113,10 +113,9 @@ class Comparison:
         others = [variant for variant in self.variants if variant != self.baseline]
         found = verdicts(self.headline, self.baseline, {name: self.difference(self.headline, name) for name in others})
         costs = {q.name: q for q in self.quantities if q.ratio}
+        ratios = {v.variant: {n: self.difference(q, v.variant) for n, q in costs.items()} for v in found}
         return [
-            replace(
-                v, cost=cost_of({n: self.difference(q, v.variant) for n, q in costs.items()}, v.call, self.headline)
-            )
+            replace(v, cost=cost_of(ratios[v.variant], v.call, self.headline), gain=gain_of(ratios[v.variant], v.call))
             for v in found
         ]
 

@@ -84,11 +84,11 @@ def _verdicts(comparison: Comparison) -> list[dict[str, Any]]:
             difference = comparison.difference(quantity, verdict.variant)
             if difference is not None and quantity.name in _facts(comparison):
                 facts.append(f"{quantity.name}: {difference.show()}")
-        badge = _BADGES[verdict.call]
+        badge = f"{verdict.gain.capitalize()}, no measurable loss" if verdict.gain else _BADGES[verdict.call]
         found.append(
             {
                 "variant": verdict.variant,
-                "call": verdict.call,
+                "call": "better" if verdict.gain else verdict.call,  # the colour
                 "badge": badge,
                 "text": verdict.text,
                 "cost": verdict.cost,

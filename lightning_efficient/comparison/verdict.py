@@ -26,6 +26,8 @@ class Verdict:
         p_corrected: Of the difference, Holm-corrected for ``comparisons``; ``None`` if it was not tested.
         comparisons: How many differences were tested, so one a variant that has enough seeds.
         cost: What it does to size, latency, memory and time, and at what price; empty if none of these is logged.
+        gain: ``"smaller"``, ``"faster"`` or ``"smaller and faster"`` by 5 % or more beyond noise, where there is no
+            evidence of a difference in what it is judged by; else empty.
     """
 
     variant: str
@@ -34,6 +36,7 @@ class Verdict:
     p_corrected: float | None
     comparisons: int
     cost: str = ""
+    gain: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -70,6 +73,7 @@ _COSTS = {
     ("peak memory",): "the peak memory",
     ("ms per step",): "the time a step",
 }
+_CLEARLY = 0.95  # a ratio of size or latency that is worth a word
 _PRICES = {
     "better": "and better {}", "worse": "and worse {}", "none": "at no measurable loss of {}",
     "higher": "and higher {}", "lower": "and lower {}", "open": "and too few runs to tell what {} loses",
@@ -85,21 +89,50 @@ def cost_of(differences: Mapping[str, Difference | None], call: str, headline: Q
         headline: What the verdict is about.
     """
     said, noisy = [], []
-    for starts, name in _COSTS.items():
-        matching = (d for start in starts for n, d in differences.items() if n.startswith(start) and d is not None)
-        difference = next(matching, None)
-        if difference is None or not math.isfinite(difference.mean):
-            continue
+    for name, difference in _logged(differences).items():
         ends = difference.interval
         if difference.vague:
             noisy.append(name)
-        elif ends is not None and not difference.constant and ends[0] <= 1 <= ends[1]:
-            continue  # no measurable difference
+        elif _same(difference):
+            continue
         elif abs(difference.mean - 1) >= 0.005:
             alone = " (1 run)" if ends is None and "size" not in name else ""
             said.append(f"{_two_digits(difference.mean)} × {name}{alone}")
     text = f"{', '.join(said)} {_PRICES[call].format(headline.metric or headline.name)}." if said else ""
     return " ".join(filter(None, (text, f"Too noisy to tell: {', '.join(noisy)}." if noisy else "")))
+
+
+def gain_of(differences: Mapping[str, Difference | None], call: str) -> str:
+    """What a variant is without a measurable loss: ``"smaller"``, ``"faster"``, both, or nothing.
+
+    Args:
+        differences: Quantity of time or size → its ratio to the baseline.
+        call: Of the verdict.
+    """
+    if call != "none":
+        return ""
+    logged = _logged(differences)
+    return " and ".join(
+        word
+        for name, word in (("the size", "smaller"), ("the latency", "faster"))
+        if (d := logged.get(name)) is not None and not d.vague and not _same(d) and d.mean <= _CLEARLY
+    )
+
+
+def _logged(differences: Mapping[str, Difference | None]) -> dict[str, Difference]:
+    """How a cost is called → its difference, of those that are there."""
+    found = {}
+    for starts, name in _COSTS.items():
+        matching = (d for start in starts for n, d in differences.items() if n.startswith(start) and d is not None)
+        if (difference := next(matching, None)) is not None and math.isfinite(difference.mean):
+            found[name] = difference
+    return found
+
+
+def _same(difference: Difference) -> bool:
+    """Whether a ratio is no measurable difference."""
+    ends = difference.interval
+    return ends is not None and not difference.constant and ends[0] <= 1 <= ends[1]
 
 
 def _two_digits(ratio: float) -> str:

@@ -171,6 +171,18 @@ def test_variants_are_checked_with_the_configuration_they_change() -> None:
         )
 
 
+def test_options_that_the_program_refuses_stop_before_the_first_run(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("import sys\nsys.exit('error: no ' + sys.argv[3] if 'widht' in sys.argv[3] else 0)")
+    base = Program((str(script),), ("--lr=1",), True, True, program().config)
+    twice = read_variants({"a": {"config": {"width": 3}}, "b": {"config": {"width": 4}}})
+    assert check_variants(twice, base) == []
+    with pytest.raises(
+        ValueError, match=r"variant 'c': `python .*train\.py fit --lr=1 --widht=3` .*\nerror: no --widht=3"
+    ):
+        check_variants(read_variants({"c": {"config": {"widht": 3}}}), base)
+
+
 def test_variants_that_change_nothing_are_named() -> None:
     variants = {
         "still": {"temp_scale": {"tau": 1}}, "looks": {"sigma_reparam": {"monitor_only": True}},

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 
 from lightning_efficient.ablation.engines import LocalEngine, gpus_of_a_run, make_slots
@@ -230,6 +231,21 @@ def test_command_lines(tmp_path: Path) -> None:
     bare = program(subcommands=False).argv("fit", folder, methods, 3, Path("c.ckpt"))
     assert bare[1] == "--config=b.yaml"
     assert not any("ckpt" in word for word in bare)
+
+
+def test_options_of_a_variant_come_after_those_of_every_run(tmp_path: Path) -> None:
+    small: Any = {"config": {"model.width": 8}}
+    argv = program(methods_are_keys=True).argv("fit", tmp_path, small, 3)
+    assert argv[2:4] == ("--config=b.yaml", "--model.width=8")
+    assert program().environment(tmp_path, small) == {"LIGHTNING_EFFICIENT": ""}
+    both = small | VARIANTS["sigma"]
+    assert f"--config={tmp_path / 'methods.yaml'}" in program(methods_are_keys=True).argv("fit", tmp_path, both, 3)
+    (job,) = jobs(plan({"both": both}, [0], tmp_path), program(), False, False, 1.0)
+    assert yaml.safe_load(Path(job.environment["LIGHTNING_EFFICIENT"]).read_text("utf-8")) == VARIANTS["sigma"]
+    check(plan({"both": both}, [0], tmp_path), program())
+    other = both | {"config": {"model.width": 4}}
+    with pytest.raises(ValueError, match=r"`methods.config.model.width` was 8, is 4"):
+        check(plan({"both": other}, [0], tmp_path), program())
 
 
 def test_loggers_of_the_user_stay(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lightning_efficient.ablation.variants import read_variants
+from lightning_efficient.ablation.variants import methods_of, options_of, read_variants
 
 ON = {"enabled": True}
 
@@ -48,6 +48,23 @@ variants:
     }
 
 
+def test_options_beside_the_methods_of_a_variant() -> None:
+    """A smaller network beside a pruned one, and a learning rate that goes with a method."""
+    found = read_variants(
+        {
+            "small": {"config": {"model.init_args.width": {"grid": [16, 32]}, "trainer.max_epochs": 3}},
+            "fast": {"config": {"model": {"lr": 0.5}, "optimizer": "SGD"}, "SigmaReparam": True},
+        }
+    )
+    assert list(found) == ["baseline", *(f"small,model.init_args.width={width}" for width in (16, 32)), "fast"]
+    small, fast = found["small,model.init_args.width=32"], found["fast"]
+    assert options_of(small) == ["--model.init_args.width=32", "--trainer.max_epochs=3"]
+    assert methods_of(small) == {}
+    assert options_of(fast) == ['--model={"lr": 0.5}', "--optimizer=SGD"]
+    assert methods_of(fast) == {"sigma_reparam": ON}
+    assert options_of(found["baseline"]) == []
+
+
 def test_arguments_of_the_same_name_are_told_apart() -> None:
     both = {
         "sigma_reparam": {"exclude": {"grid": [["a.*"], ["b"]]}},
@@ -67,6 +84,9 @@ def test_arguments_of_the_same_name_are_told_apart() -> None:
         ({"a": {"magnitude_pruning": {"amount": "much"}}}, "variant 'a': .*amount"),
         ({"a": {"linear_attention": True, "temp_scale": True}}, "cannot be used together: linear attention has no"),
         ({"a": True}, "should map methods to arguments"),
+        ({"a": {"config": {}}}, r"variant 'a': `config` should map options to values.*got \{\}"),
+        ({"a": {"config": {"PRepBN": True}}}, "`config` is for what is no method: name 'PRepBN' beside it"),
+        ({"a": {"config": {"norm_swap.target": "un"}}}, "name 'norm_swap.target' beside it"),
         ({"baseline": {"sigma_reparam": True}}, "`baseline` is the configuration as it is"),
         ({"seed_1": {"sigma_reparam": True}}, "cannot be a folder"),
         ({"a/b": {"sigma_reparam": True}}, "cannot be a folder"),

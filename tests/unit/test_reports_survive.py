@@ -26,9 +26,11 @@ from lightning_efficient.cli import main
 from lightning_efficient.common.escaping import picture_text, printable, printable_lines, rich_text, write_whole
 from lightning_efficient.comparison import compare
 from lightning_efficient.comparison.comparison import Comparison
+from lightning_efficient.comparison.estimate import Difference
 from lightning_efficient.comparison.html import to_html
 from lightning_efficient.comparison.logs import Run, Series, read_runs
 from lightning_efficient.comparison.pictures import png
+from lightning_efficient.comparison.verdict import gain_of
 from lightning_efficient.metrics.heatmap import heatmap
 
 NAMES: dict[str, str] = {
@@ -151,17 +153,45 @@ def costs(ratio: float, spread: float, metric: float) -> Comparison:
     return Comparison(runs, ["val_acc"], "baseline", {"val_acc": "max"})
 
 
+def level(found: Comparison) -> Comparison:
+    """The same costs, and accuracies that differ by nothing but noise."""
+    accuracies = [0, 0, 0, 0, 0.905, 0.9, 0.925, 0.925]
+    runs = [
+        r if r.variant == "baseline" else Run(r.path, r.variant, r.replica, {**r.series, "val_acc": Series([1], [v])})
+        for r, v in zip(found.runs, accuracies, strict=True)
+    ]
+    return Comparison(runs, found.metrics, "baseline", found.better)
+
+
 def test_a_smaller_model_at_no_measurable_loss_is_said_to_be_one() -> None:
-    found = costs(0.68, 0.0, 0.0)
-    found = Comparison(
-        [r if r.variant == "baseline" else Run(r.path, r.variant, r.replica, {**r.series, "val_acc": Series([1], [v])})
-         for r, v in zip(found.runs, [0, 0, 0, 0, 0.905, 0.9, 0.925, 0.925], strict=True)],
-        found.metrics, "baseline", found.better,
-    )  # fmt: skip
+    found = level(costs(0.68, 0.0, 0.0))
     (verdict,) = found.verdicts()
     assert verdict.call == "none"
     assert verdict.cost == "0.68 × the size at no measurable loss of val_acc."
     assert verdict.cost in to_html(found)
+    assert verdict.gain == verdict.to_dict()["gain"] == "smaller"
+    assert '<span class="badge better">Smaller, no measurable loss</span>' in to_html(found)
+
+
+@pytest.mark.parametrize(
+    ("found", "gain"),
+    [
+        (level(costs(0.98, 0.0, 0.0)), ""),  # not worth a word
+        (level(costs(1.5, 0.0, 0.0)), ""),
+        (level(costs(1.0, -0.1, 0.0)), ""),  # of the latency, with an interval around 1
+        (costs(0.5, 0.0, -0.1), ""),  # too few runs differ in their loss to tell
+    ],
+)
+def test_what_is_no_gain_is_not_called_one(found: Comparison, gain: str) -> None:
+    assert found.verdicts()[0].gain == gain
+
+
+def test_faster_by_itself_and_together() -> None:
+    ratios = {"exported: size, MiB": (0.5, 0.5, 0.5), "exported: latency, batch 1, ms": (0.7, 0.71, 0.69)}
+    faster = {name: Difference((1.0, 1.0, 1.0), values, True, True) for name, values in ratios.items()}
+    assert gain_of(faster, "none") == "smaller and faster"
+    assert gain_of({name: d for name, d in faster.items() if "latency" in name}, "none") == "faster"
+    assert gain_of(faster, "worse") == gain_of(faster, "open") == gain_of({}, "none") == ""
 
 
 def test_a_smaller_model_that_loses_is_said_to_lose() -> None:
