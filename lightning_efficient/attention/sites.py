@@ -28,6 +28,10 @@ from lightning_efficient.common.running import Float64, float64_copy, forget
 from lightning_efficient.folding.probes import Probe, capture
 
 
+# Numbers that are drawn at a time: as many as a cache holds.
+_NOISE = 1 << 16
+
+
 @dataclass(frozen=True)
 class AttentionSite:
     """A module that attends.
@@ -163,8 +167,10 @@ def perturbed(model: nn.Module) -> nn.Module:
     ]
     with torch.no_grad():
         for tensor in [*(p for p in model.parameters() if p.is_floating_point()), *statistics]:
-            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-            tensor.add_((noise if tensor.requires_grad else noise.abs()).to(tensor), alpha=0.02)
+            rows = _NOISE // max(tensor[:1].numel(), 1) if tensor.ndim else 0
+            for part in tensor.split(max(rows, 1)) if tensor.ndim else [tensor]:
+                noise = torch.randn(part.shape, generator=generator)
+                part.add_((noise if tensor.requires_grad else noise.abs()).to(part), alpha=0.02)
     return model
 
 

@@ -224,10 +224,16 @@ def forget(model: nn.Module) -> None:
     Args:
         model: Comes out with every module in the mode it was in.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
+    modules = list(model.modules())
+    keepers = [module for module in modules if getattr(module.train, "__func__", None) is not nn.Module.train]
+    if not keepers:  # torch's own `train` sets flags and nothing else
+        return
+    modes = [(module, module.training) for module in modules]
+    for keeper in keepers:
+        keeper.train()
+    own = {id(keeper) for keeper in keepers}
     for module, mode in modes:
-        if not mode:
+        if id(module) in own and not mode:
             module.train(False)
     for module, mode in modes:  # a parent's `train` takes its children along
         module.training = mode
@@ -250,10 +256,12 @@ class Float64(TorchFunctionMode):
     ) -> Any:
         """The same call with every lower floating dtype among its arguments raised."""
         func = torch.Tensor.double if func in _CASTS else func
-        args, kwargs = (mapped(part, _raised) for part in (args, dict(kwargs or {})))
+        args = tuple(map(_raised, args))
+        kwargs = {key: _raised(value) for key, value in kwargs.items()} if kwargs else {}
         out = (_grouped_product if func in _GROUPED else func)(*args, **kwargs)
-        made = isinstance(out, Tensor) and out.dtype in _LOW and next(tensors_in((args, kwargs)), None) is None
-        return out.double() if made else out
+        if isinstance(out, Tensor) and out.dtype in _LOW and next(tensors_in((args, kwargs)), None) is None:
+            return out.double()
+        return out
 
 
 def float64_copy(model: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_efficient.common.nests import tensors_in
@@ -65,7 +65,9 @@ class Book:
         self.names: Any = WeakTensorKeyDictionary()
         self._places: dict[tuple[int, torch.Size], Tensor] = {}
         starts = []
-        for name, tensor in tensors.items():
+        for name, tensor in sorted(tensors.items(), key=lambda item: not isinstance(item[1], nn.Parameter)):
+            if not (labels.constants or isinstance(tensor, nn.Parameter)):
+                labels.constants = len(labels._parent)
             grids = []
             for axis, size in enumerate(tensor.shape):
                 ids = labels.fresh(size)

@@ -89,7 +89,7 @@ def find_groups(
             notes.append(
                 f"it does not run in training mode on the example ({tracer.failed}): what runs only then was not seen"
             )
-        trial = Trial(twin, run(small), tolerance, None if tracer.failed else training)
+        trial = Trial(twin, run(small), tolerance, None if tracer.failed else training, inexact)
         refused: dict[str, str] = {}
         found = trial.judge(_admitted(outer, bad, idle, refused, choice), refused)
         if any(width.group.name in refused and width.doubtful for width in outer):
@@ -101,7 +101,7 @@ def find_groups(
             found += again
     if not inexact:
         for group in [group for group in found if not group.exact]:
-            refused[group.name] = f"zeroing its units is not removing them: {group.note} (`inexact=True` allows it)"
+            refused[group.name] = f"zeroing its units is not removing them: {group.note} (`inexact=True` may allow it)"
         found = [group for group in found if group.exact]
     refused |= _lone_heads(modules, outer, found)
     if not found:

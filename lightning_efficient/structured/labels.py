@@ -33,6 +33,7 @@ class Labels:
         self._fixed = np.zeros(1, dtype=np.int64)
         self.reasons = ["it is an axis of fixed size"]
         self.blocks: list[Tensor] = []  # labels of heads and other parts of which only all can go
+        self.constants = 0  # the first label that belongs to no parameter; 0: not known
 
     def fresh(self, size: int, reason: str | None = None) -> Tensor:
         """New labels.
@@ -210,6 +211,10 @@ class Labels:
         pairs = len(np.unique(np.stack(lines, 1), axis=0))
         return pairs == len(np.unique(lines[0])) * len(np.unique(lines[1]))
 
+    def _constant(self, grid: Grid) -> bool:
+        """Whether no entry of a parameter has these labels: roots are the first of their class."""
+        return 0 < self.constants <= int(self.roots(grid).max())
+
     def apart_axes(self, grid: Grid) -> list[Grid]:
         """What is fixed is so along each of its axes."""
         if len(support(grid)) < 2 or not self.fixed(grid):
@@ -238,6 +243,8 @@ class Labels:
                 have.append(grid)
                 continue
             other = have[hit]
+            if self._constant(grid) is not self._constant(other):
+                self.fix(grid if self._constant(grid) else other, "it is an axis of a constant")
             if self.fixed(other) and self.fixed(grid):
                 axes = sorted(mine | support(other))
                 have[hit : hit + 1] = [self.fixed_axis(grid.ndim, a, max(grid.shape[a], other.shape[a])) for a in axes]
@@ -262,9 +269,13 @@ def compressed(full: Tensor) -> Grid:
         full: Labels at every place.
     """
     for axis, size in enumerate(full.shape):
+        if size > 1 and full.stride(axis) == 0:
+            full = full.narrow(axis, 0, 1)
+    for axis, size in enumerate(full.shape):
         if size > 1:
             first = full.narrow(axis, 0, 1)
-            if full.stride(axis) == 0 or bool((full == first).all()):
+            # Where labels differ, mostly two neighbours do: only where they do not, all have to be looked at.
+            if torch.equal(first, full.narrow(axis, 1, 1)) and bool((full == first).all()):
                 full = first
     return full
 

@@ -42,7 +42,7 @@ class Rules(Moves):
 
     def made(self) -> list[Label]:
         """One for each result."""
-        if not any(label.grids for label in self.before):
+        if self.name.startswith("new_") or not any(label.grids for label in self.before):
             return [Label([]) for _ in self.results]
         self._mark_makers()
         special: Callable[[], list[Grid]] | None = getattr(self, f"_op_{self.name}", None)

@@ -21,13 +21,11 @@ from lightning_efficient.common.comparing import largest_gap
 from lightning_efficient.common.match import modules_by_name
 from lightning_efficient.common.nests import outputs_in
 from lightning_efficient.common.running import forget
+from lightning_efficient.structured.cases import KINDS, Case, subset
 from lightning_efficient.structured.cuts import tensors_by_name
 from lightning_efficient.structured.groups import Groups, UnitGroup
 from lightning_efficient.structured.slim import plan_slim, replay_slim
 from lightning_efficient.structured.widths import Width
-
-KINDS = ("unbalanced", "all but one", "one alone", "the first", "the last")
-_DIVISORS = (2, 4, 8, 16, 32)
 
 
 class Trial:
@@ -39,6 +37,7 @@ class Trial:
         tolerance: Of the difference relative to the outputs. In float64 rounding leaves 1e-13, an activation or a norm
             that is not invariant 1e-3 and more.
         training: Runs it in training mode; None: it does not.
+        inexact: Groups whose zeros are not gone will be cut as well, so that they have to run at every count.
     """
 
     def __init__(
@@ -47,45 +46,112 @@ class Trial:
         run: Callable[[], Any],
         tolerance: float = 1e-9,
         training: Callable[[], Any] | None = None,
+        inexact: bool = True,
     ) -> None:
-        self.model, self.run, self.tolerance, self.training = model, run, tolerance, training
-        self._random = torch.Generator().manual_seed(0)
-        self._modules = modules_by_name(model)
+        self.model, self.run, self.tolerance, self.training, self.inexact = model, run, tolerance, training, inexact
+        self._modules, self._tensors = modules_by_name(model), tensors_by_name(model)
+        self._devices = sorted({t.device.index for t in self._tensors.values() if t.device.type == "cuda"})
+        self._latest: tuple[Any, dict[str, Tensor]] = (None, {})  # of the units that were zeroed alone last
 
     def judge(self, widths: Sequence[Width], refused: dict[str, str]) -> list[UnitGroup]:
         """The groups that stand the trial, those among them that are not exact marked.
 
         Args:
-            widths: Tried together first, and in halves where that fails; those over which a norm was seen to go apart
-                from the others, as most of them do fail.
+            widths: Those over which a norm was seen to go are looked at alone first, as most of them fail; the others,
+                and what is left of these, are tried together.
             refused: Gets the reasons for the others.
         """
-        parts = [[width for width in widths if bool(width.mixed) == mixed] for mixed in (False, True)]
-        tried = [batch for part in parts for batch in self._halves(part, refused)]
-        tried += self._coupled([width for width in widths if width.group.name in refused], refused)
-        found = [group for batch in tried for group in batch]
-        if sum(any(group.exact for group in batch) for batch in tried) > 1:  # they were tried apart
-            together = self._together([group for group in found if group.exact], refused)
-            found = [group for group in found if not group.exact or any(group is one for one in together)]
-        return self._trained(found, refused)
+        cases = [Case(width, i) for i, width in enumerate(widths)]
+        pool: list[Case] = []
+        failed: list[Case] = []
+        for case in cases:
+            failure = self._disagree([case], 0) if case.width.mixed else None
+            (pool if failure is None or self._another(case, 0, failure) else failed).append(case)
+        pool, more = self._stand(pool, self._disagree, self._another, refused)
+        loose = self._loose(failed + more, refused)
+        found = [case.group for case in pool] + self._coupled(failed + more, refused)
+        found = self._trained(found + loose, refused) if self.inexact else self._trained(found, refused) + loose
+        order = {case.width.group.name: i for i, case in enumerate(cases)}
+        return sorted(found, key=lambda group: order[group.name])
 
-    def _halves(self, widths: list[Width], refused: dict[str, str]) -> list[list[UnitGroup]]:
-        """Groups that stand the trial, those that did it together in one list."""
-        if not widths:
+    def _stand(
+        self,
+        pool: list[Case],
+        fails: Callable[[Sequence[Case], int], str | None],
+        another: Callable[[Case, int, str], bool],
+        refused: dict[str, str],
+    ) -> tuple[list[Case], list[Case]]:
+        """Cases that stand every kind of subset together, and those that are out of ways to do so.
+
+        Args:
+            pool: All of them.
+            fails: What goes wrong with some of them on a kind of subset; None: nothing.
+            another: Gives a case that failed another way to be read, if there is one.
+            refused: Gets those that stand it, but not together with others.
+        """
+        failed: list[Case] = []
+        kinds = list(range(len(KINDS)))
+        while kinds and pool:
+            bad = self._culprits(pool, kinds[0], fails)
+            if not bad:
+                kinds.pop(0)
+            for case, failure, other in bad:
+                pool.remove(case)
+                if other is not None:
+                    refused[case.group.name] = f"it cannot be cut at the same time as {other.group.name!r}"
+                elif another(case, kinds[0], failure):
+                    pool.append(case)
+                    kinds = [kinds[0], *(kind for kind in range(len(KINDS)) if kind != kinds[0])]
+                else:
+                    failed.append(case)
+        return pool, failed
+
+    def _culprits(
+        self, cases: list[Case], kind: int, fails: Callable[[Sequence[Case], int], str | None]
+    ) -> list[tuple[Case, str, Case | None]]:
+        """The cases for which a trial fails, why, and beside which other one, if not alone."""
+        failure = fails(cases, kind)
+        if failure is None:
             return []
-        failed = self._fails([width.versions()[0] for width in widths])
-        if failed is None:
-            return [[width.versions()[0] for width in widths]]
-        if len(widths) > 1:
-            middle = len(widths) // 2
-            return [*self._halves(widths[:middle], refused), *self._halves(widths[middle:], refused)]
-        group = self._alone(widths[0], failed, refused)
-        return [] if group is None else [[group]]
+        if len(cases) == 1:
+            return [(cases[0], failure, None)]
+        middle = len(cases) // 2
+        left, right = cases[:middle], cases[middle:]
+        bad = self._culprits(left, kind, fails) + self._culprits(right, kind, fails)
+        if not bad:  # each half stands it alone
+            one = self._first(left, right, kind, fails)
+            return [(one, failure, self._first([one], left, kind, fails))]
+        return bad
 
-    def _coupled(self, widths: Sequence[Width], refused: dict[str, str]) -> list[list[UnitGroup]]:
+    def _first(
+        self,
+        beside: list[Case],
+        cases: list[Case],
+        kind: int,
+        fails: Callable[[Sequence[Case], int], str | None],
+    ) -> Case:
+        """The first of some cases that others cannot be tried beside."""
+        while len(cases) > 1:
+            half = cases[: len(cases) // 2]
+            if fails([*beside, *half], kind) is None:
+                beside, cases = [*beside, *half], cases[len(half) :]
+            else:
+                cases = half
+        return cases[0]
+
+    def _another(self, case: Case, kind: int, failure: str) -> bool:
+        """Whether there is another way to read a width that stands the kind of subset on which it failed."""
+        while case.next(failure):
+            again = self._disagree([case], kind)
+            if again is None:
+                return True
+            failure = again
+        return False
+
+    def _coupled(self, cases: Sequence[Case], refused: dict[str, str]) -> list[UnitGroup]:
         """Groups of which none stands the trial alone, but all together do: a constant of as many heads joins them."""
         alike: dict[Any, list[UnitGroup]] = {}
-        for width in widths:
+        for width in (case.width for case in cases if case.width.group.name in refused):
             alike.setdefault((width.group.units, width.heads), []).append(width.versions()[0])
         found = []
         for groups in alike.values():
@@ -94,82 +160,41 @@ class Trial:
                 continue
             counts = {name: dict(steps) for group in groups for name, steps in group.counts.items()}
             divisor = math.lcm(*(group.divisor for group in groups))
-            joined = replace(groups[0], slices=tuple(slices), counts=counts, divisor=divisor)
-            if self._fails([joined]) is None:
-                found.append([joined])
+            joined = Case(Width(replace(groups[0], slices=tuple(slices), divisor=divisor), counts=(counts,)), 0)
+            if all(self._disagree([joined], kind) is None for kind in range(len(KINDS))):
+                found.append(joined.group)
                 for group in groups:
                     refused.pop(group.name, None)
         return found
 
-    def _fails(self, groups: Sequence[UnitGroup]) -> tuple[int, str] | None:
-        """The first kind of subset that zeroing and cutting disagree on, with the error if it does not even run."""
-        for kind in range(len(KINDS)):
-            keep = {g.name: self._subset(g, kind + i) for i, g in enumerate(groups)}
-            known = Groups({g.name: g for g in groups})
-            try:
-                gap = self._gap(known, keep)
-            except Exception as raised:  # whatever a forward raises when its tensors do not fit
-                return kind, _said(raised)
-            if not gap <= self.tolerance:
-                return kind, ""
-        return None
-
-    def _alone(self, width: Width, failed: tuple[int, str], refused: dict[str, str]) -> UnitGroup | None:
-        """One group: with other attributes lowered, a divisor, or as one whose zeros are not gone."""
-        versions = width.versions()
-        if width.heads:  # keys and values that all heads share do not vanish with one: what reads it has to
-            versions += [_read_too(version) for version in versions[:2]]
-        running = [] if failed[1] else [versions[0]]
-        error = failed[1]
-        for group in versions[1:]:
-            again = self._fails([group])
-            if again is None:
-                return group
-            if not again[1]:
-                running.append(group)
-        for group in versions if not running else ():
-            for divisor in _DIVISORS:
-                if group.units >= 2 * divisor > group.divisor and group.units % divisor == 0:
-                    coarse = replace(group, divisor=math.lcm(divisor, group.divisor))
-                    again = self._fails([coarse])
-                    if again is None:
-                        return coarse
-                    if not again[1]:
-                        running.append(coarse)
-                        break
-        name = width.group.name
-        if error:
+    def _loose(self, cases: list[Case], refused: dict[str, str]) -> list[UnitGroup]:
+        """Of cases whose zeros are not gone, the groups that can be cut all the same."""
+        if any(case.error for case in cases):
             self._outputs(self.run)  # one that fails by itself is an error, not a reason
-        if not running:
-            refused[name] = f"the model does not run without some of its units ({error})"
-        for group in running:
-            if why := self._breaks(group):
-                refused[name] = f"the model does not run without some of its units ({why})"
-            elif why := self._leaks(group):
-                refused[name] = why
-            elif note := self._note(group, width.mixed):
-                refused.pop(name, None)
-                return replace(group, exact=False, note=note)
+        able = []
+        for case in cases:
+            if case.running:
+                case.group = case.running.pop(0)
+                able.append(case)
+            else:
+                refused[case.width.group.name] = _broken(case.error)
+        if self.inexact:
+            able, broken = self._stand(able, self._breaks, _next_running, refused)
+            refused |= {case.width.group.name: _broken(case.error) for case in broken}
+        leaks = self._leaks(able)
+        found = []
+        for case in able:
+            name = case.width.group.name
+            if name in leaks:
+                refused[name] = leaks[name]
+            elif note := self._noted(case):
+                found.append(replace(case.group, exact=False, note=note))
             else:
                 refused[name] = (
                     "cutting its units changes what the others compute, though no norm over them was seen: they are "
                     "part of something larger that was not recognised"
                 )
-        return None
-
-    def _together(self, groups: list[UnitGroup], refused: dict[str, str]) -> list[UnitGroup]:
-        """Those that can be cut at once."""
-        if not groups or self._fails(groups) is None:
-            return groups
-        if len(groups) == 1:
-            return groups
-        middle = len(groups) // 2
-        left, right = self._together(groups[:middle], refused), self._together(groups[middle:], refused)
-        if self._fails([*left, *right]) is None:
-            return [*left, *right]
-        for group in right:
-            refused[group.name] = f"it cannot be cut at the same time as {left[0].name!r}"
-        return left
+        return found
 
     def _trained(self, groups: list[UnitGroup], refused: dict[str, str]) -> list[UnitGroup]:
         """Those without which the model runs in training mode, too."""
@@ -183,76 +208,78 @@ class Trial:
 
     def _training_error(self, groups: Sequence[UnitGroup]) -> str:
         assert self.training is not None
-        keep = {g.name: self._subset(g, 0) for g in groups}
-        with self._restored():
-            try:
-                replay_slim(self.model, plan_slim(self.model, keep, Groups({g.name: g for g in groups})))
-                self._outputs(self.training)
-            except Exception as raised:  # whatever a forward raises when its tensors do not fit
-                return _said(raised)
+        try:
+            keep = {group.name: subset(group, 0, turn) for turn, group in enumerate(groups)}
+            self._cut({group.name: group for group in groups}, keep, self.training)
+        except Exception as raised:  # whatever a forward raises when its tensors do not fit
+            return _said(raised)
         return ""
-
-    # -- subsets ---------------------------------------------------------------------------------------------------
-
-    def _subset(self, group: UnitGroup, kind: int) -> list[int]:
-        """Units that stay."""
-        units, step = group.units, group.divisor
-        blocks = units // step
-        count = {1: blocks - 1, 2: 1}.get(kind % len(KINDS)) or _coprime(blocks)
-        count = min(max(count, 1), max(blocks - 1, 1)) * step
-        order = torch.randperm(units, generator=self._random)
-        if kind % len(KINDS) == 0:  # three of the first half for one of the second
-            first, second = order[order < units // 2], order[order >= units // 2]
-            many = min(-(-3 * count // 4), len(first))
-            order = torch.cat([first[:many], second, first[many:]])
-        elif kind % len(KINDS) in (3, 4):
-            order = torch.arange(units) if kind % len(KINDS) == 3 else torch.arange(units).flip(0)
-        return order[:count].sort().values.tolist()
 
     # -- running ---------------------------------------------------------------------------------------------------
 
-    def _gap(self, groups: Groups, keep: Mapping[str, Sequence[int]]) -> float:
+    def _disagree(self, cases: Sequence[Case], kind: int) -> str | None:
+        """Whether zeroing and cutting disagree on a kind of subset: the error if it does not even run, else empty."""
+        groups = {case.group.name: case.group for case in cases}
+        keep = {case.group.name: case.subset(kind) for case in cases}
+        try:
+            gap = largest_gap(self._without(groups, keep), self._cut(groups, keep, self.run))
+        except Exception as raised:  # whatever a forward raises when its tensors do not fit
+            return _said(raised)
+        return None if gap <= self.tolerance else ""
+
+    def _breaks(self, cases: Sequence[Case], kind: int) -> str | None:
+        """The error if the model does not run without a kind of subset."""
+        groups = {case.group.name: case.group for case in cases}
+        try:
+            self._cut(groups, {case.group.name: case.subset(kind) for case in cases}, self.run)
+        except Exception as raised:  # whatever a forward raises when its tensors do not fit
+            return _said(raised)
+        return None
+
+    def _without(self, groups: dict[str, UnitGroup], keep: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """What the model gives with zeros for some units; of one group, whatever its attributes are, once."""
+        whose = [(group.slices, keep[name]) for name, group in groups.items()]
+        if len(whose) == 1 and whose == self._latest[0]:
+            return self._latest[1]
         with self._zeroed(groups, keep):
             zeroed = self._outputs(self.run)
-        return largest_gap(zeroed, self._cut(groups, keep))
+        if len(whose) == 1:
+            self._latest = whose, zeroed
+        return zeroed
 
-    def _cut(self, groups: Groups, keep: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    def _cut(
+        self, groups: dict[str, UnitGroup], keep: Mapping[str, Sequence[int]], run: Callable[[], Any]
+    ) -> dict[str, Tensor]:
         """What the model gives without some units."""
         with self._restored():
-            replay_slim(self.model, plan_slim(self.model, keep, groups))
-            return self._outputs(self.run)
-
-    def _breaks(self, group: UnitGroup) -> str:
-        """The error of the first kind of subset without which the model does not run."""
-        for kind in range(len(KINDS)):
-            try:
-                self._cut(Groups({group.name: group}), {group.name: self._subset(group, kind)})
-            except Exception as raised:  # whatever a forward raises when its tensors do not fit
-                return _said(raised)
-        return ""
+            replay_slim(self.model, plan_slim(self.model, keep, Groups(groups)))
+            return self._outputs(run)
 
     @torch.no_grad()
     def _outputs(self, run: Callable[[], Any]) -> dict[str, Tensor]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with torch.random.fork_rng(devices=self._devices):
+            # `torch.manual_seed` takes longer than a small model's forward where there is no GPU.
+            torch.default_generator.manual_seed(0)
+            for device in self._devices:
+                torch.cuda.default_generators[device].manual_seed(0)
             result = run()
         return {f"output {i}": t.detach().clone() for i, t in enumerate(outputs_in(result))}
 
     @contextmanager
-    def _zeroed(self, groups: Groups, keep: Mapping[str, Sequence[int]], readers: bool = False) -> Iterator[None]:
+    def _zeroed(
+        self, groups: Mapping[str, UnitGroup], keep: Mapping[str, Sequence[int]], readers: bool = False
+    ) -> Iterator[None]:
         """Zeros in the parameters that make some units; with ``readers``, in those that read them, too."""
-        parameters = {n: t for n, t in tensors_by_name(self.model).items() if isinstance(t, nn.Parameter)}
         before: list[tuple[Tensor, int, Tensor, Tensor]] = []
         try:
             for name, stay in keep.items():
-                group = groups.found[name]
+                group = groups[name]
                 gone = sorted(set(range(group.units)) - set(stay))
                 for part in group.slices if readers else group.produced:
-                    if (tensor := parameters.get(part.name)) is not None:
-                        entries = part.entries(gone)
+                    if isinstance(tensor := self._tensors.get(part.name), nn.Parameter):
+                        entries = part.entries(gone).to(tensor.device)
                         before.append((tensor.data, part.dim, entries, tensor.data.index_select(part.dim, entries)))
                         tensor.data.index_fill_(part.dim, entries, 0)
-            forget(self.model)
             yield
         finally:
             for data, dim, entries, values in reversed(before):
@@ -262,8 +289,8 @@ class Trial:
     @contextmanager
     def _restored(self) -> Iterator[None]:
         """Tensors and attributes come back as they were."""
-        tensors = [(t, t.data) for t in {id(t): t for t in tensors_by_name(self.model).values()}.values()]
-        attributes = [(m, dict(vars(m))) for m in self.model.modules()]
+        tensors = [(t, t.data) for t in self._tensors.values()]
+        attributes = [(m, dict(vars(m))) for m in self._modules.values()]
         try:
             yield
         finally:
@@ -275,17 +302,18 @@ class Trial:
 
     # -- reasons ---------------------------------------------------------------------------------------------------
 
-    def _leaks(self, group: UnitGroup) -> str:
-        """A reason if zeroed units still carry something that depends on the input: then the trace was wrong."""
-        keep = self._subset(group, 0)
-        gone = sorted(set(range(group.units)) - set(keep))
-        seen: dict[str, Tensor] = {}
+    def _leaks(self, cases: Sequence[Case]) -> dict[str, str]:
+        """Name → reason if zeroed units still carry something that depends on the input: then the trace was wrong."""
         readers = {
-            name: part
-            for part in group.consumed
+            name: (case, part)
+            for case in cases
+            for part in case.group.consumed
             for name in [part.name.rpartition(".")[0]]
             if part.name.endswith("weight") and part.dim == 1 and isinstance(self._modules.get(name), nn.Linear)
         }
+        if not readers:
+            return {}
+        seen: dict[str, Tensor] = {}
 
         def look(name: str) -> Any:
             def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -294,43 +322,56 @@ class Trial:
             return hook
 
         handles = [self._modules[name].register_forward_pre_hook(look(name)) for name in readers]
+        keep = {case.group.name: case.subset(0) for case in cases}
         try:
-            with self._zeroed(Groups({group.name: group}), {group.name: keep}):
+            with self._zeroed({case.group.name: case.group for case in cases}, keep):
                 self._outputs(self.run)
         finally:
             for handle in handles:
                 handle.remove()
+        leaks = {}
         for name, value in seen.items():
-            columns = value.index_select(value.ndim - 1, readers[name].entries(gone)).flatten(0, -2)
+            case, part = readers[name]
+            gone = sorted(set(range(case.group.units)) - set(keep[case.group.name]))
+            columns = value.index_select(value.ndim - 1, part.entries(gone)).flatten(0, -2)
             if not float((columns - columns[:1]).abs().max()) <= self.tolerance * float(value.abs().max()):
-                return f"its units still reach {name!r} when they are zero, so something else writes into them"
-        return ""
+                why = f"its units still reach {name!r} when they are zero, so something else writes into them"
+                leaks[case.group.name] = why
+        return leaks
 
-    def _note(self, group: UnitGroup, mixed: str) -> str:
+    def _noted(self, case: Case) -> str:
+        """Why zeros are not gone, in the first way of reading the width in which that can be told."""
+        while not (note := self._note(case)) and case.running:
+            case.group = case.running.pop(0)
+            if self.inexact and any(self._breaks([case], kind) is not None for kind in range(len(KINDS))):
+                return ""
+        return note
+
+    def _note(self, case: Case) -> str:
         """Why zeros are not gone, if that can be told."""
+        group, mixed = case.group, case.width.mixed
         for part in group.produced:
             name = part.name.rpartition(".")[0]
             if isinstance(module := self._modules.get(name), (nn.LayerNorm, nn.GroupNorm)):
                 return f"{type(module).__name__} {name!r} takes its mean and variance over the width"
-        keep = {group.name: self._subset(group, 0)}
-        known = Groups({group.name: group})
-        with self._zeroed(known, keep, readers=True):
+        groups, keep = {group.name: group}, {group.name: case.subset(0)}
+        with self._zeroed(groups, keep, readers=True):
             unread = self._outputs(self.run)
-        if largest_gap(unread, self._cut(known, keep)) <= self.tolerance:
+        if largest_gap(unread, self._cut(groups, keep, self.run)) <= self.tolerance:
             return "an activation with f(0) ≠ 0 lies behind it"
         return f"{mixed!r} takes all of the width together" if mixed else ""
 
 
-def _read_too(group: UnitGroup) -> UnitGroup:
-    """The same units, zeroed where they are read as well as where they are made."""
-    return replace(group, slices=tuple(replace(part, role="produce") for part in group.slices))
+def _next_running(case: Case, kind: int, failure: str) -> bool:
+    case.error = failure
+    if case.running:
+        case.group = case.running.pop(0)
+        return True
+    return False
 
 
-def _coprime(count: int) -> int:
-    """About three fifths of a number, odd, without a divisor in common with it where possible."""
-    about = max(round(0.6 * count), 1)
-    near = sorted(range(1, count), key=lambda c: abs(c - about))
-    return next((c for c in near if c % 2 and math.gcd(c, count) == 1), about)
+def _broken(error: str) -> str:
+    return f"the model does not run without some of its units ({error})"
 
 
 def _said(error: Exception) -> str:

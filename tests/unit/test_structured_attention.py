@@ -109,6 +109,22 @@ class Rotated(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
 
 
+class Windows(nn.Module):
+    """Windows in one axis with the samples, and a constant mask for each of them, as shifted windows have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.qkv, self.proj = 4, nn.Linear(24, 72), nn.Linear(24, 24)
+        self.register_buffer("mask", torch.randn(3, 2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x.view(b * 3, 2, c)).view(b * 3, 2, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mask = self.mask[None, :, None].expand(b, -1, self.heads, -1, -1).reshape(-1, self.heads, 2, 2)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(mixed.transpose(1, 2).reshape(b, n, -1))
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "two fused heads": (lambda: Fused(2), 2),
     "six fused heads": (lambda: Fused(6), 6),
@@ -116,6 +132,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "fused groups": (FusedGroups, 3),
     "class attention": (ByClass, 4),
     "rotated": (Rotated, 4),
+    "windows": (Windows, 4),
 }
 SUBSETS: list[Callable[[int], list[int]]] = [
     lambda n: [0], lambda n: [n - 1], lambda n: list(range(n - 1)), lambda n: list(range(1, n)),
@@ -138,7 +155,7 @@ def check(model: nn.Module, x: Any, groups: Any, name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_heads_go_as_a_whole(name: str) -> None:
     build, heads = CASES[name]
-    model, x = lively(Around(build())).double().eval(), torch.randn(2, 5, 5).double()
+    model, x = lively(Around(build())).double().eval(), torch.randn(2, 6, 5).double()
     groups = find_groups(model, x)
     assert {n: g.units for n, g in groups.found.items() if n.startswith("attention")} == {"attention": heads}
     check(model, x, groups, "attention")

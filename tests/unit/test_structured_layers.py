@@ -202,6 +202,22 @@ class Stem(nn.Module):
         return self.out(self.rnn(self.inner(x))[0])
 
 
+class Depth(nn.Module):
+    """A residual branch that is left out for some samples in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+        self.out = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.first(x))
+        branch = self.second(x.relu())
+        if self.training:
+            branch = branch * x.new_empty(len(x), 1, 1, 1).bernoulli_(0.8).div_(0.8)
+        return self.out(x + branch)
+
+
 def images() -> Tensor:
     return torch.randn(2, 3, 8, 8).double()
 
@@ -219,6 +235,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], dict[str, 
     "shuffle by hand": (lambda: Shuffled(by_hand), images, {"first": 4, "second": 5}),
     "pixel shuffle": (_pixels, images, {"0": 6, "3": 4}),
     "group norm": (_groups, images, {"0": 4}),
+    "stochastic depth": (Depth, images, {"first": 8}),
     "lstm": (lambda: Stem(nn.LSTM), sequences, {"inner": 7, "rnn": 6}),
     "stacked both ways": (lambda: Stem(nn.GRU, num_layers=2, bidirectional=True), sequences, {"inner": 7, "rnn": 6}),
 }
