@@ -27,7 +27,6 @@ from lightning_efficient.common.nests import mapped
 from lightning_efficient.common.running import Float64, float64_copy, forget
 from lightning_efficient.folding.probes import Probe, capture
 
-
 # Numbers that are drawn at a time: as many as a cache holds.
 _NOISE = 1 << 16
 
@@ -168,7 +167,7 @@ def perturbed(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for tensor in [*(p for p in model.parameters() if p.is_floating_point()), *statistics]:
             rows = _NOISE // max(tensor[:1].numel(), 1) if tensor.ndim else 0
-            for part in tensor.split(max(rows, 1)) if tensor.ndim else [tensor]:
+            for part in torch.split(tensor, max(rows, 1)) if tensor.ndim else [tensor]:
                 noise = torch.randn(part.shape, generator=generator)
                 part.add_((noise if tensor.requires_grad else noise.abs()).to(part), alpha=0.02)
     return model

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_efficient.common.eager import uncompiled
-from lightning_efficient.common.nests import mapped, named_tensors, tensors_in
+from lightning_efficient.common.nests import named_tensors, tensors_in
 
 # One tensor, a tuple of positional arguments, or a dict of keyword arguments (as Lightning's
 # example_input_array).

@@ -67,7 +67,7 @@ class Book:
         starts = []
         for name, tensor in sorted(tensors.items(), key=lambda item: not isinstance(item[1], nn.Parameter)):
             if not (labels.constants or isinstance(tensor, nn.Parameter)):
-                labels.constants = len(labels._parent)
+                labels.constants = labels.size
             grids = []
             for axis, size in enumerate(tensor.shape):
                 ids = labels.fresh(size)
@@ -80,7 +80,7 @@ class Book:
             if tensor.numel():
                 self._places[tensor.data_ptr(), tensor.shape] = tensor
         self._starts = np.array(starts, dtype=np.int64)
-        self._end = len(labels._parent)
+        self._end = labels.size
 
     def feed(self, inputs: Any) -> None:
         """The axes of what a model is given are fixed.

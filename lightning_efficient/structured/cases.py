@@ -96,7 +96,7 @@ def _read_too(group: UnitGroup) -> UnitGroup:
 
 
 def _coprime(count: int) -> int:
-    """About three fifths of a number, odd, without a divisor in common with it where possible."""
-    about = max(round(0.6 * count), 1)
+    """A little under half of a number, odd, without a divisor in common with it where possible."""
+    about = max(round(0.45 * count), 1)
     near = sorted(range(1, count), key=lambda c: abs(c - about))
     return next((c for c in near if c % 2 and math.gcd(c, count) == 1), about)

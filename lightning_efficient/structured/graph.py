@@ -78,18 +78,16 @@ def find_groups(
     choice, modules = Choice.of(model, include, exclude, METHOD), modules_by_name(model)
     bad, idle = _bad_tensors(model), references(model)
     probe = as_probe(model, example)
-    twin, run, tolerance = _copied(model, probe)
-    small, two = (_smallest(twin, probe, run, samples) for samples in (1, 2))
-    training = _training(twin, run(two))
+    twin, run, tolerance, small, two = _copied(model, probe)
     notes: list[str] = []
     with torch.random.fork_rng(devices=_devices(model)):
-        tracer = _Tracer(twin, (run(small), _inputs(small)), (training, _inputs(two)))
+        tracer = _Tracer(twin, run, small, two)
         outer = tracer.widths()
         if tracer.failed:
             notes.append(
                 f"it does not run in training mode on the example ({tracer.failed}): what runs only then was not seen"
             )
-        trial = Trial(twin, run(small), tolerance, None if tracer.failed else training, inexact)
+        trial = Trial(twin, run(small), tolerance, None if tracer.failed else tracer.training, inexact)
         refused: dict[str, str] = {}
         found = trial.judge(_admitted(outer, bad, idle, refused, choice), refused)
         if any(width.group.name in refused and width.doubtful for width in outer):
@@ -117,8 +115,11 @@ def find_groups(
 Run = Callable[[], Any]
 
 
-def _copied(model: nn.Module, probe: Probe) -> tuple[nn.Module, Callable[[Probe], Run], float]:
-    """A copy to try things on, what runs it on inputs, and how exactly it computes: in float64 where all of it can."""
+def _copied(model: nn.Module, probe: Probe) -> tuple[nn.Module, Callable[[Probe], Run], float, Probe, Probe]:
+    """A copy to try things on, what runs it on inputs, how exactly it computes, and inputs: few, and two samples.
+
+    In float64 where all of it can.
+    """
     try:
         # A weight that a hook recomputes is no leaf, which `deepcopy` refuses.
         loose = [(m, n, v) for m in model.modules() for n, v in vars(m).items() if isinstance(v, Tensor) and v.grad_fn]
@@ -126,9 +127,12 @@ def _copied(model: nn.Module, probe: Probe) -> tuple[nn.Module, Callable[[Probe]
         twin = perturbed(float64_copy(own))
     except Exception as why:
         raise ValueError(f"{METHOD}: {type(model).__name__} cannot be copied to be tried on: {why}") from why
+
+    def run(probe: Probe) -> Run:
+        return lambda: run_float64(twin, probe)
+
     try:
-        with torch.no_grad():
-            run_float64(twin, _small(probe, 2))
+        return twin, run, 1e-9, *_smallest(probe, run)
     except ValueError as why:
         low = perturbed(copy.deepcopy(own).eval())
 
@@ -136,20 +140,13 @@ def _copied(model: nn.Module, probe: Probe) -> tuple[nn.Module, Callable[[Probe]
             return lambda: low(*mapped(probe.args, _fresh), **mapped(probe.kwargs, _fresh))
 
         try:
-            with torch.no_grad():
-                plain(probe)()
+            return low, plain, 1e-4, *_smallest(probe, plain)
         except Exception:
             raise ValueError(f"{METHOD}: {why}") from why
-        return low, plain, 1e-4
-    return twin, lambda probe: lambda: run_float64(twin, probe), 1e-9
 
 
 def _fresh(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def _inputs(probe: Probe) -> Any:
-    return probe.args, probe.kwargs
 
 
 def _training(twin: nn.Module, run: Run) -> Run:
@@ -172,8 +169,11 @@ def _training(twin: nn.Module, run: Run) -> Run:
 class _Tracer:
     """Finds the widths of a copy, in one run in evaluation mode and one in training mode where that is possible."""
 
-    def __init__(self, twin: nn.Module, run: tuple[Run, Any], training: tuple[Run, Any]) -> None:
-        self.twin, self.run, self.training = twin, run, training
+    def __init__(self, twin: nn.Module, run: Callable[[Probe], Run], small: Probe, two: Probe) -> None:
+        self.twin, self.run = twin, run
+        # A batch norm of one number fails in training where one of two does not.
+        self.probes = [small] if two is small else [small, two]
+        self.training = _training(twin, run(small))
         self.failed = ""
         self.unread: dict[str, set[str]] | None = None
 
@@ -196,18 +196,24 @@ class _Tracer:
         return find_widths(self.twin, self._both(), self.unread, inner)[0]
 
     def _both(self) -> list[tuple[Run, Any]]:
+        inputs = [(probe.args, probe.kwargs) for probe in self.probes]
+        evaluation = self.run(self.probes[0]), inputs[0]
         if self.failed:
-            return [self.run]
-        training, inputs = self.training
+            return [evaluation]
 
         def lenient() -> Any:
-            try:
-                return training()
-            except Exception as why:  # a training forward may want targets
-                self.failed = str(why.__cause__ or why).strip().partition("\n")[0] or type(why).__name__
-                return None
+            for probe in self.probes:
+                self.training = _training(self.twin, self.run(probe))
+                try:
+                    result = self.training()
+                except Exception as why:  # a training forward may want targets
+                    self.failed = str(why.__cause__ or why).strip().partition("\n")[0] or type(why).__name__
+                else:
+                    self.failed = ""
+                    return result
+            return None
 
-        return [self.run, (lenient, inputs)]
+        return [evaluation, (lenient, inputs)]
 
 
 def _unread(twin: nn.Module, ran: set[str], read: set[str]) -> dict[str, set[str]]:
@@ -310,27 +316,33 @@ def _small(probe: Probe, samples: int) -> Probe:
     return Probe(probe.label, mapped(probe.args, few), mapped(probe.kwargs, few))
 
 
-def _smallest(twin: nn.Module, probe: Probe, run: Callable[[Probe], Run], samples: int) -> Probe:
-    """Two samples; of large images fewer, and smaller if the model takes them: a trial is a dozen forwards."""
-    probe = _small(probe, 2)
+def _smallest(probe: Probe, run: Callable[[Probe], Run]) -> tuple[Probe, Probe]:
+    """Inputs that a model runs on: the fewest that say enough, and two samples.
+
+    Two samples; of large images one, and smaller if the model takes them: a trial is a dozen forwards.
+    """
+    small, two = (_small(probe, samples) for samples in (1, 2))
     images = [t for t in tensors_in((probe.args, probe.kwargs)) if t.ndim == 4 and t.is_floating_point()]
-    if not images or max(t.shape[2:].numel() for t in images) <= _PIXELS**2:
-        return probe
-    probe = _small(probe, samples)
-    shape = images[0].shape[2:]
+    with torch.no_grad():
+        if not images or max(t.shape[2:].numel() for t in images) <= _PIXELS**2:
+            run(two)()
+            return two, two
+        shape = images[0].shape[2:]
 
-    def resized(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.shape[2:] != shape or not value.is_floating_point():
-            return value
-        return nn.functional.interpolate(value, size=(_PIXELS, _PIXELS), mode="nearest")
+        def resized(value: Any) -> Any:
+            if not isinstance(value, Tensor) or value.shape[2:] != shape or not value.is_floating_point():
+                return value
+            return nn.functional.interpolate(value, size=(_PIXELS, _PIXELS), mode="nearest")
 
-    tried = Probe(probe.label, mapped(probe.args, resized), mapped(probe.kwargs, resized))
-    try:
-        with torch.no_grad():
-            run(tried)()
-    except Exception:  # its size is fixed
-        return probe
-    return tried
+        def smaller(probe: Probe) -> Probe:
+            return Probe(probe.label, mapped(probe.args, resized), mapped(probe.kwargs, resized))
+
+        try:
+            run(smaller(small))()
+        except Exception:  # its size is fixed
+            run(small)()
+            return small, two
+        return smaller(small), smaller(two)
 
 
 def _devices(model: nn.Module) -> list[int]:

@@ -9,6 +9,7 @@ columns), they belong to one unit from then on. Two grids of one tensor vary alo
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ class Labels:
         self.inner = inner
         self._parent = np.zeros(1, dtype=np.int64)
         self._fixed = np.zeros(1, dtype=np.int64)
+        self.size = 1
         self.reasons = ["it is an axis of fixed size"]
         self.blocks: list[Tensor] = []  # labels of heads and other parts of which only all can go
         self.constants = 0  # the first label that belongs to no parameter; 0: not known
@@ -45,11 +47,14 @@ class Labels:
         Returns:
             ``(size,)``, long.
         """
-        start = len(self._parent)
-        self._parent = np.concatenate([self._parent, np.arange(start, start + size)])
-        code = 0 if reason is None else self._code(reason)
-        self._fixed = np.concatenate([self._fixed, np.full(size, code)])
-        return torch.arange(start, start + size)
+        start = self.size
+        self.size += size
+        if self.size > len(self._parent):  # twice as long each time, or many small ones would copy all over and over
+            more = np.zeros(2 * self.size - len(self._parent), dtype=np.int64)
+            self._parent, self._fixed = (np.concatenate([part, more]) for part in (self._parent, self._fixed))
+        self._parent[start : self.size] = np.arange(start, self.size)
+        self._fixed[start : self.size] = 0 if reason is None else self._code(reason)
+        return torch.arange(start, self.size)
 
     def _code(self, reason: str) -> int:
         if reason not in self.reasons:
@@ -83,8 +88,14 @@ class Labels:
         left, right = np.broadcast_arrays(self.roots(one), self.roots(two))
         differ = (left != right) & (left != WILD) & (right != WILD)
         if differ.any():
-            for a, b in np.unique(np.stack([left[differ], right[differ]], 1), axis=0).tolist():
-                self._join(a, b)
+            pairs = np.unique(np.stack([left[differ], right[differ]], 1), axis=0)
+            if len(np.unique(pairs)) == pairs.size:  # no class is in two pairs
+                first, second = pairs.min(1), pairs.max(1)
+                self._parent[second] = first
+                self._fixed[first] = np.where(self._fixed[first], self._fixed[first], self._fixed[second])
+            else:
+                for a, b in pairs.tolist():
+                    self._join(a, b)
         return merged
 
     def _join(self, a: int, b: int) -> None:
@@ -259,7 +270,12 @@ class Labels:
 
 def support(grid: Grid) -> frozenset[int]:
     """The axes along which a grid varies."""
-    return frozenset(axis for axis, size in enumerate(grid.shape) if size > 1)
+    return _varying(grid.shape)
+
+
+@cache
+def _varying(shape: torch.Size) -> frozenset[int]:
+    return frozenset(axis for axis, size in enumerate(shape) if size > 1)
 
 
 def compressed(full: Tensor) -> Grid:

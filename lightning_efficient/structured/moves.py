@@ -19,6 +19,8 @@ MOVES = frozenset((
     "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "diagonal", "lift_fresh", "_reshape_alias",
     "_to_copy", "im2col", "movedim", "index_select", "view_as_real",
 ))  # fmt: skip
+# Of these the result is its operand, as far as labels go.
+_SAME = frozenset(("_to_copy", "clone", "contiguous", "alias", "detach", "lift_fresh"))
 _SPLITS = frozenset(["split", "unsafe_split", "split_with_sizes", "unsafe_split_with_sizes", "unbind"])
 
 
@@ -82,6 +84,8 @@ class Moves:
     def _move(self) -> list[Label]:
         shape, label = self.shapes[0], self.before[0]
         raw = label.raw
+        if self.name in _SAME:
+            return [Label(label.grids, raw=raw)]
         if self.name == "index_select":
             return [Label(self._lookup(int(self.args[1]) % len(shape)), raw=raw)]
         if self.name in ("select", "unbind"):
@@ -109,8 +113,8 @@ class Moves:
         args = list(self.args)
         args[0] = full
         kwargs = {k: v for k, v in self.kwargs.items() if not isinstance(v, (torch.dtype, torch.layout, torch.device))}
-        if self.name in ("_to_copy", "clone", "contiguous", "alias", "detach", "lift_fresh", "view_as_real"):
-            return full if self.name != "view_as_real" else full.unsqueeze(-1).expand(*full.shape, 2)
+        if self.name == "view_as_real":
+            return full.unsqueeze(-1).expand(*full.shape, 2)
         if self.name == "as_strided":
             return full.contiguous().as_strided(*args[1:])
         if self.name == "constant_pad_nd":

@@ -66,7 +66,11 @@ class Trial:
         failed: list[Case] = []
         for case in cases:
             failure = self._disagree([case], 0) if case.width.mixed else None
-            (pool if failure is None or self._another(case, 0, failure) else failed).append(case)
+            if failure == "":  # it runs, and what was seen to go over the width explains the rest
+                case.running.append(case.group)
+                failed.append(case)
+            else:
+                (pool if failure is None or self._another(case, 0, failure) else failed).append(case)
         pool, more = self._stand(pool, self._disagree, self._another, refused)
         loose = self._loose(failed + more, refused)
         found = [case.group for case in pool] + self._coupled(failed + more, refused)
@@ -181,7 +185,7 @@ class Trial:
         if self.inexact:
             able, broken = self._stand(able, self._breaks, _next_running, refused)
             refused |= {case.width.group.name: _broken(case.error) for case in broken}
-        leaks = self._leaks(able)
+        leaks = self._leaks(able) if self.inexact else {}
         found = []
         for case in able:
             name = case.width.group.name
@@ -354,6 +358,8 @@ class Trial:
             name = part.name.rpartition(".")[0]
             if isinstance(module := self._modules.get(name), (nn.LayerNorm, nn.GroupNorm)):
                 return f"{type(module).__name__} {name!r} takes its mean and variance over the width"
+        if mixed and not self.inexact:
+            return f"{mixed!r} takes all of the width together"
         groups, keep = {group.name: group}, {group.name: case.subset(0)}
         with self._zeroed(groups, keep, readers=True):
             unread = self._outputs(self.run)

@@ -154,15 +154,7 @@ class _Reader:
 
     def widths(self) -> Iterator[Width]:
         """Classes of labels that take as many entries of the same tensors are units of one width."""
-        classes: dict[int, dict[tuple[str, int], list[int]]] = defaultdict(lambda: defaultdict(list))
-        for key, ids in self.book.own.items():
-            for entry, root in enumerate(self.book.labels.roots(ids).tolist()):
-                classes[root][key].append(entry)
-        alike: dict[Any, list[int]] = defaultdict(list)
-        for root, held in classes.items():
-            if any(key in self.made and key[0] in self.parameters for key in held):
-                alike[frozenset((key, len(entries)) for key, entries in held.items())].append(root)
-        widths = [self._width(members, [classes[root] for root in members]) for members in alike.values()]
+        widths = [self._width(roots, parts) for roots, parts in self._alike()]
         taken: dict[str, int] = {}
         for width in sorted(widths, key=lambda width: bool(width.refused)):
             count = taken[width.group.name] = taken.get(width.group.name, 0) + 1
@@ -172,19 +164,49 @@ class _Reader:
                 width = replace(width, group=replace(width.group, name=f"{width.group.name}#{count}"))
             yield width
 
-    def _width(self, roots: list[int], units: list[dict[tuple[str, int], list[int]]]) -> Width:
-        keys = list(units[0])
+    def _alike(self) -> list[tuple[list[int], dict[tuple[str, int], Tensor]]]:
+        """Classes of labels with as many entries of the same tensors, and which: ``(classes, entries)`` of each."""
+        keys = list(self.book.own)
+        sizes = [len(ids) for ids in self.book.own.values()]
+        roots = self.book.labels.roots(np.concatenate([np.zeros(0, dtype=np.int64), *self.book.own.values()]))
+        owner = np.repeat(np.arange(len(keys)), sizes)
+        entry = np.concatenate([np.zeros(0, dtype=np.int64), *(np.arange(size) for size in sizes)])
+        makes = np.array([key in self.made and key[0] in self.parameters for key in keys], dtype=bool)
+        kept = np.isin(roots, roots[makes[owner]])
+        order = np.lexsort((entry[kept], owner[kept], roots[kept]))
+        roots, owner, entry = (part[kept][order] for part in (roots, owner, entry))
+        # A run: the entries of one tensor that are in one class. A class: all its runs.
+        starts = np.flatnonzero(np.r_[True, (roots[1:] != roots[:-1]) | (owner[1:] != owner[:-1])][: len(roots)])
+        counts = np.diff(np.r_[starts, len(roots)])
+        firsts = np.flatnonzero(np.r_[True, np.diff(roots[starts]) != 0][: len(starts)])
+        many = np.diff(np.r_[firsts, len(starts)])
+        found = []
+        for number in np.unique(many).tolist():  # of runs
+            runs = firsts[many == number][:, None] + np.arange(number)
+            held = np.concatenate([owner[starts[runs]], counts[runs]], 1)
+            _, where = np.unique(held, axis=0, return_inverse=True)
+            for group in range(int(where.max()) + 1):
+                mine = runs[where.reshape(-1) == group]
+                parts = {}
+                for run in mine.T:
+                    index = starts[run][:, None] + np.arange(counts[run[0]])
+                    parts[keys[owner[starts[run[0]]]]] = torch.from_numpy(entry[index])
+                found.append((roots[starts[mine[:, 0]]].tolist(), parts))
+        return sorted(found, key=lambda item: item[0][0])
+
+    def _width(self, roots: list[int], parts: Mapping[tuple[str, int], Tensor]) -> Width:
+        keys = list(parts)
         slices = []
-        for name, dim in keys:
+        for (name, dim), index in parts.items():
             role: Role = "produce" if (name, dim) in self.made else "consume"
-            slices.append(Slice(name, dim, torch.tensor([unit[name, dim] for unit in units]), role))
+            slices.append(Slice(name, dim, index, role))
         multihead = any(self._multihead(name) for name, _ in keys)
         heads = not multihead and any(root in self.attended for root in roots)
-        divisor = self._divisor(slices, len(units))
-        group = UnitGroup(self._name(slices, heads), len(units), tuple(slices), divisor, heads=heads)
+        divisor = self._divisor(slices, len(roots))
+        group = UnitGroup(self._name(slices, heads), len(roots), tuple(slices), divisor, heads=heads)
         mixed = next((self.mixed[r] for r in roots if r in self.mixed), "")
         refused = next((why for r in roots if (why := self.book.labels.why_fixed(r))), "")
-        if not refused and len(units) < 2:
+        if not refused and len(roots) < 2:
             refused = "all its channels are coupled with each other, so none can go alone"
         elif not refused and not group.consumed and not any(r in self.read for r in roots):
             refused = "no layer that can be cut reads it"

@@ -128,6 +128,8 @@ class WholeStep(ModuleView):
 class AllSteps(WholeStep):
     """Several of a LightningModule's steps one after the other: a width that any of them reads is seen.
 
+    In training mode only the training step runs, as in a fit.
+
     Args:
         pl_module: The module, attached to a Trainer.
         stages: Whose steps; see :class:`WholeStep`.
@@ -141,6 +143,8 @@ class AllSteps(WholeStep):
         """What each step returns and logs, on a batch of its own."""
         results = []
         for stage, batch in zip(self.stages, batches, strict=True):
+            if self.training and stage != "fit":
+                continue
             self.stage = stage
             with torch.set_grad_enabled(stage == "fit" or torch.is_grad_enabled()):  # a training step may ask for some
                 results.append(super().forward(batch))
