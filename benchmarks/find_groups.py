@@ -100,7 +100,7 @@ def table(rows: dict[str, dict[str, Any]], threads: int) -> str:
         "",
         f"`python benchmarks/find_groups.py`, {threads} thread(s), float64 trials. Medians over rounds in which the",
         "versions take turns, each run a process of its own; processor seconds, as the machine may be busy; memory is",
-        "what the process grew by at its peak, in models (the model itself not counted). Small networks: the parts of a",
+        "what the process grew by at its peak, in models (the model itself not counted). Small networks: the part of a",
         "second that a test pays.",
         "",
         "| network | processor s | on the clock | memory, in models | widths | before: processor s | memory | "
