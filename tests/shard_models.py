@@ -59,6 +59,37 @@ class Net(nn.Module):
         return out
 
 
+class Hiding(nn.Module):
+    """Mixes the tokens of a sample that count, and norms all."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.lin = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        n = self.norm(x)
+        seen = torch.where(keep[..., None], n, 0).sum(1, keepdim=True) / keep.sum(1)[:, None, None]
+        return x + torch.tanh(self.lin(n + seen))
+
+
+class Ragged(nn.Module):
+    """Samples of one to nine tokens; what is behind them is noise."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(2, width, 4, 4)
+        self.blocks = nn.ModuleList(Hiding(width) for _ in range(2))
+        self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        keep = torch.arange(9) < (x[:, 0, 0, 0].abs() * 5).long().clamp(max=8)[:, None] + 1
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x, keep)
+        out: Tensor = self.head(torch.where(keep[..., None], x, 0).sum(1) / keep.sum(1)[:, None])
+        return out
+
+
 class Module(LightningModule):
     """The batch is a function of the step, whole or this process's part of it.
 
@@ -69,6 +100,7 @@ class Module(LightningModule):
         options: Of AdamW.
         groups: Matrices in one group, the rest in another.
         mp_policy: Of FSDP.
+        net: What is made.
     """
 
     def __init__(
@@ -79,9 +111,10 @@ class Module(LightningModule):
         options: dict[str, Any] | None = None,
         mp_policy: Any = None,
         groups: bool = True,
+        net: Callable[[], nn.Module] = Net,
     ) -> None:
         super().__init__()
-        self.groups = groups
+        self.groups, self.kind = groups, net
         self.how, self.dtype_, self.options, self.mp_policy = how, dtype, options or {}, mp_policy
         self.net: nn.Module | None = None
         self.losses: list[Tensor] = []
@@ -93,7 +126,7 @@ class Module(LightningModule):
         """The same weights each time, and no number of the user's drawn."""
         with torch.random.fork_rng():
             torch.manual_seed(5)
-            self.net = Net().to(self.dtype_)
+            self.net = self.kind().to(self.dtype_)
 
     def configure_model(self) -> None:
         if self.net is None:
@@ -200,7 +233,11 @@ PRUNING: dict[str, Callable[[], list[Any]]] = {
 EVALUATED: dict[str, dict[str, Any]] = {"sap_layer": {"limit_val_batches": 1, "val_check_interval": 1}}
 
 NORMS: dict[str, Callable[[], list[Any]]] = {
-    target: lambda target=target: [PRepBN(target=target, transition=3, hold=1)] for target in ("dyt", "rms")
+    "dyt": lambda: [PRepBN(target="dyt", transition=3, hold=1)],
+    "rms": lambda: [PRepBN(target="rms", transition=3, hold=1)],
+    "repbn": lambda: [PRepBN(transition=3, hold=1, recalibrate=3)],
+    "un": lambda: [PRepBN(target="un", transition=2, hold=1, warmup=2, window=2, filtration=False, recalibrate=0)],
+    "affine": lambda: [PRepBN(target="affine", transition=3, hold=1)],
 }
 
 

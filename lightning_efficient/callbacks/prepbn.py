@@ -14,21 +14,22 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_efficient.common.change import Change
-from lightning_efficient.common.running import first_line
+from lightning_efficient.common.shards import gather_anew
+from lightning_efficient.lifecycle.asking import asked
 from lightning_efficient.lifecycle.standing import is_smoke_run
-from lightning_efficient.lifecycle.state import Request
-from lightning_efficient.lifecycle.strategies import gather_anew, is_sharded
+from lightning_efficient.lifecycle.state import Request, attachment
+from lightning_efficient.lifecycle.strategies import data_group, is_sharded
 from lightning_efficient.lifecycle.structural import StructuralCallback
 from lightning_efficient.lifecycle.weights import Plan
 from lightning_efficient.norms.blend import BlendNorm, blend_norms, set_blend
-from lightning_efficient.norms.causal import CausalModelError, causal_norms
-from lightning_efficient.norms.checks import check_statistics, check_training
-from lightning_efficient.norms.padding import find_padding, hand_over
+from lightning_efficient.norms.causal import CausalModelError
+from lightning_efficient.norms.checks import check_statistics, check_training, not_seen
+from lightning_efficient.norms.padding import hand_over
 from lightning_efficient.norms.repbn import RepBN
 from lightning_efficient.norms.swap import METHOD, NormSwapConfig, apply_norm_swap, find_norms
 from lightning_efficient.trainer.example import first_batch
 from lightning_efficient.trainer.finished import FinishedForm
-from lightning_efficient.trainer.probing import probed
+from lightning_efficient.trainer.probing import probe_norms
 from lightning_efficient.trainer.statistics import average_over_processes, recalibrate_in
 from lightning_efficient.trainer.transition import TRANSITION, GuardedTransition
 
@@ -157,13 +158,10 @@ class PRepBN(StructuralCallback):
             if isinstance(norm.target, RepBN) and not self.options.learn_eta:
                 norm.target.eta.requires_grad_(False)
 
-    def check_sharded(self, pl_module: LightningModule) -> None:
-        """Refuse what has to know more of a model than a sharded one can tell."""
-        if self.options.target not in ("dyt", "rms"):
-            raise ValueError(
-                f"PRepBN(target={self.options.target!r}) runs a copy of the model to find padding, and whether it is "
-                "causal, and a sharded model cannot be copied. Use 'dyt' or 'rms', or train unsharded."
-            )
+    @property
+    def needs_whole(self) -> bool:
+        """To find padding, and whether the model is causal, where the target has statistics."""
+        return self.options.target not in ("dyt", "rms")
 
     def request(self) -> Request:
         """What to do to a model: plain data and a function, so that copies of the model can carry it."""
@@ -195,6 +193,8 @@ class PRepBN(StructuralCallback):
         way, name = self.transition, type(self).__name__
         way.fix(*self.standing.fix(trainer, name, self._resolve, sum))
         self._norms = list(blend_norms(pl_module).values())
+        for norm in self._norms:
+            norm.target.group = data_group(trainer, pl_module)
         if fresh:  # a further fit, or one of a model from a file, goes on from where the norms are
             way.restart(max(float(norm.lam) for norm in self._norms))
         self._write(self.step(trainer))
@@ -236,6 +236,8 @@ class PRepBN(StructuralCallback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Forwards from here are recomputations."""
+        if self._norms:
+            attachment(pl_module).unsharded = None  # whoever needs it has looked at it
         self._collect(False)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -362,24 +364,18 @@ class PRepBN(StructuralCallback):
     def _look(self, trainer: Trainer, pl_module: LightningModule, batch: Any, number: int) -> None:
         """Find the padding masks; refuse a causal model, which norms with batch statistics would show the future."""
         self._looked = True
-        batch_statistics = any(norm.target.batch_statistics for norm in self._norms)
-        if not (batch_statistics or any(norm.target.calibrates for norm in self._norms)):
+        leaks = any(norm.target.batch_statistics for norm in self._norms)
+        if not (leaks or any(norm.target.calibrates for norm in self._norms)):
             return
-        name, target, causal = type(self).__name__, self.options.target, dict[str, str]()
+        name, free = type(self).__name__, self.allow_causal or self.options.frozen
+        ask = partial(probe_norms, trainer, number=number, causal=leaks and not free)
         try:
-            if batch_statistics and not self.allow_causal and not self.options.frozen:
-                causal = probed(trainer, pl_module, batch, number, causal_norms)
-            padding = probed(trainer, pl_module, batch, number, find_padding)
+            leaking, padding = asked(trainer, pl_module, batch, ask)
         except Exception as error:
-            rank_zero_warn(
-                f"{name}: whether the model is causal and what is padding could not be found out, because "
-                f"{type(pl_module).__name__} does not run on a training batch outside its loop ({first_line(error)}). "
-                "With batch statistics a causal model sees the future while training (target='affine' has none), and "
-                "padded tokens count in the statistics."
-            )
+            rank_zero_warn(f"{name}: {not_seen(type(pl_module).__name__, error)}")
             return
-        if causal:
-            raise CausalModelError(causal, list(blend_norms(pl_module)), target)
+        if leaking:
+            raise CausalModelError(leaking, list(blend_norms(pl_module)), self.options.target)
         self._handles = hand_over(pl_module, padding.masks)
         if padding.unknown:
             rank_zero_warn(
@@ -391,6 +387,8 @@ class PRepBN(StructuralCallback):
         self._collect(True)
         for handle in self._handles:
             handle.remove()
+        for norm in self._norms:
+            norm.target.group = None
         self._finished.stop()
         self._handles, self._norms = [], []
         self._looked = self._fed = False

@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
@@ -31,6 +32,13 @@ def whole(tensor: Tensor) -> Tensor:
         tensor: Of one process: itself. Cut over several: gathered, so not for what runs in every step.
     """
     return cast(DTensor, tensor.detach()).full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def gather_anew(model: nn.Module) -> None:
+    """Have the next forward gather FSDP's parameters anew: an evaluation leaves some gathered, as they were then."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from lightning_efficient.common.match import Choice, check_globs, parameters_by_
 from lightning_efficient.common.registry import METHODS
 from lightning_efficient.common.schema import OneOf, Record, check, short
 from lightning_efficient.lifecycle import recipe
-from lightning_efficient.lifecycle.hooks import hook_loading
+from lightning_efficient.lifecycle.hooks import hook_cutting, hook_loading
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
 from lightning_efficient.lifecycle.standing import STANDING, Standing
 from lightning_efficient.lifecycle.state import attachment
@@ -91,6 +91,11 @@ class EfficientCallback(Callback):
     def state_key(self) -> str:
         """Key of this callback's state in a checkpoint; differs between two differently targeted instances."""
         return self._generate_state_key(include=self.include, exclude=self.exclude)
+
+    @property
+    def needs_whole(self) -> bool:
+        """Whether it has to run the model before that is cut over processes: ``attachment(module).unsharded``."""
+        return False
 
     def config(self) -> dict[str, Any]:
         """The arguments of this callback as plain data."""
@@ -242,6 +247,7 @@ class EfficientCallback(Callback):
                 check_strategy(trainer, type(self).__name__, self.sharded, self.changes_weights)
                 if is_sharded(trainer):
                     self.check_sharded(pl_module)
+                    hook_cutting(pl_module)
             self.standing = Standing()
             self._logged_step = -1
             self.restart()

@@ -32,6 +32,7 @@ from lightning_efficient.lifecycle.recipe import Entry, RecipeError
 from lightning_efficient.lifecycle.state import NAME, Attachment, Request, attachment, set_zeroed, without
 from lightning_efficient.surgery.optimizer import plain_view
 from lightning_efficient.surgery.replace import restore_modules
+from lightning_efficient.trainer.unsharded import unsharded
 
 
 @runtime_checkable
@@ -40,6 +41,10 @@ class CheckpointMember(Protocol):
 
     enabled: bool
     method: str
+
+    @property
+    def needs_whole(self) -> bool:
+        """Whether it has to run the model before that is cut over processes."""
 
     @property
     def state_key(self) -> str:
@@ -81,6 +86,11 @@ def keep_request(pl_module: LightningModule, request: Request) -> None:
 def hook_files(pl_module: LightningModule) -> None:
     """Have the module's files say what its weights hold, those without callback states among them."""
     _hook(pl_module, ("on_save_checkpoint", "on_load_checkpoint", "configure_optimizers"))
+
+
+def hook_cutting(pl_module: LightningModule) -> None:
+    """Have a copy of the module kept, where a callback needs one, before its ``configure_model`` cuts it."""
+    _hook(pl_module, ("configure_model",))
 
 
 def hook_loading(pl_module: LightningModule) -> None:
@@ -153,6 +163,9 @@ def _previous(pl_module: LightningModule, name: str, *args: Any) -> Any:
 def configure_model(self: LightningModule) -> None:
     """The user's ``configure_model``, then every structural request on what is new."""
     before = dict(self.named_parameters(remove_duplicate=False))
+    asked = self.device_mesh is not None and any(m.enabled and m.needs_whole for m in members(self))
+    if asked and before and self.trainer.is_global_zero and not any(map(is_cut, before.values())):
+        attachment(self).unsharded = unsharded(self)
     _previous(self, "configure_model")
     if any(is_cut(parameter) for parameter in self.parameters()):
         _follow(self, before)

@@ -14,11 +14,11 @@ from torch import Tensor
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.registry import METHODS
 from lightning_efficient.common.schema import Record, check
-from lightning_efficient.common.shards import is_cut
+from lightning_efficient.common.shards import gather_anew, is_cut
 from lightning_efficient.lifecycle.base import peers
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
 from lightning_efficient.lifecycle.state import attachment
-from lightning_efficient.lifecycle.strategies import gather_anew, is_sharded
+from lightning_efficient.lifecycle.strategies import is_sharded
 from lightning_efficient.lifecycle.weights import Plan, WeightSpaceCallback
 from lightning_efficient.pruning.selection import check_layout
 from lightning_efficient.pruning.targets import PrunableWeight, find_targets

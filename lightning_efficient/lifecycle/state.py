@@ -52,6 +52,7 @@ class Attachment:
             file is cut first.
         zeroed: Units that are zero and can be cut out: :func:`~lightning_efficient.export` does. Written to every
             file, read from it.
+        unsharded: On the first process, between sharding and the first step: the module as it was before.
     """
 
     requests: list[Request] = field(default_factory=list)
@@ -60,6 +61,7 @@ class Attachment:
     entries: list[Entry] = field(default_factory=list)
     cut: Cuts | None = None
     zeroed: Cuts | None = None
+    unsharded: LightningModule | None = None
 
     @property
     def changes(self) -> list[Change]:

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import (
     ModelParallelStrategy,
     SingleDeviceStrategy,
 )
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 _WHOLE = "Trainer(strategy='auto') on one device, or 'ddp' (also 'ddp_spawn', 'ddp_fork', 'ddp_notebook')"
@@ -27,11 +27,12 @@ def is_sharded(trainer: Trainer) -> bool:
     return isinstance(trainer.strategy, ModelParallelStrategy)
 
 
-def gather_anew(pl_module: LightningModule) -> None:
-    """Have the next forward gather FSDP's parameters anew: an evaluation leaves some gathered, as they were then."""
-    for module in pl_module.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+def data_group(trainer: Trainer, pl_module: LightningModule) -> ProcessGroup | None:
+    """The processes that have other samples than this one, where the model is sharded; None: none, or it is whole."""
+    mesh = pl_module.device_mesh
+    if not is_sharded(trainer) or mesh is None or mesh["data_parallel"].size() == 1:
+        return None
+    return mesh["data_parallel"].get_group()
 
 
 def misplaced_states(pl_module: LightningModule, optimizers: Sequence[Optimizer], file: Mapping[str, Any]) -> bool:

@@ -17,12 +17,13 @@ from torch.optim import Optimizer
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.match import REFERENCE
 from lightning_efficient.common.registry import METHODS
+from lightning_efficient.common.shards import gather_anew
 from lightning_efficient.common.weights import trained_by
 from lightning_efficient.lifecycle.base import EfficientCallback, peers
 from lightning_efficient.lifecycle.hooks import hook_files
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
 from lightning_efficient.lifecycle.state import attachment
-from lightning_efficient.lifecycle.strategies import gather_anew, is_sharded, misplaced_states
+from lightning_efficient.lifecycle.strategies import is_sharded, misplaced_states
 from lightning_efficient.lifecycle.structural import rebind_all
 from lightning_efficient.surgery.optimizer import add_parameters
 from lightning_efficient.surgery.schedulers import adopt_untrained_groups, take_added_groups

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_efficient.norms.plain import Affine, affine_module
@@ -33,6 +34,21 @@ def _is_narrow(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < 32
 
 
+def pooled(group: dist.ProcessGroup | None, *values: Tensor) -> tuple[Tensor, ...]:
+    """Sums over processes, without a gradient.
+
+    Args:
+        group: The processes; None: this one alone.
+        values: Sums of what is here, of one dtype.
+    """
+    if group is None:
+        return values
+    together = torch.cat([value.reshape(-1) for value in values])
+    dist.all_reduce(together, group=group)
+    parts = torch.split(together, [value.numel() for value in values])
+    return tuple(part.view(value.shape) for part, value in zip(parts, values, strict=True))
+
+
 class Target(nn.Module):
     """A norm that works on rows: (tokens, channels).
 
@@ -49,6 +65,8 @@ class Target(nn.Module):
             and opens it after. Several calls in one step (accumulation, a norm used in two places) count each.
         frozen: Train with the running statistics and leave them alone (for batches too small to have any).
         calibrating: Whether the blend shows this target what the source computes; see ``calibrate``.
+        group: The processes whose rows all count in the statistics of a batch; None: those of this one alone. All of
+            them take part in every forward and backward.
     """
 
     batch_statistics: ClassVar[bool] = False
@@ -63,6 +81,7 @@ class Target(nn.Module):
         self.collect = True
         self.frozen = False
         self.calibrating = False
+        self.group: dist.ProcessGroup | None = None
 
     @abstractmethod
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:

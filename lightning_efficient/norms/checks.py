@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from lightning_efficient.common.running import first_line
 from lightning_efficient.norms.blend import blend_norms
 
 
@@ -59,3 +60,18 @@ def check_statistics(model: nn.Module, recalibrated: bool = True) -> None:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def not_seen(model: str, error: Exception) -> str:
+    """What it means that a model could not be looked at, for people.
+
+    Args:
+        model: Name of its class.
+        error: With which its step failed.
+    """
+    return (
+        "whether the model is causal and what is padding could not be found out, because "
+        f"{model} does not run on a training batch outside its loop ({first_line(error)}). With batch statistics a "
+        "causal model sees the future while training (target='affine' has none), and padded tokens count in the "
+        "statistics."
+    )

@@ -41,6 +41,8 @@ class RepBN(Target):
         if not self.bn.training or self.frozen or (x.shape[0] < 2 and self._group() is None):
             scale, shift = self._coefficients()
             return torch.addcmul(shift, x, scale).to(x.dtype)
+        if mask is None and self.group is not None:
+            mask = x.new_ones(len(x), dtype=torch.bool)
         y = self._normalize(x) if mask is None else self._normalize_masked(x, mask)
         return torch.addcmul(y, x, self.eta.to(x.dtype))
 
@@ -130,6 +132,8 @@ class RepBN(Target):
 
     def _group(self) -> dist.ProcessGroup | None:
         """The processes whose statistics are pooled; None: this one's alone."""
+        if self.group is not None:
+            return self.group
         if not isinstance(self.bn, nn.SyncBatchNorm) or not (dist.is_available() and dist.is_initialized()):
             return None
         group = self.bn.process_group or dist.group.WORLD

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_efficient.norms.base import Scaled, widened
+from lightning_efficient.norms.base import Scaled, pooled, widened
 from lightning_efficient.norms.plain import Affine, rms_module, tanh_module
 
 
@@ -62,10 +62,10 @@ class FixedAffine(Scaled):
         x, y = widened(x.detach()), widened(y.detach())
         wx = x if scale is None else x * scale
         centered = y if shift is None else y - shift
-        sums = (wx * centered).sum(1), wx.square().sum(1)
-        for average, terms in zip((self.product, self.power), sums, strict=True):
-            terms = terms if mask is None else torch.where(mask, terms, 0)
-            average.lerp_(terms.sum().to(average.dtype), 1 - self.decay)
+        rows = (wx * centered).sum(1), wx.square().sum(1)
+        sums = [(terms if mask is None else torch.where(mask, terms, 0)).sum() for terms in rows]
+        for average, found in zip((self.product, self.power), pooled(self.group, *sums), strict=True):
+            average.lerp_(found.to(average.dtype), 1 - self.decay)
 
     @torch.no_grad()
     def _settle(self) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from lightning_efficient.norms.base import Scaled, widened
+from lightning_efficient.norms.base import Scaled, pooled, widened
 from lightning_efficient.norms.plain import Affine
 
 # The published code leaves gradients uncompensated for this many iterations, however short the warm-up.
@@ -44,9 +45,9 @@ class UnifiedNorm(Scaled):
       instead of this batch's mean, with ``g`` compensated by ``sqrt(v / running_var)`` within [1/5, 5].
 
     Deviations from the published code: with a mask, padded rows also stay out of the backward means; nothing waits for
-    the device. There is no exchange between processes, as there. In a recomputed forward (activation checkpointing) the
-    last decision is used again: do not combine that with one module called several times in a step. One row alone has
-    no statistics worth the name and uses the running ones.
+    the device; with a ``group`` both means are over the rows of all its processes, whose losses are averaged. In a
+    recomputed forward (activation checkpointing) the last decision is used again: do not combine that with one module
+    called several times in a step. One row alone has no statistics worth the name and uses the running ones.
 
     Args:
         channels: Size of the channel axis.
@@ -99,11 +100,11 @@ class UnifiedNorm(Scaled):
         """Normalize rows (tokens, channels), with the statistics of those in ``mask`` (tokens,); None: of all."""
         if self._suspended is not None:
             return self._average(x, mask)
-        if not self.training or self.frozen or x.shape[0] < 2:
+        if not self.training or self.frozen or (x.shape[0] < 2 and self.group is None):
             return self.scaled(x, self._scale(self.running_var))
         if self.collecting() or self._last is None:
-            self._last = self._decide(_mean_square(x, mask, self.running_var))
-        state = (self.products, self.ema, self.momentum, self.eps, mask)
+            self._last = self._decide(self._mean_square(x, mask))
+        state = (self.products, self.ema, self.momentum, self.eps, mask, self.group)
         y: Tensor = _Smoothed.apply(x, self.weight, self.bias, *self._last, *state)
         return y
 
@@ -150,18 +151,22 @@ class UnifiedNorm(Scaled):
         return bool((self.running_var != 1).any())
 
     def _average(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        x2 = _mean_square(x, mask, self.running_var)
+        x2 = self._mean_square(x, mask)
         self._averaged += 1
         self.running_var.lerp_(x2, 1 / self._averaged)
         return self.scaled(x, self._scale(x2))
 
+    def _mean_square(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return _mean(x.detach().to(self.running_var.dtype).square(), mask, self.running_var, self.group)
 
-def _mean_square(x: Tensor, mask: Tensor | None, like: Tensor) -> Tensor:
-    squares = x.detach().to(like.dtype).square()
-    if mask is None:
-        return squares.mean(0)
-    n = mask.sum()
-    return torch.where(n > 0, torch.where(mask[:, None], squares, 0).sum(0) / n.clamp(min=1), like)
+
+def _mean(rows: Tensor, mask: Tensor | None, otherwise: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The mean of the rows that count, of all processes; ``otherwise`` where there are none."""
+    if mask is None and group is None:
+        return rows.mean(0)
+    count = rows.new_tensor(len(rows)) if mask is None else mask.sum().to(rows.dtype)
+    total, count = pooled(group, (rows if mask is None else torch.where(mask[:, None], rows, 0)).sum(0), count)
+    return torch.where(count > 0, total / count.clamp(min=1), otherwise)
 
 
 class _Smoothed(torch.autograd.Function):
@@ -169,10 +174,10 @@ class _Smoothed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> Tensor:
-        decision, (products, ema, momentum, eps, mask) = Decision(*rest[:5]), rest[5:]
+        decision, (products, ema, momentum, eps, mask, group) = Decision(*rest[:5]), rest[5:]
         inv = torch.rsqrt(decision.var + eps)
         ctx.save_for_backward(x, weight, inv, mask)
-        ctx.decision, ctx.state, ctx.momentum = decision, (products, ema), momentum
+        ctx.decision, ctx.state, ctx.momentum, ctx.group = decision, (products, ema), momentum, group
         return torch.addcmul(widened(bias), x, widened(weight) * inv).to(x.dtype)
 
     @staticmethod
@@ -182,17 +187,12 @@ class _Smoothed(torch.autograd.Function):
         products, ema = ctx.state
         out, z = grads[0].to(inv.dtype), x.to(inv.dtype) * inv
         gain = widened(weight) * ratio
-        gz, total = _mean_and_sum(out * z, mask)
-        gz = gz * gain
+        rows = out * z
+        # Of a loss that is averaged over processes each has the gradients of its part times their number.
+        parts = 1 if ctx.group is None else dist.get_world_size(ctx.group)
+        gz = _mean(rows, mask, torch.zeros_like(gain), ctx.group) * gain / parts
         products.copy_(torch.where(row, torch.where(skip, ema, gz), products))
         psi = torch.where(plain, gz, products.mean(0))
         ema.mul_(ctx.momentum).add_(psi, alpha=1 - ctx.momentum)
-        gx = (out * gain - torch.where(skip, psi, ema) * z) * inv
-        return gx.to(x.dtype), (ratio * total).to(weight.dtype), out.sum(0).to(weight.dtype), *[None] * 10
-
-
-def _mean_and_sum(rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    total = rows.sum(0)
-    if mask is None:
-        return total / rows.shape[0], total
-    return torch.where(mask[:, None], rows, 0).sum(0) / mask.sum().clamp(min=1), total
+        gx = (out * gain - parts * torch.where(skip, psi, ema) * z) * inv
+        return gx.to(x.dtype), (ratio * rows.sum(0)).to(weight.dtype), out.sum(0).to(weight.dtype), *[None] * 11

@@ -118,10 +118,20 @@ class Dealt(Sampler[int]):
 
 
 class FixedStatistics(Callback):
-    """Keeps batch norm in evaluation mode, since batch statistics make no two ways of batching equal."""
+    """Keeps batch norm in evaluation mode, since batch statistics make no two ways of batching equal.
+
+    Args:
+        module: Whose batch norms, those that it has now; None: those that there are in training.
+    """
+
+    def __init__(self, module: nn.Module | None = None) -> None:
+        self.held = None if module is None else _batch_norms(module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Freeze the running statistics."""
-        for module in pl_module.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+        for module in _batch_norms(pl_module) if self.held is None else self.held:
+            module.eval()
+
+
+def _batch_norms(module: nn.Module) -> list[nn.Module]:
+    return [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]

@@ -74,7 +74,7 @@ def _fit(case: Case, variant: str, parts: int, path: Path, **more: Any) -> Light
     """Train on batches of eight, of which each process gets its part, and save; what is refused changes nothing."""
     module = case.modules[variant]().double()
     before = _values(module)
-    trainer = case.trainer(*case.ours(), FixedStatistics(), use_distributed_sampler=False, **more)
+    trainer = case.trainer(*case.ours(), FixedStatistics(module), use_distributed_sampler=False, **more)
     samples = case.data(size=8, dtype=torch.float64).dataset
     dealt = DataLoader(samples, 8 // parts, sampler=Dealt(8 * case.steps, parts) if parts > 1 else None)
     try:

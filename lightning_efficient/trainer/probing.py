@@ -9,10 +9,28 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_efficient.norms.causal import causal_norms
+from lightning_efficient.norms.padding import Padding, find_padding
 from lightning_efficient.trainer.replay import Replay
 
 _Answer = TypeVar("_Answer")
 Probe = Callable[[LightningModule, Callable[[Any], object], Any], _Answer]
+
+
+def probe_norms(
+    trainer: Trainer, pl_module: LightningModule, batch: Any, number: int, causal: bool
+) -> tuple[dict[str, str], Padding]:
+    """What norms with statistics have to know of a model: which of them are causal, and what is padding.
+
+    Args:
+        trainer: As for :func:`probed`.
+        pl_module: Likewise.
+        batch: Likewise.
+        number: Likewise.
+        causal: Whether to ask for the first.
+    """
+    found = probed(trainer, pl_module, batch, number, causal_norms) if causal else {}
+    return found, probed(trainer, pl_module, batch, number, find_padding)
 
 
 def probed(trainer: Trainer, pl_module: LightningModule, batch: Any, number: int, probe: Probe[_Answer]) -> _Answer:

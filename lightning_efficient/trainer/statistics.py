@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from lightning_efficient.common.shards import gather_anew
 from lightning_efficient.norms.blend import BlendNorm, blend_norms
 from lightning_efficient.norms.recalibrate import recalibrate
 from lightning_efficient.trainer.replay import EmptyLoaderError, Replay
@@ -34,6 +35,7 @@ def recalibrate_in(trainer: Trainer, pl_module: LightningModule, batches: int, w
     if loader is None or count < 1:
         return False
     steps = iter(range(count))
+    gather_anew(pl_module)
     try:
         replay = Replay(trainer, pl_module, "fit")
 
@@ -56,6 +58,8 @@ def recalibrate_in(trainer: Trainer, pl_module: LightningModule, batches: int, w
             "recalibrate=0."
         )
         return False
+    finally:
+        gather_anew(pl_module)
     if done.norms:
         average_over_processes(trainer, pl_module)
         rank_zero_info(f"{who}: statistics of {done.norms} norms averaged over {done.batches} training batches.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from test_contract import data
 from zoo import Sharded
 
+from lightning_efficient import PRepBN
 from lightning_efficient.common.registry import METHODS
 from lightning_efficient.lifecycle.methods import build_callback, callback_class
 from lightning_efficient.testing import SHARDED, assert_method_contract
@@ -33,12 +35,28 @@ CELLS = [(name, "fsdp2") for name in METHODS.with_callback] + [
 ]
 
 
+def cell(make: Callable[[], Any], scenario: str, net: str = "timm_vit", refused: str | None = None) -> str:
+    modules = {name: partial(Sharded, net) for name in ("plain", *SHARDED)}
+    errors = {} if refused is None else {scenario: refused}
+    return assert_method_contract(make, modules, data, folds=False, scenarios=[scenario], refused=errors)[scenario]
+
+
 @pytest.mark.parametrize(("method", "scenario"), CELLS)
 def test_contract(method: str, scenario: str) -> None:
-    make = partial(build_callback, method, ARGUMENTS.get(method, {}))
-    modules = {name: partial(Sharded, "timm_vit") for name in ("plain", *SHARDED)}
     kind = callback_class(method)
-    refused = {} if kind.sharded else {scenario: REFUSED.format(kind.__name__)}
-    options: dict[str, Any] = {"folds": False, "scenarios": [scenario], "refused": refused}
-    table = assert_method_contract(make, modules, data, **options)
-    assert table[scenario].startswith("refused" if refused else "passed")
+    error = None if kind.sharded else REFUSED.format(kind.__name__)
+    found = cell(partial(build_callback, method, ARGUMENTS.get(method, {})), scenario, refused=error)
+    assert found.startswith("refused" if error else "passed")
+
+
+@pytest.mark.parametrize("target", ["repbn", "un", "affine"])
+def test_norms_with_statistics(target: str) -> None:
+    """Of the batches of both processes together."""
+    more = {"warmup": 2, "window": 2} if target == "un" else {}
+    assert cell(partial(PRepBN, target=target, transition=3, hold=1, **more), "fsdp2") == "passed"
+
+
+def test_a_causal_model_is_refused() -> None:
+    """Which the first process finds out on the copy that it has, and all are told."""
+    error = "the model is causal.*Use `target='affine'`"
+    assert cell(partial(PRepBN, transition=3, hold=1), "fsdp2", "decoder", error).startswith("refused")

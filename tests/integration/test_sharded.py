@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from forking import forked
-from shard_models import EVALUATED, NORMS, PRUNING, Module, SaveAt, loader, trainer
+from shard_models import EVALUATED, NORMS, PRUNING, Module, Ragged, SaveAt, loader, trainer
 
 from lightning_efficient import CollapseMonitor, SigmaReparam, load_from_checkpoint
 from lightning_efficient.lifecycle.files import UnsafeCheckpointError
@@ -38,6 +38,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     alone(folder, "split", SigmaReparam(qkv="split", init="one"), accumulate_grad_batches=2)
     for name, make in NORMS.items():
         alone(folder, name, *make(), module=Module(inside=False))
+    alone(folder, "ragged", *NORMS["repbn"](), module=Module(inside=False, net=Ragged))
     t = trainer(folder, CollapseMonitor(every_n_steps=4))
     t.fit(Module(), loader(), loader(1))
     torch.save({n: v for n, v in t.callback_metrics.items() if n.startswith("efficient/")}, folder / "monitor.pt")
@@ -58,7 +59,7 @@ def passed(root: Path, processes: int, *checks: str) -> None:
 def test_equal_to_one_process(root: Path) -> None:
     pruned = [name for name in PRUNING if name != "both"]
     passed(root, 2, "sigma", "split", "tensor_parallel", "stale", "loop", *pruned, "tied_inputs")
-    passed(root, 2, "monitor", *NORMS, "built_inside")
+    passed(root, 2, "monitor", *NORMS, "ragged", "built_inside")
 
 
 @pytest.mark.forks

@@ -20,7 +20,20 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
-from shard_models import EVALUATED, IMAGES, LABELS, NORMS, PRUNING, How, Module, SaveAt, loader, share_out, trainer
+from shard_models import (
+    EVALUATED,
+    IMAGES,
+    LABELS,
+    NORMS,
+    PRUNING,
+    How,
+    Module,
+    Ragged,
+    SaveAt,
+    loader,
+    share_out,
+    trainer,
+)
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -146,6 +159,13 @@ def norms(target: str) -> None:
     compare(state(t), target)
 
 
+def ragged() -> None:
+    """What hides tokens is found on the copy, and statistics are of the tokens that count in all processes."""
+    warnings.simplefilter("error", UserWarning)
+    t = fit(Module("fsdp", inside=False, net=Ragged), *NORMS["repbn"]())
+    compare(state(t), "ragged")
+
+
 def built_inside() -> None:
     with pytest.raises(ValueError, match=r"sharded in `configure_model` before any.*Build the network in `__init__`"):
         fit(Module("fsdp"), *NORMS["dyt"]())
@@ -221,7 +241,7 @@ def from_one_process(name: str = "everything") -> None:
 
 
 CHECKS: dict[str, Callable[[], None]] = {
-    **{f.__name__: f for f in (sigma, split, tensor_parallel, stale, monitor, loop)},
+    **{f.__name__: f for f in (sigma, split, tensor_parallel, stale, monitor, loop, ragged)},
     "from_one_process": from_one_process,
     "ticket_from_one_process": partial(from_one_process, "ticket"),
     "resume_ticket": partial(resume, False, "ticket"),
