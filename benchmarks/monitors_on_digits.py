@@ -1,4 +1,4 @@
-"""The pictures of the monitors' cards: embeddings of real digits, written to ``docs/``.
+"""The pictures of the monitors' cards: models of real digits, and of real texts, written to ``docs/``.
 
 python benchmarks/monitors_on_digits.py
 """
@@ -12,16 +12,27 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from batches_by_length import Encoder, texts
 from common import arguments, quiet
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from lightning_efficient import NeuralCollapseMonitor, PosteriorCollapseMonitor, RepresentationMonitor
+from lightning_efficient import (
+    ModuleTimer,
+    NeuralCollapseMonitor,
+    PaddingReport,
+    PosteriorCollapseMonitor,
+    RepresentationMonitor,
+    StateDriftMonitor,
+)
 from lightning_efficient.common.running import evaluating
-from lightning_efficient.demo.data import Digits
-from lightning_efficient.metrics import NeuralCollapse, PosteriorCollapse
+from lightning_efficient.demo import Digits, DigitsViT
+from lightning_efficient.metrics import NeuralCollapse, PosteriorCollapse, StateDrift
 from lightning_efficient.metrics.functional import predict_active_units, singular_values, uniformity
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -193,8 +204,134 @@ def posterior() -> None:
     save(figure, "posterior_collapse_monitor")
 
 
+class Memory(nn.Module):
+    """States ``S_t = a_t S_{t-1} + v_t k_tᵀ`` of eight heads, each with a forgetting factor that the input sets."""
+
+    HEADS, SIZE = 8, 8
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.parts = nn.Linear(width, 2 * self.HEADS * self.SIZE)
+        self.forget = nn.Linear(width, self.HEADS)
+        nn.init.uniform_(self.forget.bias, 2.0, 8.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, v = self.parts(x).view(*x.shape[:2], self.HEADS, -1).chunk(2, 3)
+        added, a = v[..., :, None] * k[..., None, :], self.forget(x).sigmoid()[..., None, None]
+        states, state = [], torch.zeros_like(added[:, 0])
+        for token in range(x.shape[1]):
+            state = a[:, token] * state + added[:, token]
+            states.append(state)
+        return torch.stack(states, 1)
+
+
+class Pixels(LightningModule):
+    """Reads the pixels of digits that follow each other, and names the next one; validated on 16 of them."""
+
+    def __init__(self, digits: int) -> None:
+        super().__init__()
+        self.digits, width = digits, 32
+        self.embed, self.memory = nn.Embedding(5, width), Memory(width)
+        self.query, self.out = nn.Linear(width, 64), nn.Linear(64 + width, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        read = self.memory(x) @ self.query(x).view(*ids.shape, 8, 8, 1)
+        return self.out(torch.cat([read.flatten(2), x], 2))  # type: ignore[no-any-return]
+
+    def sequences(self, images: Tensor, digits: int) -> Tensor:
+        ids = (images.flatten(1) * 4).round().long().clamp(0, 4)
+        return ids[: len(ids) // digits * digits].view(-1, 64 * digits)
+
+    def loss(self, ids: Tensor) -> Tensor:
+        return F.cross_entropy(self(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return self.loss(self.sequences(batch[0], self.digits))
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.log("val_loss", self.loss(self.sequences(batch[0][:64], 16)))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), 3e-3)
+
+
+def drift() -> None:
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for panel, digits in zip(panels[1:], (1, 8), strict=True):
+        seed_everything(0, verbose=False)
+        model, length = Pixels(digits), 64 * digits
+        rows = fit(model, StateDriftMonitor(module="memory", train_length=length, max_length=1024), 4)
+        panels[0].plot(
+            range(1, len(rows) + 1), [row["ratio_max"] for row in rows], marker=".", label=f"trained on {length} pixels"
+        )
+        metric = StateDrift(length, 1024, bucket=16)
+        with torch.no_grad():
+            metric.update(model.memory(model.embed(model.sequences(validation()[0][:64], 16))))
+        found = metric.compute()
+        panel.plot(found["tokens"], found["curve"], linewidth=1)
+        panel.axvline(length, color="black", linewidth=0.8, linestyle=":")
+        panel.set(xlabel="pixels read", ylabel="variance of a head's state", yscale="log")
+        panel.set_title(f"trained on {length} pixels, loss {rows[-1]['val_loss']:.2f}", fontsize=10)
+    panels[0].set(xlabel="epoch", ylabel="ratio_max", ylim=(0, None), xticks=range(1, 5))
+    panels[0].legend(frameon=False)
+    save(figure, "state_drift_monitor")
+
+
+class Reader(LightningModule):
+    """Paragraphs of Python's documentation, padded."""
+
+    def __init__(self, words: int) -> None:
+        super().__init__()
+        self.net = Encoder(words)
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return self.net(batch["ids"])  # type: ignore[no-any-return]
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), 1e-3)
+
+
+def drawn(model: LightningModule, callback: Callback, data: Any, epochs: int, name: str) -> None:
+    """The picture that a callback puts into TensorBoard."""
+    with tempfile.TemporaryDirectory() as folder:
+        logger = TensorBoardLogger(folder, "log", "0")
+        trainer = Trainer(
+            accelerator="cpu", max_epochs=epochs, logger=logger, enable_checkpointing=False, callbacks=[callback],
+            enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, log_every_n_steps=1,
+        )  # fmt: skip
+        trainer.fit(model, **({"datamodule": data} if isinstance(data, Digits) else {"train_dataloaders": data}))
+        logger.finalize("success")
+        events = EventAccumulator(str(Path(folder, "log", "0")), {"images": 0}).Reload()
+        (tag,) = (tag for tag in events.Tags()["images"] if f"/{callback.method}/" in tag)  # type: ignore[attr-defined]
+        (DOCS / f"{name}.png").write_bytes(events.Images(tag)[0].encoded_image_string)
+    print(DOCS / f"{name}.png")
+
+
+def padding() -> None:
+    seed_everything(0, verbose=False)
+    data = texts()[:512]
+
+    def collate(some: list[Tensor]) -> dict[str, Tensor]:
+        ids = nn.utils.rnn.pad_sequence(some, batch_first=True)
+        return {"ids": ids, "attention_mask": (ids > 0).long()}
+
+    report = PaddingReport()
+    words = max(int(text.max()) for text in data) + 1
+    loader: DataLoader[Any] = DataLoader(data, 16, shuffle=True, collate_fn=collate)  # type: ignore[arg-type]
+    drawn(Reader(words), report, loader, 1, "padding_report")
+    print(report.advice)
+
+
+def timer() -> None:
+    seed_everything(0, verbose=False)
+    drawn(DigitsViT(depth=2), ModuleTimer(every_n_steps=10, table=False), Digits(batch_size=64), 2, "module_timer")
+
+
 FIGURES: dict[str, Callable[[], None]] = {
-    "representation": representation, "neural": neural, "posterior": posterior
+    "representation": representation, "neural": neural, "posterior": posterior, "drift": drift, "padding": padding,
+    "timer": timer,
 }  # fmt: skip
 
 

@@ -158,13 +158,13 @@ def opening(rows: Sequence[Row]) -> str:
     """What was trained."""
     seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
     return (
-        f"{STEPS:,} steps, cosine decay to 0, warm-up over the first 10% or none; seeds {seeds}, the last ones only "
-        "where the column says so. Every arm of a seed has the first weights and the batches of the plain run that it "
-        'is paired with. *linear ×10*: `SigmaReparam(gain="linear", gain_lr=10)`; *linear ×1* is the method as '
-        "published. ViT: the tour's form (pre-norm, 2 blocks, mean over patches) at width 32, batches of 16, on 1,097 "
-        "digits (300 for validation, 400 for test); post-norm: 12 blocks of width 24, batches of 8 digits, torch's "
-        "initialization; character LM: pre-norm, 2 blocks of width 32, 16 windows of 32 characters. Weight decay 0.05 "
-        "on matrices, 0 elsewhere. LAMB's trust ratio does not apply to gains, as they have no decay (timm)."
+        f"{STEPS:,} steps if not said, cosine decay to 0, warm-up over the first 10% or none; seeds {seeds}, the last "
+        "ones only where the column says so. Every arm of a seed has the first weights and the batches of the plain "
+        'run that it is paired with. *linear ×10*: `SigmaReparam(gain="linear", gain_lr=10)`; *linear ×1* is the '
+        "method as published. ViT: the tour's form (pre-norm, 2 blocks, mean over patches) at width 32, batches of 16, "
+        "on 1,097 digits (300 for validation, 400 for test); post-norm: 12 blocks of width 24, batches of 8 digits, "
+        "torch's initialization; character LM: pre-norm, 2 blocks of width 32, 16 windows of 32 characters. Weight "
+        "decay 0.05 on matrices, 0 elsewhere. LAMB's trust ratio does not apply to gains, as they have no decay (timm)."
     )
 
 
@@ -176,17 +176,17 @@ CLOSING = (
 )
 
 
-def write(rows: Sequence[Row]) -> str:
-    """Write ``sigma_gain.json`` and ``.md`` beside the other results, the picture with them."""
-    save("sigma_gain", list(rows))
-    picture(rows, RESULTS / "sigma_gain.png")
+def write(rows: Sequence[Row], name: str = "sigma_gain") -> str:
+    """Write ``<name>.json`` and ``.md`` beside the other results, the picture with them."""
+    save(name, list(rows))
+    picture(rows, RESULTS / f"{name}.png")
     text = "\n".join(
         [
             "# The gain of sigmaReparam: how fast may it move?",
             "",
             opening(rows),
             "",
-            "![validation curves](sigma_gain.png)",
+            f"![validation curves]({name}.png)",
             "",
             "## Findings",
             "",
@@ -203,5 +203,5 @@ def write(rows: Sequence[Row]) -> str:
             early_table(rows),
         ]
     )
-    (RESULTS / "sigma_gain.md").write_text(text + "\n", encoding="utf-8")
+    (RESULTS / f"{name}.md").write_text(text + "\n", encoding="utf-8")
     return text

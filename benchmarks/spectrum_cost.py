@@ -1,4 +1,4 @@
-"""What the metrics of a spectrum cost on 25,600 embeddings of 768 features, against one SVD of all of them.
+"""What the metrics of embeddings cost on 25,600 embeddings of 768 features, against one SVD of all of them.
 
 The SVD needs all embeddings at once; the metrics get them in batches of 256 and keep one Gram matrix. CPU time of the
 process, the best of ``--rounds``; the embeddings decay as k^-1, as a trained encoder's do.
@@ -15,7 +15,19 @@ from typing import Any
 import torch
 from common import arguments, markdown, save
 
-from lightning_efficient.metrics import AlphaReQ, EffectiveRank, LiDAR, ParticipationRatio, RankMe, StableRank
+from lightning_efficient.metrics import (
+    Alignment,
+    AlphaReQ,
+    EffectiveRank,
+    LiDAR,
+    NeuralCollapse,
+    ParticipationRatio,
+    PosteriorCollapse,
+    RankMe,
+    StableRank,
+    StateDrift,
+    Uniformity,
+)
 from lightning_efficient.metrics.functional import rank_of_spectrum
 
 SAMPLES, WIDTH, BATCH = 25_600, 768, 256
@@ -73,6 +85,30 @@ def main() -> None:
     rows.append(
         {"what": "LiDAR, two views", "update": total, "compute": compute, "total": total + compute, "mib": 2 * state}
     )
+    labels, weight = torch.arange(SAMPLES) % 10, torch.randn(10, WIDTH)
+    # Name → how to make it, what it is given, MiB that it keeps.
+    others: dict[str, tuple[Any, tuple[torch.Tensor, ...], float]] = {
+        "Alignment": (Alignment, (z, z.flip(0)), 0.0),
+        "NeuralCollapse, 10 classes": (lambda: NeuralCollapse(10), (z, labels), state),
+        "NeuralCollapse with NC3 and NC4": (lambda: NeuralCollapse(10), (z, labels, weight), state + held),
+        "PosteriorCollapse": (PosteriorCollapse, (0.1 * z, 0.1 * z), 0.2),
+        "StateDrift, 100 tokens": (lambda: StateDrift(10, 100), (z.view(-1, 100, 12, 64),), 0.01),
+    }
+    for name, (make, given, kept_mib) in others.items():
+
+        def updated(make: Any = make, given: Any = given) -> Any:
+            metric = make()
+            for parts in zip(*(t.split(max(1, BATCH * len(t) // SAMPLES)) for t in given[:2]), strict=True):
+                metric.update(*parts, *given[2:])
+            metric.compute_with_cache = False
+            return metric
+
+        total = best(updated, args.rounds)
+        compute = best(updated().compute, args.rounds)
+        rows.append({"what": name, "update": total, "compute": compute, "total": total + compute, "mib": kept_mib})
+    spread = filled(Uniformity(compute_with_cache=False))
+    compute = best(spread.compute, 1)
+    rows.append({"what": "Uniformity, all pairs", "update": "", "compute": compute, "total": compute, "mib": held})
     for row in rows:
         row["ratio"] = row["total"] / single
     difference = abs(float(kept.compute()) / svd(torch.float64) - 1)

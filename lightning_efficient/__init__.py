@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lightning_efficient.callbacks.run_cost import RunCost
     from lightning_efficient.callbacks.sap_pruning import SAPPruning, sap_fits
     from lightning_efficient.callbacks.sigma_reparam import SigmaReparam
+    from lightning_efficient.callbacks.state_drift_monitor import StateDriftMonitor
     from lightning_efficient.callbacks.temp_scale import TempScale
     from lightning_efficient.cli.efficient_cli import EfficientCLI
     from lightning_efficient.common.change import Change
@@ -93,6 +94,7 @@ _HOMES = {
     "SAPPruning": "callbacks.sap_pruning",
     "SigmaReparam": "callbacks.sigma_reparam",
     "SimplifiedLinearAttention": "callbacks.linear_attention",
+    "StateDriftMonitor": "callbacks.state_drift_monitor",
     "StructuralCallback": "lifecycle.structural",
     "TempScale": "callbacks.temp_scale",
     "TokenBudgetBatchSampler": "companions.samplers",
@@ -148,6 +150,7 @@ __all__ = [
     "SAPPruning",
     "SigmaReparam",
     "SimplifiedLinearAttention",
+    "StateDriftMonitor",
     "StructuralCallback",
     "TempScale",
     "TokenBudgetBatchSampler",

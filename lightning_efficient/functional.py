@@ -8,6 +8,7 @@ from lightning_efficient.companions.distillation import (
     distillation_kl,
     distillation_mse,
 )
+from lightning_efficient.companions.ffn_skip import ffn_skip_
 from lightning_efficient.companions.lengths import balance, padding_of, sequence_cost, token_mean
 from lightning_efficient.companions.modulation import discrepancy, modulation, mono_modal_responses, response_scores
 from lightning_efficient.companions.predictions import perplexity, sequence_perplexity
@@ -34,6 +35,7 @@ from lightning_efficient.metrics.functional import (
     sparsity,
     spectral_norms,
     stable_rank,
+    state_drift,
     uniformity,
 )
 from lightning_efficient.norms.recalibrate import recalibrate
@@ -65,6 +67,7 @@ __all__ = [
     "distillation_mse",
     "effective_rank",
     "entropy_lower_bound",
+    "ffn_skip_",
     "filter_rate",
     "find_groups",
     "fix_head",
@@ -92,6 +95,7 @@ __all__ = [
     "sparsity",
     "spectral_norms",
     "stable_rank",
+    "state_drift",
     "token_mean",
     "tune_temperature",
     "uniformity",

@@ -150,8 +150,33 @@ class Capped(nn.Module):
         return self.head(x.mean(1))
 
 
+class Both(nn.Module):
+    """Two halves of an image, read apart, with batch norm and dropout where they meet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.upper, self.lower = nn.Linear(32, 12), nn.Linear(32, 12)
+        self.norm, self.drop, self.head = nn.BatchNorm1d(24), nn.Dropout(0.0), nn.Linear(24, CLASSES)
+
+    def forward(self, upper: Tensor, lower: Tensor) -> Tensor:
+        both = torch.cat([self.upper(upper), self.lower(lower)], 1)
+        return self.head(self.drop(self.norm(both)).tanh())
+
+
+class Halves(nn.Module):
+    """An image whose halves are two modalities."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = Both()
+
+    def forward(self, x: Tensor) -> Tensor:
+        upper, lower = x.flatten(1).split(32, 1)
+        return self.both(upper, lower=lower)
+
+
 # Where only some methods apply.
-SPECIAL: dict[str, Callable[[], nn.Module]] = {"llama": Llama, "capped": Capped}
+SPECIAL: dict[str, Callable[[], nn.Module]] = {"llama": Llama, "capped": Capped, "halves": Halves}
 NETS: dict[str, Callable[[], nn.Module]] = {
     "timm_vit": vit,
     "encoder": EncoderClassifier,

@@ -121,6 +121,8 @@ class AdaptiveGradientModulation(EfficientCallback):
         if self.enabled:
             network = self._network(pl_module)
 
+            # Inside compiled code it runs as written, and so do the masked forwards.
+            @torch.compiler.disable  # type: ignore[untyped-decorator]
             def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
                 return self._forward(trainer, pl_module, module, args, kwargs, out)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_efficient.common.match import NoMatchError, select_modules
 from lightning_efficient.companions.simplex import fix_head
@@ -19,6 +22,9 @@ class FixedETFHead(EfficientCallback):
     All classes are then equally far apart from the start, the rare ones as well; what is learned are the features. The
     layer stays where it is, with its names in ``state_dict``: files load without this package and nothing has to be
     exported. It is frozen, and taken out of the optimizers.
+
+    Its vectors point to all sides, which features behind a ReLU cannot: one class or more is then hard to reach. Have
+    the last layer before the head give values of both signs; if it does not, one warning says so.
 
     The frame is set in ``setup``, before weights are loaded, the model is wrapped or optimizers are made. So the layer
     has to be there: made in ``__init__``, not in ``setup`` or ``configure_model``.
@@ -58,6 +64,7 @@ class FixedETFHead(EfficientCallback):
         if steps < 1:
             raise ValueError(f"`steps` is {steps}; expected at least 1.")
         self.sparsity, self.bias, self.steps, self.seed = sparsity, bias, steps, seed
+        self._looks: list[RemovableHandle] = []
 
     def config(self) -> dict[str, Any]:
         """The arguments of this callback as plain data."""
@@ -109,3 +116,33 @@ class FixedETFHead(EfficientCallback):
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) not in frozen]
         rank_zero_info(f"FixedETFHead: {', '.join(heads)}: a simplex, {self.sparsity:.0%} zeros, frozen.")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the features of the first batch."""
+        super().on_train_start(trainer, pl_module)
+        if self.enabled:
+            for name, head in self.heads(pl_module).items():
+                self._looks.append(head.register_forward_pre_hook(partial(self._look, name)))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Leave no hook behind."""
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hook behind."""
+        super().on_exception(trainer, pl_module, exception)
+        self._close()
+
+    def _close(self) -> None:
+        while self._looks:
+            self._looks.pop().remove()
+
+    def _look(self, name: str, head: nn.Module, args: tuple[Any, ...]) -> None:
+        if not torch.compiler.is_compiling() and args and isinstance(args[0], Tensor) and bool((args[0] >= 0).all()):
+            rank_zero_warn(
+                f"FixedETFHead: the features that {name!r} is given are never negative (behind a ReLU?), and a simplex "
+                "has vectors that no such features point along: some classes are hard to reach. Leave out the last "
+                "activation before it."
+            )

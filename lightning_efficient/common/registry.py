@@ -341,6 +341,11 @@ METHODS = Registry(
             charts={"active units": "efficient/posterior_collapse_monitor/(.*/)?active_units"},
         ),
         _ours(
+            "state_drift_monitor",
+            "state_drift_monitor:StateDriftMonitor",
+            charts={"drift of recurrent states": "efficient/state_drift_monitor/(.*/)?(ratio_max|drifting)"},
+        ),
+        _ours(
             "run_cost",
             "run_cost:RunCost",
             charts={

@@ -11,6 +11,7 @@ from lightning_efficient.metrics.pq_index import PQIndex
 from lightning_efficient.metrics.sparsity import Sparsity
 from lightning_efficient.metrics.spectrum import AlphaReQ, EffectiveRank, ParticipationRatio, RankMe, StableRank
 from lightning_efficient.metrics.spectrum_plot import plot_spectrum
+from lightning_efficient.metrics.state_drift import StateDrift
 
 __all__ = [
     "Alignment",
@@ -27,6 +28,7 @@ __all__ = [
     "RankMe",
     "Sparsity",
     "StableRank",
+    "StateDrift",
     "Uniformity",
     "plot_by_length",
     "plot_spectrum",

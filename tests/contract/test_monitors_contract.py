@@ -13,6 +13,7 @@ from lightning_efficient import (
     NeuralCollapseMonitor,
     PosteriorCollapseMonitor,
     RepresentationMonitor,
+    StateDriftMonitor,
 )
 from lightning_efficient.testing import HISTORIES, SCENARIOS, assert_method_contract
 
@@ -20,6 +21,8 @@ MONITORS: dict[str, Callable[[], Any]] = {
     "representation_train": lambda: RepresentationMonitor(module="net", stage="train"),
     "representation_val": lambda: RepresentationMonitor(module="net.head", metrics=["rankme", "uniformity"]),
     "neural": NeuralCollapseMonitor,
+    # channels as if they were tokens, rows as heads
+    "drift_train": lambda: StateDriftMonitor(module="net.stem", train_length=2, stage="train"),
     "posterior_train": lambda: PosteriorCollapseMonitor(mu="net.head", stage="train"),
 }
 ALWAYS = ("plain", "disabled", "resume", "manual", "configure_model", "ddp", "copy_and_pickle", "fit_twice_then_test")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_efficient import (
     AdaptiveGradientModulation,
     FixedETFHead,
-    MagnitudePruning,
     export,
     load_from_checkpoint,
 )
 from lightning_efficient import functional as F
 from lightning_efficient.common.match import NoMatchError
 from lightning_efficient.lifecycle.recipe import RecipeError
-from lightning_efficient.testing import assert_method_contract
 
 
 class Fusion(nn.Module):
@@ -37,7 +34,7 @@ class Fusion(nn.Module):
 
     def forward(self, upper: Tensor, lower: Tensor) -> Tensor:
         both = torch.cat([self.upper(upper), self.lower(lower)], 1)
-        return self.head(self.drop(self.norm(both).relu()))  # type: ignore[no-any-return]
+        return self.head(self.drop(self.norm(both)).tanh())  # type: ignore[no-any-return]
 
 
 class Halves(LightningModule):
@@ -165,6 +162,22 @@ def test_heads_are_named(tmp_path: Path) -> None:
         FixedETFHead(bias="one")  # type: ignore[arg-type]
 
 
+def test_features_that_are_never_negative_are_warned_of_once(tmp_path: Path) -> None:
+    class Behind(Halves):
+        def __init__(self) -> None:
+            super().__init__()
+            self.classify = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.classify(super().forward(x).relu())  # type: ignore[no-any-return]
+
+    model = Behind()
+    with pytest.warns(UserWarning, match=r"'classify' is given are never negative \(behind a ReLU\?\)") as caught:
+        fit(tmp_path, model, FixedETFHead(include=["classify"], sparsity=0))
+    assert len([w for w in caught if "never negative" in str(w.message)]) == 1
+    assert not model.classify._forward_pre_hooks
+
+
 # -- modulation --------------------------------------------------------------------------------------------------------
 
 
@@ -259,38 +272,3 @@ def test_a_file_of_other_modalities_is_refused(tmp_path: Path) -> None:
     three = agm(modalities={"a": 0, "b": 1, "c": 2})
     with pytest.raises(RecipeError, match=r"\['means'\], should be a list of 3"):
         fit(tmp_path, halves(), three, max_epochs=2, ckpt_path=tmp_path / "two.ckpt")
-
-
-# -- the battery -------------------------------------------------------------------------------------------------------
-
-
-class Checkpointed(Halves):
-    def forward(self, x: Tensor) -> Tensor:
-        upper, lower = x.flatten(1).split(32, 1)
-        return torch.utils.checkpoint.checkpoint(self.net, upper, lower, use_reentrant=False)  # type: ignore[no-any-return]
-
-
-def checkpointed() -> Checkpointed:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return Checkpointed()
-
-
-BATTERY: dict[str, Callable[[], Any]] = {
-    "head": lambda: (etf(), MagnitudePruning(amount=0.5, exclude=["net.head"])),
-    "modulation": lambda: (agm(), MagnitudePruning(amount=0.5)),
-}
-SCENARIOS = ("plain", "disabled", "rng", "clipping", "ema_after", "resume", "checkpointing", "bf16_mixed", "ddp")
-
-
-@pytest.mark.filterwarnings("ignore:.*is already in eval mode")
-@pytest.mark.parametrize("scenario", SCENARIOS)
-@pytest.mark.parametrize("method", BATTERY)
-def test_contract(method: str, scenario: str) -> None:
-    modules = {"plain": halves_alone, "checkpointing": checkpointed}
-    table = assert_method_contract(BATTERY[method], modules, loader, scenarios=[scenario])
-    assert table == {scenario: "passed"}
-
-
-def halves_alone() -> Halves:
-    return halves()

@@ -34,6 +34,7 @@ from lightning_efficient.metrics.functional.spectrum import (
     singular_values,
     stable_rank,
 )
+from lightning_efficient.metrics.functional.state_drift import state_drift, state_variance
 
 __all__ = [
     "AttentionRows",
@@ -66,6 +67,8 @@ __all__ = [
     "sparsity",
     "spectral_norms",
     "stable_rank",
+    "state_drift",
+    "state_variance",
     "uniformity",
     "visible_keys",
 ]

@@ -19,6 +19,7 @@ from lightning_efficient.metrics import (
     PosteriorCollapse,
     RankMe,
     StableRank,
+    StateDrift,
     Uniformity,
 )
 
@@ -35,6 +36,7 @@ CASES = {
     "Alignment": (Alignment, (z, pairs)),
     "NeuralCollapse": (lambda: NeuralCollapse(4), (z, labels)),
     "NeuralCollapse with a classifier": (lambda: NeuralCollapse(4), (z, labels, weight)),
+    "StateDrift": (lambda: StateDrift(4, 12), (z.view(60, 6, 1, 2).cumsum(1),)),
     "PosteriorCollapse": (PosteriorCollapse, (0.1 * z, 0.1 * pairs)),
 }
 NEEDS_SAMPLES = ("Uniformity",)  # torchmetrics gathers lists of samples from processes that have some
