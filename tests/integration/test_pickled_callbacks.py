@@ -33,8 +33,13 @@ MAKERS: dict[str, tuple[str, Callable[[], Any]]] = {
     "collapse_guard": ("cnn", partial(le.CollapseGuard, every_n_steps=2)),
     "neural_collapse_monitor": ("cnn", le.NeuralCollapseMonitor),
     "posterior_collapse_monitor": ("cnn", partial(le.PosteriorCollapseMonitor, mu="net.head")),
+    "state_drift_monitor": ("cnn", partial(le.StateDriftMonitor, module="net.stem", train_length=2)),
     "representation_monitor": ("cnn", partial(le.RepresentationMonitor, module="net.head")),
     "fixed_etf_head": ("cnn", partial(le.FixedETFHead, include=["net.head"], steps=5)),
+    "adaptive_gradient_modulation": (
+        "halves",
+        partial(le.AdaptiveGradientModulation, modalities={"upper": 0, "lower": "lower"}, module="net.both"),
+    ),
     "module_timer": ("cnn", partial(le.ModuleTimer, table=False)),
     "padding_report": ("cnn", partial(le.PaddingReport, mask="1")),
     "run_cost": ("cnn", le.RunCost),
