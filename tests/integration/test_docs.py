@@ -106,6 +106,21 @@ def test_the_readme_gives_every_callback_its_yaml_key() -> None:
     assert dict(zip(*names, strict=True)) == {callback_class(m).__name__: m for m in METHODS.with_callback}
 
 
+def test_the_readme_quotes_the_committed_results() -> None:
+    """Every measured number, with the decimals it is given with, is in the results that its paragraph or row links."""
+    measured = (ROOT / "README.md").read_text("utf-8").partition("\n## Measured\n")[2].partition("\n## ")[0]
+    rows, quoted = re.split(r"\n\n|\n(?=\|)", measured), 0
+    for row in rows:
+        links = re.findall(r"\((benchmarks/results/[\w.]+\.md)\)", row)
+        results = "\n".join((ROOT / link).read_text("utf-8") for link in links).replace("−", "-")
+        prose = re.sub(r"\(benchmarks/[^)]*\)|`[^`]*`", "", row).replace("−", "-")
+        numbers = re.findall(r"[+-]?\d+\.\d+", prose)
+        missing = [n for n in numbers if not re.search(rf"(?<![\d.]){re.escape(n.lstrip('+-'))}(?!\d)", results)]
+        assert missing == [], row[:80]
+        quoted += len(numbers)
+    assert quoted > 30
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Python, by the site's generators; theirs about the site stop the build
 def test_the_site_builds_without_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
