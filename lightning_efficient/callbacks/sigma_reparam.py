@@ -90,9 +90,12 @@ class SigmaReparam(WeightSpaceCallback):
 
     def without_effect(self) -> str:
         """It may only look."""
-        return (
-            "monitor_only=True logs spectral norms only" if self.options.monitor_only and not self.remove_norms else ""
-        )
+        return "monitor_only=True logs spectral norms only" if self.only_looks else ""
+
+    @property
+    def only_looks(self) -> bool:
+        """With ``monitor_only``."""
+        return self.options.monitor_only and not self.remove_norms
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the norms out, if asked to, before weights are loaded."""

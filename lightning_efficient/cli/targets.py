@@ -27,7 +27,7 @@ from lightning_efficient.cli.inputs import first_batch_of, inputs_of, read_input
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.escaping import printable_lines, rich_text
 from lightning_efficient.common.registry import METHODS
-from lightning_efficient.common.running import Call, as_call, evaluating
+from lightning_efficient.common.running import Call, Inputs, as_call, evaluating, first_line
 from lightning_efficient.lifecycle.base import EfficientCallback
 from lightning_efficient.lifecycle.state import attachment
 from lightning_efficient.lifecycle.structural import StructuralCallback
@@ -121,6 +121,7 @@ def show_targets(args: Sequence[str], console: Console | None = None) -> None:
     if inputs is None and data is not None and not trains:
         inputs = inputs_of(model, first_batch_of(data))
     if inputs is not None:
+        _check_runs(model, inputs)
         model.example_input_array = inputs  # type: ignore[assignment]
     console = console or Console()
     refused = []
@@ -204,6 +205,17 @@ def planned_in_training(
             trainer.fit(deepcopy(model), datamodule=data)
     assert look.change is not None
     return look.change
+
+
+def _check_runs(model: nn.Module, inputs: Inputs) -> None:
+    call = as_call(inputs)
+    try:
+        with evaluating(model):
+            call.run(model)
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} does not run on the --input [{call}]: {first_line(error)}."
+        ) from error
 
 
 class _SeenError(Exception):

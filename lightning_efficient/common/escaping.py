@@ -100,24 +100,34 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     """
     target = Path(path)
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
-    draft = None
-    try:
+    with cannot_write(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists() and not target.is_file():  # a device, or a pipe: whole is what it takes
             target.write_bytes(data)
             return
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".", delete=False) as file:
-            draft = file.name
-            file.write(data)
-        os.chmod(draft, target.stat().st_mode if target.exists() else 0o666 & ~_umask())
-        os.replace(draft, target)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as folder:
+            draft = Path(folder, target.name)
+            draft.write_bytes(data)
+            if target.exists():
+                draft.chmod(target.stat().st_mode)
+            os.replace(draft, target)
+
+
+@contextmanager
+def cannot_write(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors of the system in one sentence that names the file that the user asked for, not a draft of it.
+
+    Args:
+        path: The file.
+    """
+    try:
+        yield
     except OSError as error:
-        if draft is not None:
-            Path(draft).unlink(missing_ok=True)
         raise OSError(f"cannot write {str(path)!r}: {error.strerror or error}.") from error
 
 
-def _umask() -> int:
+def umask() -> int:
+    """Which rights new files of this process do not get."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

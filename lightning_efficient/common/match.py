@@ -155,7 +155,9 @@ def near_names(glob: str, names: Iterable[str], count: int = 3) -> list[str]:
     names = [name for name in names if name]
     for name in names:
         tails.setdefault(".".join(name.split(".")[-depth:]), name)
-    close = [name for name in names if name == literal.rpartition(".")[0]]  # the module of a parameter
+    # The module of a parameter, wherever it is.
+    parts = tuple(f".{end}" for end in [literal.rpartition(".")[0]] if end)
+    close = [name for name in names if f".{name}".endswith(parts)]
     close += difflib.get_close_matches(literal, names, count)
     close += [tails[tail] for tail in difflib.get_close_matches(literal, tails, count)]
     return list(dict.fromkeys(close))[:count]
@@ -389,9 +391,15 @@ def _dead(
 _UNCOVERED = "not covered by include"
 
 
-def _did_you_mean(glob: str, names: Iterable[str]) -> str:
-    near = near_names(glob, names)
-    return f" (did you mean {_quote(near)}?)" if near else ""
+def _did_you_mean(glob: str, names: Mapping[str, object]) -> str:
+    if near := near_names(glob, names):
+        return f" (did you mean {_quote(near)}?)"
+    if typed := [name for name, thing in names.items() if name and type(thing).__name__ == glob]:
+        return f": it is a type, and globs are names ({_quote(typed[:3])}{', ...' if len(typed) > 3 else ''})"
+    # Those that one would write: the shallowest with siblings, below wrappers that hold one part.
+    depth = next((d for d in range(9) if sum(name.count(".") == d for name in names if name) > 1), 0)
+    there = [name for name in names if name and name.count(".") == depth]
+    return f"; there are {_quote(there[:6])}{', ...' if len(there) > 6 else ''}" if there else ""
 
 
 def _quote(names: Sequence[str]) -> str:

@@ -83,8 +83,11 @@ class Registry(Mapping[str, Method]):
         spelled = {_plain(name): f"{name!r}" for name in self.with_callback}
         for name in self.with_callback:
             spelled.setdefault(_plain(self[name].class_name), f"{name!r}, the key of {self[name].class_name}")
-        close = difflib.get_close_matches(_plain(key), spelled, 1)
-        return f" (did you mean {spelled[close[0]]}?)" if close else ""
+        written = _plain(key)
+        # A name that is not all there (`hesso`) is nearer than one with other letters.
+        begun = [name for name in spelled if len(written) > 2 and written in name]
+        close = begun or difflib.get_close_matches(written, spelled, 1)
+        return f" (did you mean {' or '.join(dict.fromkeys(spelled[name] for name in close[:4]))}?)" if close else ""
 
     def pruning(self, what: Literal["weights", "units"]) -> set[str]:
         """Names of the methods that make single weights zero, or whole units."""

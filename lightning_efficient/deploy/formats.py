@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_efficient.common.comparing import Difference, ExportError, difference
+from lightning_efficient.common.escaping import cannot_write, umask
 from lightning_efficient.common.nests import named_tensors
 from lightning_efficient.common.registry import near
 from lightning_efficient.common.running import Call, Inputs, as_call, evaluating
@@ -176,6 +177,7 @@ def to_onnx(
             torch.onnx.export(
                 program, f=draft, dynamo=True, verbose=False, external_data=size > _PROTOBUF_LIMIT, **options
             )
+        _check_onnx(draft, opset, output_names)
         runtime = _onnxruntime(draft)
         return _compare(model, runtime, free, tolerance, "the ONNX program")
 
@@ -267,6 +269,21 @@ def _compare(model: nn.Module, program: Callable[..., Any], free: _Free, toleran
     return apart
 
 
+def _check_onnx(path: Path, opset: int | None, output_names: Sequence[str] | None) -> None:
+    """torch.onnx leaves the version that it has where it cannot convert, and names beyond the outputs aside."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    got = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    if opset is not None and got != opset:
+        raise ExportError(f"`opset`={opset} cannot be had: torch.onnx made opset {got}. Ask for that, or for none.")
+    outputs = [output.name for output in model.graph.output]
+    if output_names is not None and outputs != list(output_names):
+        raise ExportError(
+            f"`output_names` are {list(output_names)}, but the model has {len(outputs)} output(s), {outputs}."
+        )
+
+
 def _onnxruntime(path: Path) -> Callable[..., list[Tensor]]:
     import onnxruntime
 
@@ -317,11 +334,13 @@ def _flat(value: Any) -> list[Tensor]:
 @contextmanager
 def _draft(target: Path) -> Iterator[Path]:
     """A path to write to; what lies there moves to ``target`` if the body, which checks it, succeeds."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as folder:
-        yield Path(folder, target.name)
-        for file in Path(folder).iterdir():
-            os.replace(file, target.parent / file.name)
+    with cannot_write(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as folder:
+            yield Path(folder, target.name)
+            for file in Path(folder).iterdir():
+                file.chmod(0o666 & ~umask())  # safetensors writes for the owner alone
+                os.replace(file, target.parent / file.name)
 
 
 @contextmanager

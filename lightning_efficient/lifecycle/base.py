@@ -105,6 +105,11 @@ class EfficientCallback(Callback):
         """Why training is as without this callback, with the arguments that it has; empty if it is not."""
         return ""
 
+    @property
+    def only_looks(self) -> bool:
+        """Whether the arguments ask for that."""
+        return False
+
     # -- what belongs to a fit -----------------------------------------------------------------------------------
 
     def restart(self) -> None:
@@ -261,6 +266,8 @@ class EfficientCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse globs that name nothing; log one record of hyper-parameters for the whole suite."""
+        if self.enabled and not self.only_looks and (why := self.without_effect()):
+            rank_zero_warn(f"{type(self).__name__} changes nothing: {why}.")
         if self.enabled:  # callbacks that know what they choose from have done so more strictly
             names = parameters_by_name(pl_module)
             Choice.of(pl_module, self.include, self.exclude, type(self).__name__, names)

@@ -148,9 +148,21 @@ def read_yaml(path: str | PathLike[str]) -> Any:
     if not file.is_file():
         raise FileNotFoundError(f"no file {str(path)!r} (looked in {Path.cwd()}).")
     try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
+        return yaml.load(file.read_text(encoding="utf-8"), _NoDoubles)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
+
+
+class _NoDoubles(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML of which nothing is lost: of a key that is there twice the first value would be."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        for key, (mark, _) in zip(keys, node.value, strict=False):
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", mark.start_mark)
+        made: dict[Any, Any] = super().construct_mapping(node, deep)
+        return made
 
 
 def spelled(content: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from lightning_efficient.ablation.job import Job, run_job
 from lightning_efficient.ablation.program import Program, check_variants
 from lightning_efficient.ablation.variants import read_variants
 from lightning_efficient.cli import build_parser, main
+from lightning_efficient.common.comparing import ExportError
 from lightning_efficient.common.registry import METHODS
+from lightning_efficient.deploy.export import save_exported
 
 
 def run(*args: object) -> int:
@@ -110,6 +114,29 @@ def test_onnx_with_opset_and_names(checkpoint: str, tmp_path: Path) -> None:
     assert [node.name for node in graph.graph.input] == ["input_ids", "attention_mask"]
     assert [node.name for node in graph.graph.output] == ["logits"]
     assert [opset.version for opset in graph.opset_import if not opset.domain] == [20]
+
+
+def test_onnx_that_is_not_as_asked_for_is_refused(tmp_path: Path) -> None:
+    """Versions that torch.onnx does not convert to, and more names than outputs, which it leaves aside."""
+    pytest.importorskip("onnxscript")
+    net, inputs = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4)).eval(), torch.randn(2, 3)
+    with pytest.raises(ExportError, match=r"`output_names` are \['y', 'z'\], but the model has 1 output"):
+        save_exported(net, inputs, tmp_path / "a.onnx", output_names=["y", "z"])
+    with warnings.catch_warnings(), pytest.raises(ExportError, match="`opset`=5 cannot be had: torch.onnx made opset"):
+        warnings.simplefilter("ignore")
+        save_exported(net, inputs, tmp_path / "a.onnx", opset=5)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="rights as POSIX has them")
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pt2"])
+def test_files_have_the_rights_of_any_other_and_errors_name_them(suffix: str, tmp_path: Path) -> None:
+    net, inputs = torch.nn.Linear(3, 4), torch.randn(2, 3)
+    save_exported(net, inputs, tmp_path / f"a{suffix}")
+    (tmp_path / "other").write_text("")
+    assert (tmp_path / f"a{suffix}").stat().st_mode == (tmp_path / "other").stat().st_mode
+    with pytest.raises(OSError, match=rf"cannot write '{tmp_path}/other/a{suffix}'"):
+        save_exported(net, inputs, tmp_path / "other" / f"a{suffix}")
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {

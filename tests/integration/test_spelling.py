@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import yaml
-from zoo import Classifier
+from zoo import Classifier, loader
 
 from lightning_efficient import EfficientCLI
 from lightning_efficient._switch import callbacks_from_environment
@@ -18,7 +18,7 @@ from lightning_efficient.ablation.variants import read_variants
 from lightning_efficient.common.names import VARIABLE
 from lightning_efficient.common.registry import METHODS
 from lightning_efficient.lifecycle.base import EfficientCallback
-from lightning_efficient.lifecycle.methods import read_methods_file
+from lightning_efficient.lifecycle.methods import _NoDoubles, read_methods_file
 
 
 @pytest.fixture(autouse=True)
@@ -186,3 +186,37 @@ def test_a_config_given_as_an_object(monkeypatch: pytest.MonkeyPatch) -> None:
     args = {"PRepBN": True, "trainer": {"logger": False}, "model": {"net": "cnn"}}
     made = EfficientCLI(Classifier, pl.LightningDataModule, run=False, args=args, seed_everything_default=False)
     assert [cb.method for cb in made.trainer.callbacks if getattr(cb, "enabled", False)] == ["norm_swap"]
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"), [("hesso", "'hesso_pruning'"), ("Posterior", "'posterior_collapse_monitor'")]
+)
+def test_a_part_of_a_word_is_answered_with_the_whole(key: str, meant: str) -> None:
+    assert f"did you mean {meant}" in METHODS.near(key)
+    assert METHODS.near("pruning").count(" or ") == 3
+
+
+@pytest.mark.parametrize("text", ["temp_scale: {tau: 0.5, tau: 0.9}", "norm_swap: true\nnorm_swap: {target: dyt}"])
+def test_a_key_that_is_there_twice_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"m.yaml is not valid YAML: the key '(tau|norm_swap)' is there twice"):
+        of_file(text)
+
+
+def test_a_merged_key_may_be_given_again() -> None:
+    assert yaml.load("{a: &a {b: 1, c: 2}, d: {<<: *a, c: 3}}", _NoDoubles)["d"] == {"b": 1, "c": 3}
+
+
+def test_a_method_without_effect_says_so_when_training_begins() -> None:
+    from lightning_efficient import MagnitudePruning, SigmaReparam, TempScale
+
+    def fit(callback: Any) -> None:
+        pl.Trainer(
+            max_steps=1, callbacks=[callback], logger=False, enable_checkpointing=False, accelerator="cpu",
+            enable_progress_bar=False, enable_model_summary=False,
+        ).fit(Classifier("encoder"), loader(), loader())  # fmt: skip
+
+    fit(SigmaReparam(monitor_only=True))
+    with pytest.raises(UserWarning, match="TempScale changes nothing: tau=1.0 is the temperature"):
+        fit(TempScale())
+    with pytest.raises(UserWarning, match="MagnitudePruning changes nothing: amount=0"):
+        fit(MagnitudePruning(amount=0.0))

@@ -85,6 +85,11 @@ def test_wrong_shapes(texts: list[str], said: str) -> None:
         read_inputs(texts)
 
 
+def test_inputs_that_the_model_does_not_take_are_refused_in_one_sentence() -> None:
+    with pytest.raises(ValueError, match=r"Linear does not run on the --input \[0: \(2, 5\) torch.float32\]: Runtime"):
+        shown("--model=torch.nn.Linear", "--model.in_features=3", "--model.out_features=4", "--input=2,5")
+
+
 def test_kinds() -> None:
     read: Any = read_inputs(["x=2,3", "ids=2,5:int", "keep=2,5:mask", "flag=2:bool"])
     assert {name: (tuple(t.shape), t.dtype) for name, t in read.items()} == {

@@ -219,3 +219,24 @@ def test_pruning_reads_globs_the_same_way() -> None:
 def test_hits_come_in_the_order_written() -> None:
     globs = Globs("amounts", ["readout", "tower"], modules_by_name(Nested()), "M")
     assert globs.hits(TOWER + "readout") == ["readout", "tower"]
+
+
+# -- what else one may have meant ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("glob", "said"),
+    [
+        ("zzzzzz", "there are 'student', 'projector'"),
+        ("projectr.bias", "did you mean 'projector'"),
+        ("LayerNorm", r"is a type, and globs are names \('student.tower.layers.0.1'"),
+    ],
+)
+def test_a_word_that_is_like_no_name_is_answered_with_names(glob: str, said: str) -> None:
+    with pytest.raises(NoMatchError, match=said):
+        chosen(Nested(), exclude=[glob])
+
+
+def test_names_below_a_wrapper_are_those_that_one_would_write() -> None:
+    with pytest.raises(NoMatchError, match=r"there are 'a.student', 'a.projector'"):
+        chosen(nn.ModuleDict({"a": Nested()}), exclude=["zzzzzz"])
