@@ -29,8 +29,6 @@ from lightning_efficient.ablation.variants import BASELINE, VariantsLike, read_v
 from lightning_efficient.ablation.view import RunRow, View, errors, row_of, shown_metric, table
 from lightning_efficient.common.escaping import printable_lines, shown_or_skipped, write_whole
 from lightning_efficient.comparison import Comparison, compare
-from lightning_efficient.comparison.html import to_html
-from lightning_efficient.comparison.pictures import png
 
 RESULT = "ablation.json"
 PICTURE = "curves.png"
@@ -243,8 +241,12 @@ def _report(
             for text in filter(None, (verdict.text, verdict.cost)):
                 console.print(printable_lines(f"{verdict.variant}  {text}"), **plain)
         with shown_or_skipped("picture", console):
+            from lightning_efficient.comparison.pictures import png  # with matplotlib
+
             write_whole(folder / PICTURE, png(comparison.figure()))
         with shown_or_skipped("page", console):
+            from lightning_efficient.comparison.html import to_html  # with jinja2 and matplotlib
+
             write_whole(folder / PAGE, to_html(comparison))
     for note in notes:
         console.print(printable_lines(note), **plain)

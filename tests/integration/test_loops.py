@@ -12,12 +12,12 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from zoo import vit
 
 from lightning_efficient import Driver, attach, export
 from lightning_efficient.common.registry import METHODS
 from lightning_efficient.lifecycle.methods import build_callback, callback_class
 from lightning_efficient.loops.methods import PARTS, REFUSED
-from tests.zoo import vit
 
 STEPS, ACCUMULATE = 12, 2
 BATCHES = [

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sigma_runs import Do, differing, trainer, weights
-from timm.layers import Attention
+from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 

@@ -188,11 +188,9 @@ def test_a_config_given_as_an_object(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [cb.method for cb in made.trainer.callbacks if getattr(cb, "enabled", False)] == ["norm_swap"]
 
 
-@pytest.mark.parametrize(
-    ("key", "meant"), [("hesso", "'hesso_pruning'"), ("Posterior", "'posterior_collapse_monitor'")]
-)
+@pytest.mark.parametrize(("key", "meant"), [("hesso", "hesso_pruning"), ("Posterior", "posterior_collapse_monitor")])
 def test_a_part_of_a_word_is_answered_with_the_whole(key: str, meant: str) -> None:
-    assert f"did you mean {meant}" in METHODS.near(key)
+    assert f"did you mean {meant!r}" in METHODS.near(key)
     assert METHODS.near("pruning").count(" or ") == 3
 
 
@@ -216,7 +214,7 @@ def test_a_method_without_effect_says_so_when_training_begins() -> None:
         ).fit(Classifier("encoder"), loader(), loader())  # fmt: skip
 
     fit(SigmaReparam(monitor_only=True))
-    with pytest.raises(UserWarning, match="TempScale changes nothing: tau=1.0 is the temperature"):
+    with pytest.raises(UserWarning, match=r"TempScale changes nothing: tau=1.0 is the temperature"):
         fit(TempScale())
-    with pytest.raises(UserWarning, match="MagnitudePruning changes nothing: amount=0"):
+    with pytest.raises(UserWarning, match=r"MagnitudePruning changes nothing: amount=0"):
         fit(MagnitudePruning(amount=0.0))

@@ -181,10 +181,8 @@ def test_error_globs_that_match_no_name_list_near_misses(glob, near):
 
 
 def test_error_without_near_misses_still_lists_targets():
-    with pytest.raises(
-        NoMatchError,
-        match=r"'zzzzzzzz' matches no module name; there are .embed., .blocks., .head.\. Linear modules of this model",
-    ):
+    said = r"'zzzzzzzz' matches no module name; there are 'embed', 'blocks', 'head'\. Linear modules of this model"
+    with pytest.raises(NoMatchError, match=said):
         select(Net(), include=["zzzzzzzz"])
 
 

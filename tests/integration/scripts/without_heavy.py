@@ -22,6 +22,13 @@ class Blocked:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
+# What these have imported already would not be asked for again.
+import lightning.pytorch  # noqa: E402, F401
+import timm  # noqa: E402, F401
+import torchmetrics  # noqa: E402, F401
+
+for module in [name for name in sys.modules if name.partition(".")[0] in HEAVY]:
+    del sys.modules[module]
 sys.meta_path.insert(0, Blocked())
 
 import lightning_efficient as le  # noqa: E402
