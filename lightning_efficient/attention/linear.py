@@ -25,9 +25,9 @@ from lightning_efficient.common.match import (
     NoMatchError,
     canonical_name,
     modules_by_name,
-    near_names,
     select_modules,
 )
+from lightning_efficient.common.near import near_names
 from lightning_efficient.surgery.replace import replace_modules
 
 METHOD = "linear_attention"

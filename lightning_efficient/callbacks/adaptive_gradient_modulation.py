@@ -12,7 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_efficient.common.match import canonical_name, near_names
+from lightning_efficient.common.match import canonical_name
+from lightning_efficient.common.near import near_names
 from lightning_efficient.common.nests import named_tensors
 from lightning_efficient.common.running import randomness_kept
 from lightning_efficient.common.schema import Int, ListOf, Number, Record

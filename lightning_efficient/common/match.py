@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from glob import escape
 
 from torch import nn
+
+from lightning_efficient.common.near import hint, quote
 
 # Child names that torch's own wrappers (torch.compile, FSDP1, activation checkpointing) put into dotted
 # names. The user wrote "blocks.0", so that is what globs, reports and recipes say.
@@ -140,29 +141,6 @@ def check_globs(argument: str, globs: Sequence[str], method: str) -> None:
         raise NoMatchError(f"{method}: include=[] covers nothing; write None for every module, or name some.")
 
 
-def near_names(glob: str, names: Iterable[str], count: int = 3) -> list[str]:
-    """Existing names that a mistyped glob may have meant, best first.
-
-    Args:
-        glob: What the user wrote.
-        names: Names that exist.
-        count: How many to return at most.
-    """
-    literal = glob.replace("*", "").replace("?", "").strip(".")
-    depth = literal.count(".") + 1
-    # "*.atn" should find "blocks.0.attn": compare with the end of each name too, as many segments as were written.
-    tails: dict[str, str] = {}
-    names = [name for name in names if name]
-    for name in names:
-        tails.setdefault(".".join(name.split(".")[-depth:]), name)
-    # The module of a parameter, wherever it is.
-    parts = tuple(f".{end}" for end in [literal.rpartition(".")[0]] if end)
-    close = [name for name in names if f".{name}".endswith(parts)]
-    close += difflib.get_close_matches(literal, names, count)
-    close += [tails[tail] for tail in difflib.get_close_matches(literal, tails, count)]
-    return list(dict.fromkeys(close))[:count]
-
-
 class Globs:
     """The globs of one argument, read against the names of one model.
 
@@ -205,11 +183,11 @@ class Globs:
                     ends = [f"{prefix}.{glob}" for prefix, _ in parts[:3]]
                     more = f", and {len(parts) - 3} more" if len(parts) > 3 else ""
                     problems.append(
-                        f"{written!r} fits {len(parts)} parts of the model ({_quote(ends)}{more}): write one of these, "
+                        f"{written!r} fits {len(parts)} parts of the model ({quote(ends)}{more}): write one of these, "
                         f"or {'*.' + glob!r} for all"
                     )
                 else:
-                    problems.append(f"{written!r} matches no {what}{_did_you_mean(glob, names)}")
+                    problems.append(f"{written!r} matches no {what}{hint(glob, names)}")
             self._read[written] = at + glob
         if problems:
             raise NoMatchError(f"{method}: `{argument}` {'; '.join(problems)}.")
@@ -332,7 +310,7 @@ def select_modules(
         present = ", ".join(f"{n} {cls}" for cls, n in counts.most_common(12))
         raise NoMatchError(f"{method}: the model has no module of type {kind}. It has: {present}.")
 
-    listed = f"{kind} modules of this model: {_quote(list(candidates)[:5])}{', ...' if len(candidates) > 5 else '.'}"
+    listed = f"{kind} modules of this model: {quote(list(candidates)[:5])}{', ...' if len(candidates) > 5 else '.'}"
     try:
         choice = Choice.of(model, include, exclude, method, more)
     except NoMatchError as error:
@@ -347,7 +325,7 @@ def select_modules(
     idle = references(model) & set(matched)
     if matched and len(idle) == len(matched):
         raise NoMatchError(
-            f"{method}: all {len(matched)} {kind} modules are {REFERENCE} ({_quote(list(matched)[:5])}). Train them, "
+            f"{method}: all {len(matched)} {kind} modules are {REFERENCE} ({quote(list(matched)[:5])}). Train them, "
             "or put them into training mode."
         )
     matched = {name: module for name, module in matched.items() if name not in idle}
@@ -355,7 +333,7 @@ def select_modules(
         globs = sorted({choice.exclude.hits(*candidates[name])[0] for name in included})
         raise NoMatchError(
             f"{method}: all {len(included)} {kind} modules that `include` covers are excluded by `exclude` glob"
-            f" {_quote(globs)}: narrow it. Excluded: {_quote(included[:5])}."
+            f" {quote(globs)}: narrow it. Excluded: {quote(included[:5])}."
         )
     for glob, found in dead.items():
         # Level 2 is the caller.
@@ -389,18 +367,3 @@ def _dead(
 
 
 _UNCOVERED = "not covered by include"
-
-
-def _did_you_mean(glob: str, names: Mapping[str, object]) -> str:
-    if near := near_names(glob, names):
-        return f" (did you mean {_quote(near)}?)"
-    if typed := [name for name, thing in names.items() if name and type(thing).__name__ == glob]:
-        return f": it is a type, and globs are names ({_quote(typed[:3])}{', ...' if len(typed) > 3 else ''})"
-    # Those that one would write: the shallowest with siblings, below wrappers that hold one part.
-    depth = next((d for d in range(9) if sum(name.count(".") == d for name in names if name) > 1), 0)
-    there = [name for name in names if name and name.count(".") == depth]
-    return f"; there are {_quote(there[:6])}{', ...' if len(there) > 6 else ''}" if there else ""
-
-
-def _quote(names: Sequence[str]) -> str:
-    return ", ".join(repr(name) for name in names)

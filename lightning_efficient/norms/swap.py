@@ -13,9 +13,9 @@ from lightning_efficient.common.match import (
     NoMatchError,
     canonical_name,
     modules_by_name,
-    near_names,
     select_modules,
 )
+from lightning_efficient.common.near import near_names
 from lightning_efficient.norms.base import Target
 from lightning_efficient.norms.blend import BlendNorm
 from lightning_efficient.norms.repbn import RepBN

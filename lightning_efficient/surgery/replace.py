@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_efficient.common.match import canonical_name, modules_by_name, near_names
+from lightning_efficient.common.match import canonical_name, modules_by_name
+from lightning_efficient.common.near import near_names
 
 # Where nn.Module keeps what users register on an instance. torch has methods to add to these dicts but none
 # to move an entry, so they are named here, once. A RemovableHandle holds a weak reference to the dict it was

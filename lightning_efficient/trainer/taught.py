@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_efficient.common.eager import uncompiled
-from lightning_efficient.common.match import near_names
+from lightning_efficient.common.near import near_names
 from lightning_efficient.companions.distillation import (
     attention_transfer,
     distillation_cosine,

@@ -12,9 +12,9 @@ from lightning_efficient.common.match import (
     canonical_name,
     covers,
     modules_by_name,
-    near_names,
     select_modules,
 )
+from lightning_efficient.common.near import near_names
 
 
 class Attention(nn.Module):
