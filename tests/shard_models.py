@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader
 
-from lightning_efficient import MagnitudePruning, PRepBN, SAPPruning, SigmaReparam
+from lightning_efficient import MagnitudePruning, PRepBN, SAPPruning, SigmaReparam, TempScale
 
 How = Literal["whole", "fsdp", "tp", "2d", "hsdp"]
 BATCH, CLASSES = 8, 7
@@ -232,12 +232,15 @@ PRUNING: dict[str, Callable[[], list[Any]]] = {
 # Options of the Trainer: what is written between two steps follows an evaluation, which leaves the root gathered.
 EVALUATED: dict[str, dict[str, Any]] = {"sap_layer": {"limit_val_batches": 1, "val_check_interval": 1}}
 
-NORMS: dict[str, Callable[[], list[Any]]] = {
+# For networks that are made in `__init__`.
+IN_INIT: dict[str, Callable[[], list[Any]]] = {
     "dyt": lambda: [PRepBN(target="dyt", transition=3, hold=1)],
     "rms": lambda: [PRepBN(target="rms", transition=3, hold=1)],
     "repbn": lambda: [PRepBN(transition=3, hold=1, recalibrate=3)],
     "un": lambda: [PRepBN(target="un", transition=2, hold=1, warmup=2, window=2, filtration=False, recalibrate=0)],
     "affine": lambda: [PRepBN(target="affine", transition=3, hold=1)],
+    "tau": lambda: [TempScale(tau=0.7, learnable=True, per_head=True)],
+    "tau_way": lambda: [SigmaReparam(qkv="split"), TempScale(tau=0.5, transition=4)],
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, cast
@@ -11,11 +11,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from lightning_efficient.attention.adapter import install, installed, remove
-from lightning_efficient.attention.knobs import Knob
-from lightning_efficient.attention.sites import AttentionSite
+from lightning_efficient.attention.layouts import check_optimizers, layout_of, targets_of
 from lightning_efficient.attention.temper import Law
 from lightning_efficient.attention.temperature import (
     METHOD,
@@ -35,13 +33,15 @@ from lightning_efficient.common.match import parameters_by_name
 from lightning_efficient.common.schedule import check_spans, transition_steps
 from lightning_efficient.common.weights import trained_by
 from lightning_efficient.lifecycle import recipe
+from lightning_efficient.lifecycle.asking import asked
 from lightning_efficient.lifecycle.base import peers
 from lightning_efficient.lifecycle.state import attachment
+from lightning_efficient.lifecycle.strategies import is_sharded
 from lightning_efficient.lifecycle.structural import spawned
 from lightning_efficient.lifecycle.weights import Plan, WeightSpaceCallback
 from lightning_efficient.trainer.example import Example, example_of, first_batch
 from lightning_efficient.trainer.replay import Stage
-from lightning_efficient.weightspace import Block, Boundary, ScaleTransform, Temperature, Transform
+from lightning_efficient.weightspace import Boundary, ScaleTransform, Temperature, Transform
 from lightning_efficient.weightspace.scale import tau_at
 
 
@@ -77,6 +77,7 @@ class TempScale(WeightSpaceCallback):
     """
 
     method = METHOD
+    sharded = True
     transform = ScaleTransform
 
     def __init__(
@@ -119,16 +120,37 @@ class TempScale(WeightSpaceCallback):
 
     def record(self) -> dict[str, Any]:
         """The arguments, and which weights hold which attention's temperature."""
-        layout = None if self._targets is None else _as_plain(self._targets)
+        layout = None if self._targets is None else layout_of(self._targets)
         return self.config() | {"layout": layout, "steps": self._steps}
 
     # -- in training ---------------------------------------------------------------------------------------------
 
+    @property
+    def needs_whole(self) -> bool:
+        """To find what scales the logits, and to prove it."""
+        return True
+
+    def check_sharded(self, pl_module: LightningModule) -> None:
+        """Refuse what no weight can hold."""
+        if self.options.mode != "constant":
+            raise ValueError(
+                f"TempScale(mode={self.options.mode!r}) works by forward adapters, which sharded models cannot have. "
+                "Use mode='constant', or train unsharded."
+            )
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find and prove, then put the temperatures on the optimizer boundary."""
-        if self.enabled:
+        if self.enabled and not is_sharded(trainer):  # whose files are read later than this
             self._targets = self._targets_of_fit(trainer, pl_module)
         super().on_fit_start(trainer, pl_module)
+
+    def _choose(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, tuple[nn.Parameter, Transform]]:
+        if self._targets is None:
+            self._targets = self._targets_of_fit(trainer, pl_module)
+        if is_sharded(trainer) and (sites := list(self._targets.adapters)):
+            what = f"no weight that an optimizer moves scales the logits of {sites[:3]}, and forward adapters"
+            raise TempScaleError(f"{what} are not for sharded models: exclude={sites[:3]}, or train unsharded.")
+        return super()._choose(trainer, pl_module)
 
     def _targets_of_fit(self, trainer: Trainer, pl_module: LightningModule) -> Targets:
         held = attachment(pl_module).entry(METHOD)
@@ -145,13 +167,17 @@ class TempScale(WeightSpaceCallback):
                     "train on without TempScale (enabled=False), or export the module."
                 )
             self._steps = held.config["steps"]
-            return _from_plain(held.config["layout"], self.options)
-        example = example_of(trainer, pl_module, "fit", first_batch(trainer))
+            return targets_of(held.config["layout"], self.options)
         trained = trained_by(*trainer.optimizers)
         fixed = {name for name, p in parameters_by_name(pl_module).items() if id(p) not in trained}
-        targets = self._find(example, fixed)
-        check_gradients(example.model, example.args, targets)
-        return targets
+
+        def find(module: LightningModule, batch: Any) -> Targets:
+            example = example_of(trainer, module, "fit", batch)
+            targets = self._find(example, fixed)
+            check_gradients(example.model, example.args, targets)
+            return targets
+
+        return asked(trainer, pl_module, first_batch(trainer), find)
 
     def _is_same(self, held: recipe.Entry) -> bool:
         return all(held.config.get(name) == value for name, value in self.config().items() if name != "enabled")
@@ -198,7 +224,7 @@ class TempScale(WeightSpaceCallback):
         moving = self.learnable or bool(self.transition)
         parameters = parameters_by_name(pl_module)
         if moving:
-            _check_optimizers(trainer.optimizers, targets, {name: parameter for name, (parameter, _) in made.items()})
+            check_optimizers(trainer.optimizers, targets, {name: parameter for name, (parameter, _) in made.items()})
         trained = trained_by(*trainer.optimizers)
         names = [name for name, p in parameters.items() if id(p) in trained]
         self._carriers = carriers(targets, list(targets.adapters) if moving else [], names, made)
@@ -246,6 +272,8 @@ class TempScale(WeightSpaceCallback):
 
         After every backward: the mean of what is a mean already and of what a further micro-batch adds to it is right.
         """
+        if self._boundary is not None:
+            attachment(pl_module).unsharded = None  # whoever needs it has looked at it
         if self._boundary is None or trainer.world_size == 1 or not self.learnable:
             return
         thetas = [cast(nn.Parameter, self._transforms[name].theta) for name in self._carriers.values()]
@@ -319,6 +347,11 @@ class TempScale(WeightSpaceCallback):
         if held is not None:
             self._say_held(held.config)
             return
+        if is_sharded(trainer):
+            raise ValueError(
+                f"TempScale puts no temperature on a sharded model in trainer.{stage}(): load its file into one "
+                "process (`lightning_efficient.load_from_checkpoint`), and evaluate that."
+            )
         targets = self._find(example_of(trainer, pl_module, stage, batch))
         install_targets(pl_module, targets)
         self._applied = True
@@ -350,48 +383,3 @@ class TempScale(WeightSpaceCallback):
 
 def _given(transform: Transform) -> Transform:
     return transform
-
-
-def _as_plain(targets: Targets) -> dict[str, Any]:
-    """Which blocks of which parameters scale each attention, as plain data."""
-    return {
-        name: {
-            "heads": site.heads,
-            "knobs": [
-                [knob.parameter, [[b.start, b.length, b.dim] for b in knob.blocks], knob.heads and list(knob.heads)]
-                for knob in site.knobs
-            ],
-            "adapter": targets.adapters.get(name),
-        }
-        for name, site in targets.sites.items()
-    }
-
-
-def _from_plain(layout: Mapping[str, Any], options: TempScaleConfig) -> Targets:
-    sites = {}
-    for name, site in layout.items():
-        knobs = tuple(
-            Knob(parameter, tuple(Block(*block) for block in blocks), None if heads is None else tuple(heads))
-            for parameter, blocks, heads in site["knobs"]
-        )
-        sites[name] = AttentionSite(name, "resumed", heads=site["heads"], knobs=knobs)
-    adapters = {name: site["adapter"] for name, site in layout.items() if site.get("adapter") is not None}
-    return Targets(sites, options.laws(list(sites)), adapters=adapters)
-
-
-def _check_optimizers(
-    optimizers: Sequence[Optimizer], targets: Targets, parameters: Mapping[str, nn.Parameter]
-) -> None:
-    """All weights behind one attention's logits share a temperature, which moves with one optimizer.
-
-    Raises:
-        TempScaleError: Naming those in several.
-    """
-    owner = {id(p): i for i, o in enumerate(optimizers) for group in o.param_groups for p in group["params"]}
-    for group in targets.groups():
-        names = list(dict.fromkeys(knob.parameter for site in group for knob in targets.sites[site].knobs))
-        if len({owner.get(id(parameters[name])) for name in names}) > 1:
-            raise TempScaleError(
-                f"{names} scale {group[0]!r} together and are in different optimizers, which step at different times. "
-                f"Give them to one, or exclude=[{group[0]!r}]."
-            )

@@ -38,7 +38,10 @@ def asked(trainer: Trainer, pl_module: LightningModule, batch: Any, ask: Callabl
     if trainer.is_global_zero:
         try:
             if (whole := attachment(pl_module).unsharded) is None:
-                raise ValueError("it was cut over processes before this fit")
+                raise ValueError(
+                    f"{type(pl_module).__name__} was sharded before it could be run: build the network in `__init__`, "
+                    "and call `fully_shard` or `parallelize_module` in `configure_model`"
+                )
             answer = ask(whole, apply_to_collection(batch, Tensor, lambda tensor: tensor.to(device_of(whole))))
         except Exception as error:
             failed = first_line(error)

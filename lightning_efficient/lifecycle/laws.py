@@ -123,7 +123,8 @@ def _check_entry(entry: Entry, laws: Mapping[str, Law], state: Mapping[str, Any]
         raise ValueError(f"{_WHERE}, `heads` of {unknown[0]!r} should be a number, as `per_head` is True; got None.")
     tensors = {name: without_memory(state) for name, state in entry.tensors.items()}
     check(tensors, MapOf(Text(), _STATE), f"{_WHERE}, `tensors`")
-    _check_knobs(layout, state)
+    if state:  # beside a folder of shards there are no weights
+        _check_knobs(layout, state)
     taus: list[float] = list(tau) if isinstance(tau, (list, tuple)) else [tau] * len(layout)
     driven = _check_weights(entry, taus)
     _check_adapters(entry, laws, taus, [s["log_tau"] for name, s in entry.tensors.items() if name not in driven])

@@ -23,6 +23,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "collapse_monitor": {"every_n_steps": 2},
     "collapse_guard": {"every_n_steps": 2, "max_ratio": 1e3},
     "sap_pruning": {"p": 1.0, "q": 2.0, "iterations": 2},
+    "temp_scale": {"tau": 0.7, "learnable": True},
     "pagcp_pruning": {"budgets": {"val_loss": 0.5}},
     "representation_monitor": {"module": "net"},
     "posterior_collapse_monitor": {"mu": "net"},
@@ -49,6 +50,8 @@ def test_contract(method: str, scenario: str) -> None:
     assert found.startswith("refused" if error else "passed")
 
 
+@pytest.mark.forks
+@pytest.mark.exhaustive  # on another network always: test_sharded.py
 @pytest.mark.parametrize("target", ["repbn", "un", "affine"])
 def test_norms_with_statistics(target: str) -> None:
     """Of the batches of both processes together."""
@@ -56,6 +59,7 @@ def test_norms_with_statistics(target: str) -> None:
     assert cell(partial(PRepBN, target=target, transition=3, hold=1, **more), "fsdp2") == "passed"
 
 
+@pytest.mark.forks
 def test_a_causal_model_is_refused() -> None:
     """Which the first process finds out on the copy that it has, and all are told."""
     error = "the model is causal.*Use `target='affine'`"

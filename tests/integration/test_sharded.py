@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from forking import forked
-from shard_models import EVALUATED, NORMS, PRUNING, Module, Ragged, SaveAt, loader, trainer
+from shard_models import EVALUATED, IN_INIT, PRUNING, Module, Ragged, SaveAt, loader, trainer
 
 from lightning_efficient import CollapseMonitor, SigmaReparam, load_from_checkpoint
 from lightning_efficient.lifecycle.files import UnsafeCheckpointError
@@ -36,9 +36,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     alone(folder, "sigma", SigmaReparam(), gradient_clip_val=0.3)
     alone(folder, "sigma_free", SigmaReparam())
     alone(folder, "split", SigmaReparam(qkv="split", init="one"), accumulate_grad_batches=2)
-    for name, make in NORMS.items():
+    for name, make in IN_INIT.items():
         alone(folder, name, *make(), module=Module(inside=False))
-    alone(folder, "ragged", *NORMS["repbn"](), module=Module(inside=False, net=Ragged))
+    alone(folder, "ragged", *IN_INIT["repbn"](), module=Module(inside=False, net=Ragged))
     t = trainer(folder, CollapseMonitor(every_n_steps=4))
     t.fit(Module(), loader(), loader(1))
     torch.save({n: v for n, v in t.callback_metrics.items() if n.startswith("efficient/")}, folder / "monitor.pt")
@@ -59,13 +59,13 @@ def passed(root: Path, processes: int, *checks: str) -> None:
 def test_equal_to_one_process(root: Path) -> None:
     pruned = [name for name in PRUNING if name != "both"]
     passed(root, 2, "sigma", "split", "tensor_parallel", "stale", "loop", *pruned, "tied_inputs")
-    passed(root, 2, "monitor", *NORMS, "ragged", "built_inside")
+    passed(root, 2, "monitor", *IN_INIT, "ragged", "built_inside")
 
 
 @pytest.mark.forks
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
 def test_files(root: Path, tmp_path: Path) -> None:
-    passed(root, 2, "resume_full", "resume_folder", "resume_ticket", "resume_sap")
+    passed(root, 2, "resume_full", "resume_folder", "resume_ticket", "resume_sap", "resume_tau")
     passed(root, 2, "from_one_process", "ticket_from_one_process")
     for name in ("everything", "ticket"):
         expected = torch.load(root / f"half_{name}.pt", weights_only=True)["weights"]

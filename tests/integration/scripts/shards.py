@@ -23,8 +23,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from shard_models import (
     EVALUATED,
     IMAGES,
+    IN_INIT,
     LABELS,
-    NORMS,
     PRUNING,
     How,
     Module,
@@ -153,7 +153,7 @@ def monitor() -> None:
 
 def norms(target: str) -> None:
     """Swapped in ``__init__``, sharded in ``configure_model``: the new parameters are in the optimizer."""
-    t = fit(Module("fsdp", inside=False), *NORMS[target]())
+    t = fit(Module("fsdp", inside=False), *IN_INIT[target]())
     held = {id(p) for group in t.optimizers[0].param_groups for p in group["params"]}
     assert held == {id(p) for p in t.lightning_module.parameters() if p.requires_grad}
     compare(state(t), target)
@@ -162,13 +162,15 @@ def norms(target: str) -> None:
 def ragged() -> None:
     """What hides tokens is found on the copy, and statistics are of the tokens that count in all processes."""
     warnings.simplefilter("error", UserWarning)
-    t = fit(Module("fsdp", inside=False, net=Ragged), *NORMS["repbn"]())
+    t = fit(Module("fsdp", inside=False, net=Ragged), *IN_INIT["repbn"]())
     compare(state(t), "ragged")
 
 
 def built_inside() -> None:
     with pytest.raises(ValueError, match=r"sharded in `configure_model` before any.*Build the network in `__init__`"):
-        fit(Module("fsdp"), *NORMS["dyt"]())
+        fit(Module("fsdp"), *IN_INIT["dyt"]())
+    with pytest.raises(ValueError, match=r"sharded before it could be run: build the network in `__init__`"):
+        fit(Module("fsdp"), *IN_INIT["tau"]())
 
 
 def loop() -> None:
@@ -227,12 +229,12 @@ def resume(distributed: bool, name: str = "everything") -> None:
     path = ROOT / f"{'folder' if distributed else 'full'}_{name}.ckpt"
     runs = []
     for more, start in (([SaveAt(path)], None), ([] if distributed else [AsLoaded(path)], path)):
-        callbacks = [*PRUNING[name](), *more]
-        t = fit(Module("fsdp", groups=False), *callbacks, distributed=distributed, ckpt_path=start)
+        callbacks = [*(PRUNING | IN_INIT)[name](), *more]
+        t = fit(Module("fsdp", groups=False, inside=False), *callbacks, distributed=distributed, ckpt_path=start)
         runs.append(exact(t))
     assert len(runs[0]) > 60
     assert difference(*runs) == 0
-    assert any(name.endswith("optimizer.exp_avg") for name in runs[0])
+    assert any(key.endswith("optimizer.exp_avg") for key in runs[0])
 
 
 def from_one_process(name: str = "everything") -> None:
@@ -246,8 +248,9 @@ CHECKS: dict[str, Callable[[], None]] = {
     "ticket_from_one_process": partial(from_one_process, "ticket"),
     "resume_ticket": partial(resume, False, "ticket"),
     "resume_sap": partial(resume, True, "sap"),
+    "resume_tau": partial(resume, True, "tau"),
     **{name: partial(masks, name) for name in PRUNING if name != "both"},
-    **{name: partial(norms, name) for name in NORMS},
+    **{name: partial(norms, name) for name in IN_INIT},
     "built_inside": built_inside,
     "tied_inputs": partial(masks, "tied", "tp", 2),
     "masks_2d": partial(masks, "masks", "2d", 2),
