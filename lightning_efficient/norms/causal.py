@@ -14,8 +14,9 @@ bidirectional         no                             no
 ====================  =============================  ==============================
 
 That needs no correspondence between the positions of inputs and outputs, so it survives patches, strides, prefixes and
-shifts. Cut in the middle it sees what reaches far; what only reaches its neighbours (short convolutions, windows) looks
-token by token there, and is cut again next to either end.
+shifts. Cut in the middle it sees what reaches far; what only reaches its neighbours (short convolutions, windows)
+looks token by token there, and is cut again next to either end. A second part that is all padding hears the first and
+is heard by nobody, which looks causal: then the first is cut alone.
 """
 
 from __future__ import annotations
@@ -246,16 +247,37 @@ def _causal_always(axis: int, effects: Iterable[_Effect]) -> str:
 
 def _causal_along(axis: int, effect: _Effect) -> str:
     """The module whose output is causal along an axis of an input, unless the sequence is mixed both ways behind it."""
-    length = effect.tensor.shape[axis]
-    if length < 2:
-        return ""
-    first, last = effect.part(axis, 0, length // 2), effect.part(axis, length // 2, length)
-    hears = {key: _hearing((first, last), (last, first), key) for key in effect.base}
-    if length > 2 and _last_word("token", hears, effect.base):
-        head = effect.part(axis, 0, 1), effect.part(axis, 1, length)
-        tail = effect.part(axis, length - 1, length), effect.part(axis, 0, length - 1)
-        hears |= {key: _hearing(head, tail, key, was.axis) for key, was in hears.items() if was.kind == "token"}
-    return _last_word("causal", hears, effect.base)
+    length = whole = effect.tensor.shape[axis]
+    padding: _Moved = {}
+    while length >= 2:
+        first, last = effect.part(axis, 0, length // 2), effect.part(axis, length // 2, length)
+        hears = {key: _hearing((first, last), (last, first), key, padding) for key in effect.base}
+        if length > 2 and _last_word("token", hears, effect.base):
+            head = effect.part(axis, 0, 1), effect.part(axis, 1, length)
+            tail = effect.part(axis, length - 1, length), effect.part(axis, 0, length - 1)
+            hears |= {
+                key: _hearing(head, tail, key, padding, was.axis) for key, was in hears.items() if was.kind == "token"
+            }
+        seen = _last_word("causal", hears, effect.base)
+        if not seen or length < 4 or not _is_padding(axis, length, effect, hears, seen):
+            return seen
+        length //= 2
+        padding = effect.part(axis, length, whole)
+    return ""
+
+
+def _is_padding(axis: int, length: int, effect: _Effect, hears: Mapping[_Key, _Hearing], seen: str) -> bool:
+    """Whether the last position hears nothing of the rest of its half, as padding does not: it hears what counts.
+
+    Then real tokens have no later ones in that half to hear, in any model, and only the half before can tell.
+    """
+    rest, last = effect.part(axis, length // 2, length - 1), effect.part(axis, length - 1, length)
+    for key, what in hears.items():
+        if what.kind == "causal" and key.module == seen:
+            by_rest, by_last = rest.get(key), last.get(key)
+            if by_rest is None or by_last is None or (by_rest[what.axis] & by_last[what.axis]).any():
+                return False
+    return True
 
 
 class _Hearing(NamedTuple):
@@ -265,33 +287,37 @@ class _Hearing(NamedTuple):
     axis: int = 0
 
 
-def _hearing(head: tuple[_Moved, _Moved], tail: tuple[_Moved, _Moved], key: _Key, axis: int | None = None) -> _Hearing:
+def _hearing(
+    head: tuple[_Moved, _Moved], tail: tuple[_Moved, _Moved], key: _Key, padding: _Moved, axis: int | None = None
+) -> _Hearing:
     """Judge an output by what moved with either end of the sequence, and with all but that end.
 
     Args:
         head: Moved by the beginning, and by the rest.
         tail: Moved by the end, and by the rest.
         key: The output.
+        padding: Moved by positions that are known to be padding: their own outputs, which are left out.
         axis: Its axis that is the sequence; None: to be found.
     """
     four = [part.get(key, ()) for part in (*head, *tail)]
     if None in four or not four[0] or not four[2]:
         return _Hearing("")
-    kinds = {}
+    kinds, known = {}, padding.get(key)
     for a in range(len(four[0])) if axis is None else (axis,):
         begin, no_begin, end, no_end = (part[a] if part else torch.tensor(False) for part in four)
-        only_begin, only_end = begin & ~no_begin, end & ~no_end
+        own = torch.zeros_like(begin) if known is None else known[a]
+        only_begin, only_end = begin & ~no_begin & ~own, end & ~no_end & ~own
         if not (only_begin | only_end).any():
             kinds["mixed"] = a
-        elif only_begin.any() and (axis is not None or _is_beginning(only_begin, before=end)):
+        elif only_begin.any() and (axis is not None or _is_beginning(only_begin, end, int((~own).sum()))):
             kinds["token" if only_end.any() else "causal"] = a
         else:
             kinds[""] = a
     return next(_Hearing(kind, kinds[kind]) for kind in ("token", "causal", "", "mixed") if kind in kinds)
 
 
-def _is_beginning(part: Tensor, before: Tensor) -> bool:
-    """Whether an axis is a sequence that begins with ``part``, or several of the same length in a row.
+def _is_beginning(part: Tensor, before: Tensor, entries: int) -> bool:
+    """Whether an axis is a sequence of so many that begins with ``part``, or several of the same length in a row.
 
     Along an axis of features a few entries hear one part only by chance (behind a ReLU), in no order.
     """
@@ -299,7 +325,7 @@ def _is_beginning(part: Tensor, before: Tensor) -> bool:
     if not starts or len(part) % len(starts) or before[: starts[0]].any():
         return False
     period = len(part) // len(starts)
-    return starts == list(range(starts[0], len(part), period)) and 4 * int(part.sum()) >= len(part)
+    return starts == list(range(starts[0], len(part), period)) and 4 * int(part.sum()) >= entries
 
 
 def _last_word(kind: str, hears: Mapping[_Key, _Hearing], base: Mapping[_Key, _Sketch]) -> str:

@@ -36,6 +36,28 @@ def test_other_models_are_not(name: str) -> None:
     assert causal_norms(model, run, inputs) == {}
 
 
+@pytest.mark.parametrize("real", [[9, 7], [16, 3], [5, 5], [31, 40]])
+@pytest.mark.parametrize("causal", [False, True])
+def test_padding_in_the_later_half_hides_nothing(real: list[int], causal: bool) -> None:
+    """Short texts in batches padded to a fixed length: an encoder is none the more causal, a decoder none the less."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=True)
+    net = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    model = nn.ModuleDict({"embed": nn.Embedding(20, 16), "net": net, "head": nn.Linear(16, 3)})
+    apply_norm_swap(model)
+    mask = torch.arange(64) >= torch.tensor(real).unsqueeze(1)
+    future = nn.Transformer.generate_square_subsequent_mask(64) < 0 if causal else None
+
+    def run(given: Any) -> torch.Tensor:
+        ids, padded = given
+        hidden = model["net"](model["embed"](ids), mask=future, src_key_padding_mask=padded)
+        out: torch.Tensor = model["head"](hidden)
+        return out
+
+    found = causal_norms(model, run, (torch.randint(1, 20, (2, 64)), mask))
+    assert bool(found) == causal
+
+
 def test_the_model_is_as_before() -> None:
     model, inputs, run = swapped(CAUSAL["zero-initialised branch"])
     model.blocks[0].mlp.eval()
