@@ -90,6 +90,12 @@ def test_predicted_units() -> None:
     assert predict_active_units(torch.tensor(SPECTRUM), 1.0, 0.6, units=3) == 3
     assert predict_active_units([0.5492], 1.0, math.sqrt(0.54)) == 1  # the official code's branch asks for .735
     assert predict_active_units([1.0, -1e-12], 1.0, 0.5) == 1
+    # A conditional model of what its input says already (y = x, and noise): no latent unit is needed, then two are.
+    x = torch.randn(500, 4, dtype=F64)
+    for noise, alive in ((torch.zeros(4), 0), (torch.tensor([2.0, 2.0, 0.1, 0.1]), 2)):
+        s = torch.cov(torch.cat([x, x + noise.double() * torch.randn(500, 4, dtype=F64)], 1).t())
+        conditional = s[4:, 4:] - s[4:, :4] @ torch.linalg.solve(s[:4, :4], s[:4, 4:])
+        assert predict_active_units(torch.linalg.eigvalsh(conditional).clamp(min=0), 1.0, 1.0) == alive
     for args, match in (([-1.0], "`cov_eigenvalues` holds -1"), ([math.nan], "`cov_eigenvalues`")):
         with pytest.raises(ValueError, match=match):
             predict_active_units(args)

@@ -86,9 +86,10 @@ def test_alpha_of_every_range(alpha: float) -> None:
         assert of(AlphaReQ(first=first, last=last), z) == pytest.approx(alpha, rel=1e-6)
 
 
-@pytest.mark.parametrize("samples", [256, 1024, 4096])
-def test_participation_ratio_of_gaussians_shows_the_number_of_samples(samples: int) -> None:
+@pytest.mark.parametrize(("samples", "rank"), [(256, 206.3), (1024, 247.4), (4096, 254.0)])
+def test_gaussians_show_the_number_of_samples(samples: int, rank: float) -> None:
     z = torch.randn(samples, D, generator=torch.Generator().manual_seed(0))
+    assert of(RankMe(D), z) == pytest.approx(rank, abs=1.0)  # by the draw
     found = of(ParticipationRatio(D), z)
     assert found == pytest.approx(D * samples / (samples + D), rel=0.015)
     assert found == pytest.approx(float(participation_ratio(z)), rel=1e-5)

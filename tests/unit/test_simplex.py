@@ -28,14 +28,19 @@ def test_without_zeros_it_is_the_exact_frame(features: int, classes: int) -> Non
     assert torch.allclose(angles(weight), torch.tensor(math.degrees(math.acos(-1 / (classes - 1)))).double(), atol=1e-4)
 
 
-def test_sparse_frame_of_the_sheet() -> None:
-    """64 features, 10 classes, 3000 steps: 60.0 % zeros, mean angle 96.29 of 96.38, least 96.25, norm .128 ± .012."""
-    weight = F.simplex_etf(64, 10, 0.6, steps=3000)
-    assert int((weight == 0).sum()) == int(0.6 * 640)
-    assert float(angles(weight).mean()) == pytest.approx(96.29, abs=0.09)
-    assert float(angles(weight).min()) == pytest.approx(96.25, abs=0.3)
+@pytest.mark.parametrize(
+    ("features", "classes", "mean", "least", "norm"), [(64, 10, 96.29, 96.25, 0.128), (128, 20, 93.016, 93.0, 0.1033)]
+)
+def test_sparse_frames_of_the_sheet(features: int, classes: int, mean: float, least: float, norm: float) -> None:
+    """60 % zeros, 3000 steps: the mean angle of 64 features is 96.29 of 96.38, of 128 features 93.016 of 93.017."""
+    weight = F.simplex_etf(features, classes, 0.6, steps=3000)
+    assert int((weight == 0).sum()) == int(0.6 * features * classes)
+    ideal = math.degrees(math.acos(-1 / (classes - 1)))
+    assert ideal - 0.1 <= float(angles(weight).mean()) <= ideal
+    assert float(angles(weight).mean()) == pytest.approx(mean, abs=0.09 if classes == 10 else 0.004)
+    assert float(angles(weight).min()) == pytest.approx(least, abs=0.3)
     norms = weight.norm(dim=1)
-    assert float(norms.mean()) == pytest.approx(0.128, abs=0.02)
+    assert float(norms.mean()) == pytest.approx(norm, abs=0.15 * norm)
     assert float(norms.std()) == pytest.approx(0.012, abs=0.012)
 
 
