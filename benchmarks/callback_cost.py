@@ -7,7 +7,7 @@ holds it with 95 % (order statistics, distribution-free). Monitors read the trai
 holds what every step pays; read validation (their default), and training steps pay nothing. Callbacks that measure
 every so many steps have scripts of their own: ``monitor_cost.py``, ``module_timer.py``.
 
-    OMP_NUM_THREADS=1 python benchmarks/callback_cost.py                 # some ten minutes on one core
+    OMP_NUM_THREADS=1 python benchmarks/callback_cost.py                 # a minute on one core
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ CALLBACKS: dict[str, Callable[[], Any]] = {
     "NeuralCollapseMonitor": lambda: NeuralCollapseMonitor(head="net.head", stage="train"),
     "PosteriorCollapseMonitor": lambda: PosteriorCollapseMonitor(mu="net.layers", stage="train"),
     "StateDriftMonitor": lambda: StateDriftMonitor(module="net.layers", train_length=4, stage="train"),
-    "CollapseGuard, every 100 steps": CollapseGuard,
+    "CollapseGuard, every 50 steps": lambda: CollapseGuard(every_n_steps=50),
     "Distillation": Distillation,
     "AdaptiveGradientModulation, two": lambda: AdaptiveGradientModulation(
         modalities={"upper": 0, "lower": 1}, module="net", end=None
@@ -136,8 +136,8 @@ def middle(values: list[float]) -> tuple[float, float, float]:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=46)
     args = parser.parse_args()
     quiet()
     warnings.filterwarnings("ignore", category=UserWarning)
