@@ -4,8 +4,8 @@ Two copies of a model, one with the method, are sharded over the same processes 
 their times in the same round is kept. Below the table of what was run stands what the same counts come to on clusters
 that were not at hand: a law on paper, with its assumptions.
 
-    python benchmarks/sharded.py                          # CPU, gloo, 1 and 2 processes; written to results/
-    python benchmarks/sharded.py --device cuda --processes 8
+    python benchmarks/sharded.py                          # CPU, gloo, 1, 2 and 4 processes; written to results/
+    python benchmarks/sharded.py --device cuda --processes 8   # has not been run yet
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--processes", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--processes", type=int, nargs="*", default=[1, 2, 4])
     parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--worker", nargs=2, metavar=("SIZE", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -43,7 +43,7 @@ class Mixer(nn.Module):
 
 
 class Net(nn.Module):
-    """Odd sizes throughout; ``gate`` has one row, so that all processes but one have nothing of it."""
+    """Odd sizes throughout; ``gate`` has one row, so that all processes but one have nothing of it, or of its mask."""
 
     def __init__(self, width: int = 15, heads: int = 3) -> None:
         super().__init__()
@@ -222,6 +222,7 @@ PRUNING: dict[str, Callable[[], list[Any]]] = {
     "runs": lambda: [
         MagnitudePruning(amount=1 / 3, granularity="2:3", schedule="one_shot", start=1, include=["*.qkv", "*.up"])
     ],
+    "gate": lambda: [MagnitudePruning(amount=0.5, schedule="one_shot", start=1, include=["*.gate"])],
     "tied": lambda: [Coarse(), MagnitudePruning(amount=0.5, schedule="constant")],
     "ticket": lambda: [SigmaReparam(), MagnitudePruning(schedule="iterative", rounds=2, rewind_to=1)],
     "rates": lambda: [MagnitudePruning(schedule="iterative", rounds=2, rewind="learning_rate", criterion="taylor")],

@@ -59,7 +59,7 @@ def passed(root: Path, processes: int, *checks: str) -> None:
 def test_equal_to_one_process(root: Path) -> None:
     pruned = [name for name in PRUNING if name != "both"]
     passed(root, 2, "sigma", "split", "tensor_parallel", "stale", "loop", *pruned, "tied_inputs")
-    passed(root, 2, "monitor", *IN_INIT, "ragged", "built_inside")
+    passed(root, 2, "monitor", *IN_INIT, "ragged", "built_inside", "half_precision")
 
 
 @pytest.mark.forks
@@ -85,7 +85,15 @@ def test_files(root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("processes", [4, 8])
 def test_more_processes(root: Path, processes: int) -> None:
     """Of eight, one has no row of the head, and most none of the gate."""
-    passed(root, processes, "2d", "hsdp", "fsdp", "masks", "masks_2d", "masks_hsdp", "tied", "ticket_2d", "sap_2d")
+    passed(root, processes, "2d", "hsdp", "fsdp", "masks", "masks_2d", "masks_hsdp", "tied")
+    passed(root, processes, "ticket_2d", "sap_2d", "repbn", "un", "tau")
+
+
+@pytest.mark.forks
+@pytest.mark.exhaustive
+def test_another_number_of_processes(root: Path) -> None:
+    passed(root, 4, "leave_full", "leave_folder")
+    passed(root, 2, "go_on_full", "go_on_folder")
 
 
 @pytest.mark.forks

@@ -36,12 +36,15 @@ from shard_models import (
 )
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from lightning_efficient import CollapseMonitor, SigmaReparam
+from lightning_efficient.common.nests import tensors_in
 from lightning_efficient.common.shards import local, whole
 from lightning_efficient.functional import apply_sigma_reparam
 from lightning_efficient.lifecycle.recipe import read
 from lightning_efficient.lifecycle.weights import WeightSpaceCallback
+from lightning_efficient.weightspace.mask import unpack_mask
 
 ROOT = Path(sys.argv[1])
 
@@ -237,17 +240,55 @@ def resume(distributed: bool, name: str = "everything") -> None:
     assert any(key.endswith("optimizer.exp_avg") for key in runs[0])
 
 
+def leave(distributed: bool) -> None:
+    """Killed half way, for another number of processes to go on."""
+    path = ROOT / ("left_folder.ckpt" if distributed else "left_full.ckpt")
+    fit(Module("fsdp", groups=False), *PRUNING["everything"](), SaveAt(path), distributed=distributed)
+
+
+def go_on(distributed: bool) -> None:
+    path = ROOT / ("left_folder.ckpt" if distributed else "left_full.ckpt")
+    t = fit(Module("fsdp", groups=False), *PRUNING["everything"](), distributed=distributed, ckpt_path=path)
+    t.strategy._save_distributed_checkpoint = False
+    compare(state(t), "half_everything")
+
+
+def half_precision() -> None:
+    """Computed in bfloat16: weights, states and statistics stay in float32, and what each method promises holds."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    methods = [*PRUNING["everything"](), *IN_INIT["repbn"]()]
+    module = Module("fsdp", inside=False, dtype=torch.float32, mp_policy=policy)
+    found = state(fit(module, *methods))
+    floating = [t for t in tensors_in([found["weights"], found["entries"]]) if t.is_floating_point()]
+    assert {t.dtype for t in floating} == {torch.float32}
+    assert all(bool(t.isfinite().all()) for t in floating)
+    for name, entry in found["entries"]["sigma_reparam"].items():
+        weight = found["weights"][name].flatten(1)
+        blocks = weight.split([len(u) for key, u in entry.items() if key.startswith("left")])
+        for i, block in enumerate(blocks):
+            value = entry[f"left.{i}"] @ block @ entry[f"right.{i}"]
+            gain = entry["log_gain"][i].exp() if "log_gain" in entry else entry["gain"][i]
+            assert abs(float(value / gain) - 1) < 1e-4, name
+    for name, entry in found["entries"]["magnitude_pruning"].items():
+        weight = found["weights"][name]
+        assert not bool(weight[~unpack_mask(entry["mask"], weight.shape)].any()), name
+
+
 def from_one_process(name: str = "everything") -> None:
     t = fit(Module("fsdp", groups=False), *PRUNING[name](), ckpt_path=ROOT / f"half_{name}.ckpt")
     compare(state(t), f"half_{name}")
 
 
 CHECKS: dict[str, Callable[[], None]] = {
-    **{f.__name__: f for f in (sigma, split, tensor_parallel, stale, monitor, loop, ragged)},
+    **{f.__name__: f for f in (sigma, split, tensor_parallel, stale, monitor, loop, ragged, half_precision)},
     "from_one_process": from_one_process,
     "ticket_from_one_process": partial(from_one_process, "ticket"),
     "resume_ticket": partial(resume, False, "ticket"),
     "resume_sap": partial(resume, True, "sap"),
+    "leave_full": partial(leave, False),
+    "leave_folder": partial(leave, True),
+    "go_on_full": partial(go_on, False),
+    "go_on_folder": partial(go_on, True),
     "resume_tau": partial(resume, True, "tau"),
     **{name: partial(masks, name) for name in PRUNING if name != "both"},
     **{name: partial(norms, name) for name in IN_INIT},
