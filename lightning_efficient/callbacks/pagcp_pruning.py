@@ -18,6 +18,7 @@ from lightning_efficient.common.schema import Flag, Int, ListOf, MapOf, Number, 
 from lightning_efficient.lifecycle.recipe import RecipeError
 from lightning_efficient.lifecycle.units import FOUND, UnitPruningCallback
 from lightning_efficient.lifecycle.weights import Plan
+from lightning_efficient.structured.alike import as_one, bundled, opened
 from lightning_efficient.structured.budgets import read_budgets
 from lightning_efficient.structured.cost import Cost
 from lightning_efficient.structured.pagcp import (
@@ -79,6 +80,8 @@ class PAGCPPruning(UnitPruningCallback):
         topk: Share of the layers that stay pruned: those that cost the least budget for what they save.
         inexact: Also prune groups whose zeros are not gone (LayerNorm over the residual width, ...).
         round_to: Every tensor of a group that loses units keeps a multiple of so many channels, such as 8.
+        uniform: Groups of as many units (heads, or others) are judged as one layer and lose as many, so that widths
+            that are equal stay equal, as the ``config`` of a model of Hugging Face's must have it.
 
     Raises:
         ValueError: An argument is out of range, a budget is on a metric that is not logged, there is no validation
@@ -111,10 +114,11 @@ class PAGCPPruning(UnitPruningCallback):
         topk: float = 0.8,
         inexact: bool = False,
         round_to: int = 1,
+        uniform: bool = False,
     ) -> None:
         super().__init__(enabled, include, exclude, inexact, round_to)
         self.budgets = read_budgets({"val_loss": 0.05} if budgets is None else budgets, modes)
-        self.options = PagcpConfig(first, step, most, topk)
+        self.options = PagcpConfig(first, step, most, topk, uniform)
         self.start, self.rounds, self.every, self.batches = start, rounds, every, batches
         for name, value in (("rounds", rounds), ("batches", batches)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -216,15 +220,19 @@ class PAGCPPruning(UnitPruningCallback):
             Layer(name, unit_scores(group, parameters), ~self._gone[name], group.divisor)
             for name, group in self.groups.found.items()
         ]
+        kinds = [(g.units, g.heads) if self.options.uniform else name for name, g in self.groups.found.items()]
+        bundles = bundled(layers, kinds)
+        layers = [as_one(name, members) if len(members) > 1 else members[0] for name, members in bundles.items()]
         cost = self._cost()
         before = self._counts()
 
         def measured(oracle: ValidationOracle, dropped: Mapping[str, Sequence[int]]) -> dict[str, float]:
-            with self._without(dropped):
+            with self._without(opened(dropped, bundles)):
                 return oracle()
 
         def compute(dropped: Mapping[str, int]) -> float:
-            return cost({name: count + dropped.get(name, 0) for name, count in before.items()})
+            more = {member.name: count for name, count in dropped.items() for member in bundles[name]}
+            return cost({name: count + more.get(name, 0) for name, count in before.items()})
 
         with whole.quiet(), self._progress(trainer, layers) as progress:
             decision = search(
@@ -232,7 +240,7 @@ class PAGCPPruning(UnitPruningCallback):
                 verify=None if sample is whole else partial(measured, whole), progress=progress,
             )  # fmt: skip
         units = {}
-        for name, chosen in trainer.strategy.broadcast(decision.dropped).items():
+        for name, chosen in trainer.strategy.broadcast(opened(decision.dropped, bundles)).items():
             units[name] = torch.zeros_like(self._gone[name])
             units[name][list(chosen)] = True
             self._gone[name] = self._gone[name] | units[name]

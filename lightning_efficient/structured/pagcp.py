@@ -139,12 +139,15 @@ class PagcpConfig:
         topk: Share of the layers that stay pruned, rounded down but at least one: those with the least cost for the
             compute saved. Costs are in shares of a budget, as losses of several tasks have several units; with one
             budget that is the order of loss increase over compute saved.
+        uniform: Groups of as many units, heads or others, are one layer of the search and lose as many, so that equal
+            widths stay equal.
     """
 
     first: float = 1.5
     step: float = 0.05
     most: float = 0.95
     topk: float = 0.8
+    uniform: bool = False
 
     def __post_init__(self) -> None:
         if not _number(self.first) or not 0 < self.first < math.inf:
@@ -158,6 +161,8 @@ class PagcpConfig:
             raise ValueError(f"`step` must be within (0, most={self.most}]; got {self.step!r}.")
         if not _number(self.topk) or not 0 < self.topk <= 1:
             raise ValueError(f"`topk` is a share of the layers, within (0, 1]; got {self.topk!r}.")
+        if not isinstance(self.uniform, bool):
+            raise ValueError(f"`uniform` is true or false; got {self.uniform!r}.")
 
 
 def _number(value: object) -> bool:

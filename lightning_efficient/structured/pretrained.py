@@ -149,8 +149,8 @@ def _refusal(reason: str) -> str:
     return (
         f"would write a model that from_pretrained cannot build: units were cut out of it, and {reason}. Save a "
         "Trainer's checkpoint and read it by lightning_efficient.load_from_checkpoint, or the program by "
-        "lightning_efficient.deploy.formats.save_exported; or prune with HESSOPruning(uniform=True), "
-        "which leaves equal widths equal."
+        "lightning_efficient.deploy.formats.save_exported; or prune with `uniform=True`, which "
+        "leaves equal widths equal."
     )
 
 

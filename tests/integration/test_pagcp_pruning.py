@@ -87,6 +87,27 @@ def test_every_budget_is_kept_when_it_is_decided(tmp_path: Path) -> None:
     assert "multiply-accumulates pruned; units left: " in text
 
 
+class Deeper(TwoTasks):
+    """Two hidden layers of one width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.net.drop = nn.Sequential(nn.Linear(16, 16), nn.ReLU())  # type: ignore[assignment]
+
+
+def test_equal_widths_stay_equal_in_every_round(tmp_path: Path) -> None:
+    callback = PAGCPPruning(budgets=LOSSES, start=0.5, rounds=2, every=8, most=0.5, topk=1.0, uniform=True)
+    fit(tmp_path, callback, module=Deeper())
+    kept = {name: len(callback.keep.get(name, range(g.units))) for name, g in callback.groups.found.items()}
+    assert kept["net.hidden"] == kept["net.drop.0"] < 16
+    assert callback.keep["net.hidden"] != callback.keep["net.drop.0"]  # each its own
+    names = {row["name"] for entry in callback.history for row in entry["rows"]}
+    assert "net.hidden and 1 alike" in names
+    assert all(entry["kept"] for entry in callback.history)
+
+
 def test_a_narrow_budget_prunes_less(tmp_path: Path) -> None:
     left = []
     for share in (0.01, 0.1, 1.0):

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lightning_efficient.structured.alike import as_one, bundled, opened
 from lightning_efficient.structured.budgets import Budget, decay, read_budgets, tolerances
 from lightning_efficient.structured.cost import Cost
 from lightning_efficient.structured.groups import Slice, UnitGroup
@@ -229,6 +230,31 @@ def test_divisors_and_units_pruned_before() -> None:
     assert Layer("a", torch.zeros(1), torch.ones(1, dtype=torch.bool)).counts(0.05, 0.95) == []
     assert Layer("a", torch.zeros(4), torch.ones(4, dtype=torch.bool), 4).counts(0.05, 0.95) == []
     assert Layer("a", torch.zeros(3), torch.ones(3, dtype=torch.bool)).counts(0.4, 0.9) == [1, 2]
+
+
+def test_alike_layers_lose_as_many_of_their_own_lowest() -> None:
+    """Two of 9, one of 9 of which some are gone, one of 5: the search sees three layers, and prices all of each."""
+    sizes = {"a": 9, "b": 5, "c": 9, "d": 9}
+    layers = layers_of(sizes)
+    layers[3].alive[:2] = False
+    bundles = bundled(layers, list(sizes.values()))
+    assert {name: [m.name for m in members] for name, members in bundles.items()} == {
+        "a and 1 alike": ["a", "c"], "b": ["b"], "d": ["d"],
+    }  # fmt: skip
+    oracle = Toy({"loss": {n: [0.01] * size for n, size in sizes.items()}})
+    compute = linear_compute({"a": 1.0, "b": 1.0, "c": 2.0, "d": 1.0})
+    found = search(
+        [as_one(name, members) for name, members in bundles.items()],
+        read_budgets({"loss": 0.2}),
+        lambda dropped: oracle(opened(dropped, bundles)),
+        lambda counts: compute({m.name: counts[name] for name in counts for m in bundles[name]}),
+        PagcpConfig(first=1.0, topk=1.0),
+    )
+    gone = opened(found.dropped, bundles)
+    assert len(gone["a"]) == len(gone["c"]) == 3  # of a third of 0.2, at 0.02 a unit of each
+    assert gone["a"] == layers[0].lowest(3) != gone["c"] == layers[2].lowest(3)
+    assert set(gone["d"]).isdisjoint((0, 1))
+    assert found.values["loss"] == pytest.approx(1 + 0.01 * sum(map(len, gone.values())))
 
 
 def test_a_baseline_that_is_not_finite() -> None:
