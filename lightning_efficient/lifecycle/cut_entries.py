@@ -26,7 +26,7 @@ from lightning_efficient.common.schema import (
 )
 from lightning_efficient.lifecycle import recipe
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
-from lightning_efficient.structured.cuts import Cuts, tensors_by_name
+from lightning_efficient.structured.cuts import Cuts, number_at, tensors_by_name
 from lightning_efficient.structured.pretrained import put_configs
 from lightning_efficient.structured.slim import (
     ATTRIBUTES,
@@ -191,7 +191,7 @@ def _check_attributes(model: nn.Module, cuts: Cuts) -> None:
         for attribute, value in given.items():
             if attribute in layers.get(name, {}):
                 continue
-            now = getattr(module, attribute, None)
+            now = number_at(module, attribute)
             if type(now) is not int or type(value) is not int or Fraction(value, max(now, 1)) not in shares:
                 _refuse(name, attribute, f"{now}, or as much less as its weights are", value)
     for name in cuts.units:  # an attention's heads are named like it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -100,3 +100,27 @@ def _coprime(count: int) -> int:
     about = max(round(0.45 * count), 1)
     near = sorted(range(1, count), key=lambda c: abs(c - about))
     return next((c for c in near if c % 2 and math.gcd(c, count) == 1), about)
+
+
+def counted(counts: Mapping[str, Mapping[str, int]], group: UnitGroup, groups: Sequence[UnitGroup]) -> str:
+    """Why heads cannot go that something further out counts, and makes something of their number."""
+    others = ", ".join(repr(other.name) for other in groups if other is not group)
+    where = " and ".join(f"`{a}` of {repr(n) if n else 'the model'}" for n, steps in counts.items() for a in steps)
+    return (
+        f"its heads run without some only if those of {others} go along and {where} counts them, and the others then "
+        "compute something else: what is made of that number changes"
+    )
+
+
+def next_running(case: Case, kind: int, failure: str) -> bool:
+    """Whether there is another way in which a case runs, though zeros are not gone; it is read so then."""
+    case.error = failure
+    if case.running:
+        case.group = case.running.pop(0)
+        return True
+    return False
+
+
+def broken(error: str) -> str:
+    """The reason for which a group is refused whose model does not run."""
+    return f"the model does not run without some of its units ({error})"

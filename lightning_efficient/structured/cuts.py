@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -19,7 +20,8 @@ class Cuts:
 
     Args:
         kept: Tensor → axis → bool, as long as the axis was: True where an entry stays.
-        attributes: Module → attribute → its value afterwards; ``normalized_shape`` is a list.
+        attributes: Module → attribute → its value afterwards; ``normalized_shape`` is a list. ``"config.n_head"`` is
+            a number of an object that the module holds, of which it gets a copy of its own.
         units: Group → units that stay, for people.
         configs: Model of Hugging Face's → path in its config → the number that it has afterwards.
     """
@@ -70,7 +72,8 @@ class Cuts:
         tensors, modules = tensors_by_name(model), modules_by_name(model)
         kept = {name: masks for name, masks in self.kept.items() if name in tensors}
         attributes = {
-            n: {a: v for a, v in values.items() if hasattr(modules.get(n), a)} for n, values in self.attributes.items()
+            n: {a: v for a, v in values.items() if number_at(modules.get(n), a) is not None}
+            for n, values in self.attributes.items()
         }
         return Cuts(kept, attributes, self.units, {n: fields for n, fields in self.configs.items() if n in modules})
 
@@ -79,3 +82,42 @@ def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
     """Canonical name → parameter or buffer, shared ones under every name."""
     both = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     return {canonical_name(name): tensor for source in both for name, tensor in source}
+
+
+def held_numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """Whole numbers of objects that a module holds and others may share, such as a config, each with its path."""
+    for holder, thing in vars(module).items():
+        if not holder.startswith("_") and _plain(thing):
+            for name, value in vars(thing).items():
+                if type(value) is int and not name.startswith("_"):
+                    yield f"{holder}.{name}", value
+
+
+def number_at(module: nn.Module | None, path: str) -> Any:
+    """An attribute of a module, or of an object that it holds; None: there is none.
+
+    Args:
+        module: The module.
+        path: ``"num_heads"``, or ``"config.num_heads"``.
+    """
+    holder, dot, name = path.partition(".")
+    if not dot:
+        return getattr(module, path, None)
+    thing = None if module is None else vars(module).get(holder)
+    return vars(thing).get(name) if _plain(thing) else None
+
+
+def put_number(module: nn.Module, path: str, value: Any) -> None:
+    """Set it; of an object the module gets a copy, as others go on with theirs."""
+    holder, dot, name = path.partition(".")
+    if dot:
+        thing = copy.copy(getattr(module, holder))
+        setattr(thing, name, value)
+        setattr(module, holder, thing)
+    else:
+        setattr(module, path, value)
+
+
+def _plain(thing: Any) -> bool:
+    """Whether something is an object with attributes of its own, and no more than that."""
+    return hasattr(thing, "__dict__") and not isinstance(thing, (nn.Module, Tensor, type)) and not callable(thing)

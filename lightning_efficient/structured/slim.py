@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.match import modules_by_name
 from lightning_efficient.common.running import forget
-from lightning_efficient.structured.cuts import Cuts, tensors_by_name
+from lightning_efficient.structured.cuts import Cuts, number_at, put_number, tensors_by_name
 from lightning_efficient.structured.groups import Groups, check_keep
 from lightning_efficient.structured.pretrained import find_configs, put_configs
 from lightning_efficient.surgery.cuts import cut_tensor
@@ -71,13 +71,13 @@ def plan_slim(model: nn.Module, keep: Mapping[str, Iterable[int]], groups: Group
             mask[part.entries(gone)] = False
             if not mask.any():
                 raise ValueError(f"`keep`: nothing of {part.name!r} would stay along axis {part.dim}. Keep more units.")
-    attributes = layer_attributes(model, kept)
+    attributes, modules = layer_attributes(model, kept), modules_by_name(model)
     for name, stay in units.items():
         group = groups.found[name]
         for module, counts in group.counts.items():
             values = attributes.setdefault(module, {})
             for attribute, step in counts.items():
-                now = values.get(attribute, getattr(modules_by_name(model)[module], attribute))
+                now = values.get(attribute, number_at(modules[module], attribute))
                 values[attribute] = now - step * (group.units - len(stay))
     return Cuts(kept, attributes, units)
 
@@ -131,7 +131,7 @@ def replay_slim(model: nn.Module, cuts: Cuts) -> Change:
             change.cuts[tensors[name]] = kept  # type: ignore[index]
     for name, attributes in cuts.attributes.items():
         for attribute, value in attributes.items():
-            setattr(modules[name], attribute, tuple(value) if isinstance(value, list | tuple) else value)
+            put_number(modules[name], attribute, tuple(value) if isinstance(value, list | tuple) else value)
     forget(model)  # what modules have kept in evaluation mode is as wide as before
     for name, before in widths.items():
         change.targets[name] = f"{tuple(before)} -> {tuple(tensors[name].shape)}"
@@ -178,8 +178,9 @@ def _settable(module: nn.Module | None, attribute: str, value: Any) -> bool:
     """Whether a cut may set an attribute: one that says how wide a layer is, or a public number that only falls."""
     if attribute in ATTRIBUTES:
         return hasattr(module, attribute)
-    now = vars(module).get(attribute) if module is not None else None
-    return type(now) is int and type(value) is int and 0 < value <= now and not attribute.startswith("_")
+    now = number_at(module, attribute)
+    hidden = any(part.startswith("_") for part in attribute.split("."))
+    return type(now) is int and type(value) is int and 0 < value <= now and not hidden
 
 
 def layer_attributes(model: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]) -> dict[str, dict[str, Any]]:

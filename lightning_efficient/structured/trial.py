@@ -21,11 +21,11 @@ from lightning_efficient.common.comparing import largest_gap
 from lightning_efficient.common.match import modules_by_name
 from lightning_efficient.common.nests import outputs_in
 from lightning_efficient.common.running import forget
-from lightning_efficient.structured.cases import KINDS, Case, subset
+from lightning_efficient.structured.cases import KINDS, Case, broken, counted, next_running, subset
 from lightning_efficient.structured.cuts import tensors_by_name
 from lightning_efficient.structured.groups import Groups, UnitGroup
 from lightning_efficient.structured.slim import plan_slim, replay_slim
-from lightning_efficient.structured.widths import Width
+from lightning_efficient.structured.widths import Width, counts_above
 
 
 class Trial:
@@ -154,22 +154,33 @@ class Trial:
 
     def _coupled(self, cases: Sequence[Case], refused: dict[str, str]) -> list[UnitGroup]:
         """Groups of which none stands the trial alone, but all together do: a constant of as many heads joins them."""
-        alike: dict[Any, list[UnitGroup]] = {}
-        for width in (case.width for case in cases if case.width.group.name in refused):
-            alike.setdefault((width.group.units, width.heads), []).append(width.versions()[0])
+        alike: dict[Any, list[Case]] = {}
+        for case in cases:
+            if case.width.group.name in refused:
+                alike.setdefault((case.width.group.units, case.width.heads), []).append(case)
         found = []
-        for groups in alike.values():
+        for members in alike.values():
+            groups = [case.width.versions()[0] for case in members]
             slices = [part for group in groups for part in group.slices]
             if len(groups) < 2 or len({(part.name, part.dim) for part in slices}) < len(slices):
                 continue
             counts = {name: dict(steps) for group in groups for name, steps in group.counts.items()}
+            above = counts_above(self._modules, groups) if members[0].width.heads else {}
+            ways = (counts, counts | above) if above else (counts,)
             divisor = math.lcm(*(group.divisor for group in groups))
-            joined = Case(Width(replace(groups[0], slices=tuple(slices), divisor=divisor), counts=(counts,)), 0)
-            if all(self._disagree([joined], kind) is None for kind in range(len(KINDS))):
+            joined = Case(Width(replace(groups[0], slices=tuple(slices), divisor=divisor), counts=ways), 0)
+            if not any(self._fails(joined, kind) for kind in range(len(KINDS))):
                 found.append(joined.group)
                 for group in groups:
                     refused.pop(group.name, None)
+            elif joined.running and joined.running[-1].counts == counts | above != counts:
+                refused |= {group.name: counted(above, group, groups) for group in groups}
         return found
+
+    def _fails(self, case: Case, kind: int) -> bool:
+        """Whether a case stands a kind of subset in no way that is left."""
+        failure = self._disagree([case], kind)
+        return failure is not None and not self._another(case, kind, failure)
 
     def _loose(self, cases: list[Case], refused: dict[str, str]) -> list[UnitGroup]:
         """Of cases whose zeros are not gone, the groups that can be cut all the same."""
@@ -181,10 +192,10 @@ class Trial:
                 case.group = case.running.pop(0)
                 able.append(case)
             else:
-                refused[case.width.group.name] = _broken(case.error)
+                refused[case.width.group.name] = broken(case.error)
         if self.inexact:
-            able, broken = self._stand(able, self._breaks, _next_running, refused)
-            refused |= {case.width.group.name: _broken(case.error) for case in broken}
+            able, gone = self._stand(able, self._breaks, next_running, refused)
+            refused |= {case.width.group.name: broken(case.error) for case in gone}
         leaks = self._leaks(able) if self.inexact else {}
         found = []
         for case in able:
@@ -366,18 +377,6 @@ class Trial:
         if largest_gap(unread, self._cut(groups, keep, self.run)) <= self.tolerance:
             return "an activation with f(0) ≠ 0 lies behind it"
         return f"{mixed!r} takes all of the width together" if mixed else ""
-
-
-def _next_running(case: Case, kind: int, failure: str) -> bool:
-    case.error = failure
-    if case.running:
-        case.group = case.running.pop(0)
-        return True
-    return False
-
-
-def _broken(error: str) -> str:
-    return f"the model does not run without some of its units ({error})"
 
 
 def _said(error: Exception) -> str:

@@ -17,6 +17,7 @@ from lightning_efficient.common.eager import uncompiled
 from lightning_efficient.common.match import canonical_name, modules_by_name
 from lightning_efficient.common.nests import outputs_in
 from lightning_efficient.structured.book import Book
+from lightning_efficient.structured.cuts import held_numbers
 from lightning_efficient.structured.groups import Slice, UnitGroup
 from lightning_efficient.structured.labels import Labels
 from lightning_efficient.structured.slim import HEAD_ATTRIBUTES, INNER_ATTRIBUTES, LAYER_ATTRIBUTES
@@ -246,7 +247,8 @@ class _Reader:
             and (not any(True for _ in module.parameters()) or any(_within(h, name) for h in holders))
         ]
         sizes = {part.index.numel() for part in group.slices}
-        found: dict[str, dict[str, dict[str, int]]] = {"heads": {}, "inner": {}, "ambiguous": {}, "any": {}}
+        kinds = ("heads", "inner", "ambiguous", "any", "held", "near")
+        found: dict[str, dict[str, dict[str, int]]] = {kind: {} for kind in kinds}
         for name, module in near:
             for attribute, value in vars(module).items():
                 if type(value) is not int or value < 2 or value % group.units or attribute.startswith("_"):
@@ -259,15 +261,37 @@ class _Reader:
                     found[kind].setdefault(name, {})[attribute] = step
                 elif (equal or heads) and attribute not in LAYER_ATTRIBUTES:
                     found["any"].setdefault(name, {})[attribute] = step
+            for path, value in held_numbers(module):
+                attribute = path.partition(".")[2]
+                step, rest = divmod(value, group.units)
+                if rest or not step:
+                    continue
+                if (heads and attribute in HEAD_ATTRIBUTES) or (value in sizes and attribute in INNER_ATTRIBUTES):
+                    found["held"].setdefault(name, {})[path] = step
+                elif heads and ("head" in attribute or "group" in attribute):
+                    found["near"].setdefault(name, {})[path] = step
         sure = _joined(found["heads"], found["inner"])
+        held = _joined(sure, found["held"])
         seen: list[dict[str, dict[str, int]]] = []
         ways = [_joined(sure, {}), _joined(sure, found["ambiguous"]), {}] if heads else [{}, sure]
+        ways += [held, *(_joined(held, some) for some in _subsets(found["near"])), _joined(held, found["near"])]
         ways += [_joined(sure, some) for some in _subsets(found["any"])]
         ways += [_joined(sure, found["any"]), _joined(sure, found["ambiguous"], found["any"])]
         for way in ways:
             if way not in seen:
                 seen.append(way)
                 yield way
+
+
+def counts_above(modules: Mapping[str, nn.Module], groups: Sequence[UnitGroup]) -> dict[str, dict[str, int]]:
+    """Module around several groups → attribute that may count their heads → by how much one less lowers it."""
+    top = common_parent(part.name.rpartition(".")[0] for group in groups for part in group.slices)
+    found: dict[str, dict[str, int]] = {}
+    for name, module in modules.items():
+        for attribute, value in vars(module).items() if _within(top, name) else ():
+            if attribute in HEAD_ATTRIBUTES and type(value) is int and value and not value % groups[0].units:
+                found.setdefault(name, {})[attribute] = value // groups[0].units
+    return found
 
 
 def _subsets(found: Mapping[str, Mapping[str, int]]) -> Iterator[dict[str, dict[str, int]]]:

@@ -71,6 +71,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Mapping[str, Tensor], dict[str, 
         lambda: _model("LlamaForCausalLM", "Llama", **_CAUSAL), WORDS,
         {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24},
     ),
+    "a fused projection, split by the config": (
+        lambda: _model("Phi3ForCausalLM", "Phi3", eos_token_id=None, bos_token_id=None, head_dim=8, **_CAUSAL), WORDS,
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24, "head_dim": 8},
+    ),
     "a width that is a ratio": (
         lambda: _model("Dinov2Model", "Dinov2", mlp_ratio=2, image_size=32, patch_size=8, hidden_size=32,
                        num_hidden_layers=2, num_attention_heads=4),

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lightning_efficient.structured.graph import find_groups
-from lightning_efficient.structured.slim import apply_slim
+from lightning_efficient.structured.slim import apply_slim, plan_slim, replay_slim
 from tests.slim_models import lively
 
 
@@ -125,6 +125,31 @@ class Windows(nn.Module):
         return self.proj(mixed.transpose(1, 2).reshape(b, n, -1))
 
 
+class Sizes:
+    """Numbers that every layer looks up when it runs."""
+
+    def __init__(self) -> None:
+        self.n_head, self.n_query_groups, self.head_size = 6, 3, 4
+
+
+class Looked(nn.Module):
+    """Its heads are counted by an object that all layers share."""
+
+    def __init__(self, config: Sizes) -> None:
+        super().__init__()
+        self.config, self.qkv, self.proj = config, nn.Linear(24, 12 * 4), nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        c = self.config
+        b, n, _ = x.shape
+        end = c.n_head * c.head_size
+        more = end + c.n_query_groups * c.head_size
+        q, k, v = (t.view(b, n, -1, c.head_size).transpose(1, 2) for t in self.qkv(x).tensor_split((end, more), -1))
+        k, v = (t.repeat_interleave(c.n_head // c.n_query_groups, 1) for t in (k, v))
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.proj(mixed.reshape(b, n, c.head_size * c.n_head))
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "two fused heads": (lambda: Fused(2), 2),
     "six fused heads": (lambda: Fused(6), 6),
@@ -133,6 +158,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "class attention": (ByClass, 4),
     "rotated": (Rotated, 4),
     "windows": (Windows, 4),
+    "counted by a config": (lambda: Looked(Sizes()), 3),
 }
 SUBSETS: list[Callable[[int], list[int]]] = [
     lambda n: [0], lambda n: [n - 1], lambda n: list(range(n - 1)), lambda n: list(range(1, n)),
@@ -159,6 +185,26 @@ def test_heads_go_as_a_whole(name: str) -> None:
     groups = find_groups(model, x)
     assert {n: g.units for n, g in groups.found.items() if n.startswith("attention")} == {"attention": heads}
     check(model, x, groups, "attention")
+
+
+def test_layers_that_share_a_config_lose_heads_apart() -> None:
+    sizes = Sizes()
+    model, x = (
+        lively(Around(nn.Sequential(Looked(sizes), Looked(sizes)))).double().eval(),
+        torch.randn(2, 5, 5).double(),
+    )
+    groups = find_groups(model, x)
+    keep = {"attention.0": [1], "attention.1": [0, 2]}
+    zeroed, slim = copy.deepcopy(model), copy.deepcopy(model)
+    for name, stay in keep.items():
+        groups.found[name].zero(dict(zeroed.named_parameters()), set(range(3)) - set(stay))
+    apply_slim(slim, keep, groups)
+    assert [(part.config.n_head, part.config.n_query_groups) for part in slim.attention] == [(2, 1), (4, 2)]
+    assert (sizes.n_head, model.attention[0].config.n_head) == (6, 6)
+    torch.testing.assert_close(slim(x), zeroed(x), rtol=0, atol=1e-10)
+    again = copy.deepcopy(model)
+    replay_slim(again, plan_slim(model, keep, groups))
+    torch.testing.assert_close(again(x), slim(x), rtol=0, atol=0)
 
 
 def test_attention_in_the_root_module() -> None:
@@ -241,3 +287,38 @@ def test_heads_that_a_constant_joins_go_together() -> None:
             group.zero(dict(zeroed.named_parameters()), set(range(group.units)) - set(stay))
         apply_slim(slim, keep, groups)
         torch.testing.assert_close(slim(x), zeroed(x), rtol=0, atol=1e-10)
+
+
+class Sloped(nn.Module):
+    """The model makes slopes of its number of heads, and every layer adds them: without one head the others' change."""
+
+    def __init__(self, made_of_heads: bool) -> None:
+        super().__init__()
+        self.num_heads, self.made_of_heads = 4, made_of_heads
+        self.layers = nn.ModuleList(nn.ModuleDict({n: nn.Linear(16, 16) for n in "qkvo"}) for _ in range(2))
+        self.mlp, self.out = nn.Linear(16, 20), nn.Linear(20, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rate = 8 / self.num_heads if self.made_of_heads else 0.0
+        slopes = 2 ** (-rate * torch.arange(1, self.num_heads + 1, dtype=x.dtype))
+        distance = torch.arange(x.shape[1], dtype=x.dtype)
+        for layer in self.layers:
+            q, k, v = (layer[n](x).unflatten(-1, (-1, 4)).transpose(1, 2) for n in "qkv")
+            logits = q @ k.transpose(-1, -2) + slopes[:, None, None] * distance
+            x = x + layer["o"]((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return self.out(self.mlp(x).relu())  # type: ignore[no-any-return]
+
+
+def test_heads_whose_number_the_model_makes_something_of() -> None:
+    x = torch.randn(2, 5, 16).double()
+    groups = find_groups(lively(Sloped(True)).double().eval(), x)
+    assert list(groups.found) == ["mlp"]
+    for layer, other in (("layers.0", "layers.1"), ("layers.1", "layers.0")):
+        assert groups.refused[layer] == (
+            f"its heads run without some only if those of {other!r} go along and `num_heads` of the model counts them, "
+            "and the others then compute something else: what is made of that number changes"
+        )
+    same = find_groups(lively(Sloped(False)).double().eval(), x)
+    assert [(g.units, len(g.slices), dict(g.counts)) for g in same.found.values() if g.heads] == [
+        (4, 14, {"": {"num_heads": 1}})
+    ]

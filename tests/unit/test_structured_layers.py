@@ -202,6 +202,24 @@ class Stem(nn.Module):
         return self.out(self.rnn(self.inner(x))[0])
 
 
+class Experts(nn.Module):
+    """Experts in tensors of three axes, one after the other for the tokens that are sent to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(5, 3)
+        self.up, self.down = nn.Parameter(torch.randn(3, 16, 5)), nn.Parameter(torch.randn(3, 5, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, chosen = self.gate(x).softmax(-1).max(-1)
+        y = torch.zeros_like(x)
+        for i in range(len(self.up)):
+            sent = chosen == i
+            value, switch = F.linear(x[sent], self.up[i]).chunk(2, -1)
+            y[sent] = F.linear(value * switch.sigmoid(), self.down[i]) * weight[sent][:, None]
+        return y
+
+
 class Depth(nn.Module):
     """A residual branch that is left out for some samples in training."""
 
@@ -235,6 +253,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], dict[str, 
     "shuffle by hand": (lambda: Shuffled(by_hand), images, {"first": 4, "second": 5}),
     "pixel shuffle": (_pixels, images, {"0": 6, "3": 4}),
     "group norm": (_groups, images, {"0": 4}),
+    "experts in one tensor": (Experts, sequences, {"up": 8}),
     "stochastic depth": (Depth, images, {"first": 8}),
     "lstm": (lambda: Stem(nn.LSTM), sequences, {"inner": 7, "rnn": 6}),
     "stacked both ways": (lambda: Stem(nn.GRU, num_layers=2, bidirectional=True), sequences, {"inner": 7, "rnn": 6}),
