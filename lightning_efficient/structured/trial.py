@@ -237,7 +237,8 @@ class Trial:
         groups = {case.group.name: case.group for case in cases}
         keep = {case.group.name: case.subset(kind) for case in cases}
         try:
-            gap = largest_gap(self._without(groups, keep), self._cut(groups, keep, self.run))
+            cut = self._cut(groups, keep, self.run)  # first, as it is what fails early
+            gap = largest_gap(self._without(groups, keep), cut)
         except Exception as raised:  # whatever a forward raises when its tensors do not fit
             return _said(raised)
         return None if gap <= self.tolerance else ""
