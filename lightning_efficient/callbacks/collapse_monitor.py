@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from lightning_efficient.attention import AttentionProbe, HeadTable
 from lightning_efficient.common.match import Choice, find_module
 from lightning_efficient.lifecycle.base import EfficientCallback
 from lightning_efficient.metrics.functional import query_indices, rankme, spectral_norms
+from lightning_efficient.trainer.showing import show_picture
 
 # Larger is worse: over processes the largest counts.
 _LARGEST = ("logit_norm_max", "spectral_norm_max")
@@ -248,6 +250,9 @@ class CollapseMonitor(EfficientCallback):
             layers = {f"{prefix}/{name}": value for name, value in table.layers().items()}
             for logger in trainer.loggers:
                 self._write(logger, scalars, layers, table)
+            if self.heatmap and table.sites:
+                draw = partial(table.picture, self._step)
+                show_picture(trainer.loggers, f"{prefix}/attention_entropy", draw, self._step)
 
     def _write(self, logger: Logger, scalars: dict[str, float], layers: dict[str, float], table: HeadTable) -> None:
         if not isinstance(logger, TensorBoardLogger):
@@ -255,8 +260,6 @@ class CollapseMonitor(EfficientCallback):
             return
         logger.log_metrics(scalars, self._step)
         tag = f"{self.prefix}/attention_entropy"
-        if self.heatmap and table.sites:
-            logger.experiment.add_image(tag, table.picture(self._step), self._step)
         heads = torch.cat(table.values["entropy"]) if table.sites else torch.empty(0)
         if len(heads := heads[heads.isfinite()]):
             # A tag of its own: TensorBoard's default loader keeps one kind of data a tag, and drops the rest unseen.

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.profilers import PyTorchProfiler
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_efficient.companions.timing import ModuleTime, Spans, mean_times, module_times, plot_times, times_table
 from lightning_efficient.lifecycle.base import EfficientCallback
+from lightning_efficient.trainer.showing import show_picture, show_text
 
 # Steps before the first one that is measured: caches and allocators warm up.
 _WARM_UP = 2
@@ -139,12 +141,14 @@ class ModuleTimer(EfficientCallback):
         folder.mkdir(parents=True, exist_ok=True)
         content = {"steps": len(self._samples), "modules": [asdict(row) for row in rows]}
         (folder / "module_timer.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure(f"{self.prefix}/icicle", plot_times(rows), trainer.global_step)
-        if self.table:
-            from rich.console import Console
+        from rich.console import Console
 
+        if trainer.is_global_zero and trainer.loggers:
+            text = io.StringIO()
+            Console(width=120, file=text).print(times_table(rows))
+            show_text(trainer.loggers, f"{self.prefix}/table", text.getvalue(), trainer.global_step)
+            show_picture(trainer.loggers, f"{self.prefix}/icicle", partial(plot_times, rows), trainer.global_step)
+        if self.table:
             Console().print(times_table(rows))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

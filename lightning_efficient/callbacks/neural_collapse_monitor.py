@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from lightning_efficient.common.nests import named_tensors, tensors_in
@@ -17,6 +16,7 @@ from lightning_efficient.metrics.heatmap import heatmap
 from lightning_efficient.metrics.streaming import gathered
 from lightning_efficient.trainer.heads import Head, find_head
 from lightning_efficient.trainer.replay import Stage
+from lightning_efficient.trainer.showing import Picture
 
 _STAGES: dict[str, Stage] = {"train": "fit", "val": "validate", "test": "test"}
 _PICTURE = 40  # classes; more have no room
@@ -158,13 +158,14 @@ class NeuralCollapseMonitor(StageMonitor):
             self._cosines = metric.cosines()
         return {name: float(value) for name, value in values.items()}
 
-    def draw(self, logger: TensorBoardLogger, step: int) -> None:
+    def draw(self, step: int) -> Mapping[str, Callable[[], Picture]]:
         """The cosines between the centred class means."""
-        if self._cosines is not None and len(self._cosines) <= _PICTURE:
-            k = len(self._cosines)
-            image = heatmap(
-                self._cosines.tolist(), [str(i) for i in range(k)], title=f"cosines of class means, step {step}",
+        if (cosines := self._cosines) is None or (k := len(cosines)) > _PICTURE:
+            return {}
+        return {
+            "cosines": lambda: heatmap(
+                cosines.tolist(), [str(i) for i in range(k)], title=f"cosines of class means, step {step}",
                 unit="cosine", low=-1.0, high=1.0, legend=f"a simplex has {-1 / (k - 1):.3f} beside the diagonal",
                 axes=("class", "class"),
-            )  # fmt: skip
-            logger.experiment.add_image(f"{self.prefix}/cosines", image, step)
+            )
+        }  # fmt: skip

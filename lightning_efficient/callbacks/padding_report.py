@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from lightning_efficient.companions.lengths import sequence_cost
 from lightning_efficient.companions.padding import EpochPadding, TokenMask, plot_padding
 from lightning_efficient.lifecycle.base import EfficientCallback
 from lightning_efficient.trainer.masks import Look, known_mask, named_mask
+from lightning_efficient.trainer.showing import show_picture, show_text
 
 # Batches that are looked at before it is said that there is no mask: the first ones may have no padding.
 _TRIES = 10
@@ -144,12 +145,11 @@ class PaddingReport(EfficientCallback):
         for name, value in self._figures(trainer, pl_module, epoch).items():
             pl_module.log(f"{self.prefix}/{name}", value, on_step=False, on_epoch=True)
         if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    figure = plot_padding(epoch)
-                    logger.experiment.add_figure(f"{self.prefix}/batches", figure, trainer.global_step)
+            show_picture(trainer.loggers, f"{self.prefix}/batches", partial(plot_padding, epoch), trainer.global_step)
         if not self.advice:
             self.advice = epoch.advice()
+            if trainer.is_global_zero:
+                show_text(trainer.loggers, f"{self.prefix}/advice", self.advice, trainer.global_step)
             rank_zero_info(f"PaddingReport: {self.advice}")
 
     def _figures(self, trainer: Trainer, pl_module: LightningModule, epoch: EpochPadding) -> dict[str, float]:

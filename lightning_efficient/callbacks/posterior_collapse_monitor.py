@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from lightning_efficient.common.nests import named_tensors
 from lightning_efficient.lifecycle.monitor import MonitoredStage, SeenCall, StageMonitor
 from lightning_efficient.metrics import PosteriorCollapse
 from lightning_efficient.metrics.functional.pooling import tensor_of
+from lightning_efficient.trainer.showing import Picture
 
 _SCALARS = ("active_units", "collapsed", "active_pairs", "kl_total", "units")
 
@@ -147,8 +147,11 @@ class PosteriorCollapseMonitor(StageMonitor):
         self._drawn = {name: value.cpu() for name, value in values.items()}
         return {name: float(values[name]) for name in _SCALARS}
 
-    def draw(self, logger: TensorBoardLogger, step: int) -> None:
+    def draw(self, step: int) -> Mapping[str, Callable[[], Picture]]:
         """KL of the units, largest first, and the share that has collapsed for every ``eps``."""
+        return {"units": self._picture}
+
+    def _picture(self) -> Picture:
         from matplotlib.figure import Figure  # half a second that a run without a picture need not wait
 
         figure = Figure(figsize=(8, 3.2), layout="constrained", dpi=110)
@@ -158,4 +161,4 @@ class PosteriorCollapseMonitor(StageMonitor):
         left.set(xlabel="unit, by KL", ylabel="KL, nats")
         right.plot(self._drawn["eps"].tolist(), self._drawn["collapsed_curve"].tolist(), marker=".")
         right.set(xscale="log", xlabel="eps, nats", ylabel="share of units collapsed", ylim=(-0.02, 1.02))
-        logger.experiment.add_figure(f"{self.prefix}/units", figure, step)
+        return figure

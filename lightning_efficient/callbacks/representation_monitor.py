@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -28,6 +27,7 @@ from lightning_efficient.metrics import (
 from lightning_efficient.metrics.functional.pooling import POOLS, Pool, hidden_tokens, pooled, tensor_of
 from lightning_efficient.metrics.spectrum import Gram, SpectrumMetric
 from lightning_efficient.metrics.streaming import gathered
+from lightning_efficient.trainer.showing import Picture
 
 _SPECTRUM: dict[str, type[SpectrumMetric]] = {
     "rankme": RankMe,
@@ -196,9 +196,9 @@ class RepresentationMonitor(StageMonitor):
             values |= {name: float(metric.measure(grams[metric.center])) for name, metric in self._spectrum.items()}
         return {name: values[name] for name in self.metrics}
 
-    def draw(self, logger: TensorBoardLogger, step: int) -> None:
+    def draw(self, step: int) -> Mapping[str, Callable[[], Picture]]:
         """The spectrum of the epoch, eigenvalues of the Gram matrix."""
-        if self._drawn is not None:
-            values = self._drawn.singular_values.square()
-            title = f"{self.module or 'forward'}, {self._drawn.samples} samples"
-            logger.experiment.add_figure(f"{self.prefix}/spectrum", plot_spectrum({"eigenvalues": values}, title), step)
+        if (drawn := self._drawn) is None:
+            return {}
+        title = f"{self.module or 'forward'}, {drawn.samples} samples"
+        return {"spectrum": lambda: plot_spectrum({"eigenvalues": drawn.singular_values.square()}, title)}

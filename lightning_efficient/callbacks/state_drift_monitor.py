@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
@@ -16,6 +15,7 @@ from lightning_efficient.lifecycle.monitor import MonitoredStage, SeenCall, Stag
 from lightning_efficient.metrics import StateDrift
 from lightning_efficient.metrics.functional import state_variance
 from lightning_efficient.metrics.functional.pooling import hidden_tokens, tensor_of
+from lightning_efficient.trainer.showing import Picture
 
 _SCALARS = ("ratio_max", "drifting")
 
@@ -183,8 +183,11 @@ class StateDriftMonitor(StageMonitor):
         self._drawn = {name: value.cpu() for name, value in values.items()}
         return {name: float(values[name]) for name in _SCALARS}
 
-    def draw(self, logger: TensorBoardLogger, step: int) -> None:
+    def draw(self, step: int) -> Mapping[str, Callable[[], Picture]]:
         """The variance of every head over the tokens."""
+        return {"variance": self._picture}
+
+    def _picture(self) -> Picture:
         from matplotlib.figure import Figure  # half a second that a run without a picture need not wait
 
         figure = Figure(figsize=(5.2, 3.4), layout="constrained", dpi=110)
@@ -193,4 +196,4 @@ class StateDriftMonitor(StageMonitor):
         axes.plot(self._drawn["tokens"][seen], self._drawn["curve"][seen], linewidth=1)
         axes.axvline(self._metric.train_length, color="black", linewidth=0.8, linestyle=":")
         axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="variance, relative to training lengths")
-        logger.experiment.add_figure(f"{self.prefix}/variance", figure, step)
+        return figure

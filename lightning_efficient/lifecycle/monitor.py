@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from lightning_efficient.common.match import find_module
 from lightning_efficient.lifecycle.base import EfficientCallback, peers
 from lightning_efficient.metrics.streaming import share
 from lightning_efficient.norms.base import in_backward
+from lightning_efficient.trainer.showing import Picture, show_picture
 
 MonitoredStage: TypeAlias = Literal["train", "val", "test"]
 
@@ -52,7 +52,7 @@ class StageMonitor(EfficientCallback):
         stage: Whose batches are read: ``"train"``, ``"val"`` or ``"test"``.
         max_samples: Read at most so many samples an epoch, over all processes.
         name: Set between the method and the quantity in logged names, to tell two monitors of one kind apart.
-        picture: Draw for TensorBoard.
+        picture: Draw, for whichever loggers show pictures.
 
     Raises:
         ValueError: An argument out of range; two monitors of one kind with the same name in one Trainer.
@@ -111,8 +111,9 @@ class StageMonitor(EfficientCallback):
         """Quantity → value, over all processes; called on all of them, where something was read."""
         raise NotImplementedError
 
-    def draw(self, logger: TensorBoardLogger, step: int) -> None:
-        """Put the picture into TensorBoard, after :meth:`figures`."""
+    def draw(self, step: int) -> Mapping[str, Callable[[], Picture]]:
+        """Name → how to draw a picture of what :meth:`figures` has found at this step."""
+        return {}
 
     # -- when -----------------------------------------------------------------------------------------------------
 
@@ -320,9 +321,8 @@ class StageMonitor(EfficientCallback):
             # The same on all processes; Lightning warns where nothing says how to reduce, and a maximum is exact.
             pl_module.log(f"{self.prefix}/{name}", value, on_step=False, on_epoch=True, sync_dist=True, reduce_fx="max")
         if self.picture and not broken and trainer.is_global_zero:
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    self.draw(logger, trainer.global_step)
+            for name, draw in self.draw(trainer.global_step).items():
+                show_picture(trainer.loggers, f"{self.prefix}/{name}", draw, trainer.global_step)
 
     def over_processes(self, trainer: Trainer, pl_module: LightningModule, value: float, how: str) -> float:
         """Sum or maximum of a number over all processes.

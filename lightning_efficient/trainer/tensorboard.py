@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from lightning_efficient.common.registry import METHODS
+from lightning_efficient.trainer.showing import show_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -97,11 +99,9 @@ def log_curve(loggers: Iterable[Logger], history: Sequence[Mapping[str, Any]], s
     """Put the picture where a logger shows pictures.
 
     Args:
-        loggers: Those of the Trainer; TensorBoard's are used.
+        loggers: Those of the Trainer; those that show pictures are used.
         history: As for :func:`plot_sap_curve`; nothing is drawn for fewer than two rows.
         step: Step to log it at.
     """
     if len(history) > 1:
-        for logger in loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure("efficient/sap_pruning/curve", plot_sap_curve(history), step)
+        show_picture(loggers, "efficient/sap_pruning/curve", partial(plot_sap_curve, history), step)
