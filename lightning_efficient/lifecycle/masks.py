@@ -126,10 +126,11 @@ class PruningCallback(WeightSpaceCallback):
         # Of a weight that is cut, perhaps in another part than this.
         news = self._counts({name: mask != transforms[name].mask for name, mask in masks.items()})
         changed = {name: mask for name, mask in masks.items() if news[name]}
+        pruned = {self._targets[name].param: ~mask | transforms[name].dropped for name, mask in changed.items()}
         for name, mask in changed.items():
             set_mask(self._sites()[name], transforms[name], mask, advance=advance)
         if changed:
-            forget(trainer.optimizers, {self._targets[name].param: transforms[name].dropped for name in changed})
+            forget(trainer.optimizers, pruned)
             prune_copies(trainer, pl_module, {name: mask.dropped for name, mask in transforms.items()})
             gather_anew(pl_module)
             self._measure()

@@ -239,7 +239,8 @@ class MagnitudePruningPart(Part):
         kept = {name: transform.mask for name, transform in transforms.items()}
         chosen = self.rule.masks(due, self._groups, self._targets, scores, kept)
         changed = {name: mask for name, mask in chosen.items() if not torch.equal(mask, kept[name])}
+        pruned = {self._targets[name].param: ~mask | transforms[name].dropped for name, mask in changed.items()}
         for name, mask in changed.items():
             set_mask(run.boundary.sites[name], transforms[name], mask, advance=advance)
-        forget([run.optimizer], {self._targets[name].param: transforms[name].dropped for name in changed})
+        forget([run.optimizer], pruned)
         self._applied |= due

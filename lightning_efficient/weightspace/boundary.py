@@ -260,6 +260,9 @@ class Boundary:
         done = optimizer in self._grads_done
         sites = [site for site in self._with_gradient(optimizer) if not site.pulled]
         run([site.pull(None if done else _gradient(site)) for site in sites])
+        for site in sites:
+            for transform in site.chain:
+                transform.tend(optimizer.state.get(site.param, {}))
         if not done and sites:
             self._enter(optimizer)
 

@@ -5,6 +5,9 @@ of the weights), and its way back plain: gradients are masked, weights are zero 
 weight is the optimizer's memory, so :func:`forget` empties it: with a zero weight, gradient, momentum and second moment
 every torch optimizer's update, weight decay included, is exactly zero. :meth:`MaskTransform.push` writes the zeros all
 the same, for optimizers that keep their memory elsewhere.
+
+Second moments of pruned weights are not left at zero on a CPU, where the square root of zero takes up to thirty times
+as long as that of another number: :meth:`Mask.tend` keeps them at one that an update, zero over it, does not see.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +89,13 @@ def packed_mask(shape: Iterable[int]) -> Schema:
     return TensorOf(torch.uint8, shape=(-(-torch.Size(shape).numel() // 8),))
 
 
+# What optimizers take the square root of, under the names that torch's have it.
+_SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
+# Lost beside any epsilon, and far from denormals: a decay of 0.999 takes 5,000 steps to half way there, where it is put
+# back.
+_REST = 2.0**-112
+_LEAST = 2.0**-119
+
 _ZERO = "where it drops something, the weight is zero"
 
 
@@ -97,10 +108,28 @@ class Mask(Transform):
 
     kind = "mask"
     order = 10
+    first: tuple[int, ...] | None = None
+    """Where some pruned weight is; None: nothing is pruned."""
 
     @abstractmethod
     def write(self, tensor: Tensor) -> None:
         """Zeros where the weight is pruned, in place."""
+
+    @abstractmethod
+    def gone(self, tensor: Tensor) -> Tensor:
+        """True where the weight is pruned, of the shape of a tensor like it."""
+
+    def tend(self, memory: Mapping[str, Any]) -> None:
+        """Keep second moments of pruned weights off zero and denormals, where a CPU's square root crawls."""
+        if self.first is None:
+            return
+        for value in (memory.get(name) for name in _SECOND_MOMENTS):
+            if not isinstance(value, Tensor) or value.device.type != "cpu" or value.dtype == torch.float16:
+                continue
+            # They all decay alike from one number, or are all new: one of them says whether it is time.
+            value = local(value)
+            if value.ndim == len(self.first) and value[self.first] < _LEAST:
+                value.masked_fill_(self.gone(value), _REST)
 
     def pull(self, weight: Tensor, grad: Tensor | None) -> None:
         """Mask the gradient; what is pruned in ``Ŵ`` is zero in ``W``."""
@@ -126,7 +155,6 @@ class MaskTransform(Mask):
         # All bits set where a weight is kept: `and` with the bits of a float is ten times faster than `masked_fill_`,
         # and unlike a product it turns an infinite gradient into a zero, not into NaN.
         self._bits = torch.tensor(-1, dtype=torch.int32).expand(torch.Size(shape))
-        self._any = False
 
     def place(self, layout: Layout) -> None:
         """Mask what is here."""
@@ -141,16 +169,22 @@ class MaskTransform(Mask):
     @mask.setter
     def mask(self, kept: Tensor) -> None:
         self._bits = -kept.to(self._bits.dtype)
-        self._any = not bool(kept.all())
+        # Coordinates, as memory may be laid out in another order of axes.
+        at = None if bool(kept.all()) else int(kept.reshape(-1).byte().argmin())
+        self.first = None if at is None else tuple(int(i) for i in torch.unravel_index(torch.tensor(at), kept.shape))
 
     @property
     def dropped(self) -> Tensor:
         """True where the weight is pruned."""
         return self._bits == 0
 
+    def gone(self, tensor: Tensor) -> Tensor:
+        """True where the weight is pruned; of what is here."""
+        return self.dropped
+
     def write(self, tensor: Tensor) -> None:
         """Zeros where the weight is pruned, in place."""
-        if not self._any:
+        if self.first is None:
             return
         if tensor.element_size() < 4:  # of a narrow parameter, between two steps
             tensor.masked_fill_(self.dropped, 0)
@@ -167,7 +201,7 @@ class MaskTransform(Mask):
     @summed
     def fits(self, weight: Tensor, tolerance: float) -> Sums[bool]:
         """Whether everything pruned is zero."""
-        if not self._any and not self.layout.groups:
+        if self.first is None and not self.layout.groups:
             return True
         strangers = yield from total(self.layout, torch.count_nonzero(weight[self.dropped]))
         return not strangers
@@ -228,7 +262,7 @@ def forget(optimizers: Iterable[Optimizer], dropped: Mapping[nn.Parameter, Tenso
 
     Args:
         optimizers: They hold the parameters.
-        dropped: Parameter → True where it is pruned, of what is here.
+        dropped: Parameter → True where it is pruned, or comes back, of what is here.
     """
     for optimizer in optimizers:
         for param, where in dropped.items():
@@ -254,7 +288,7 @@ class UnitMask(Mask):
         """
         kept = self.kept(dim, weight).clone()
         kept[entries.to(kept.device)] = False
-        self._set(dim, kept)
+        self._set(dim, kept, weight.ndim)
 
     def kept(self, dim: int, weight: Tensor) -> Tensor:
         """What is kept of an axis: bool, as long as the axis.
@@ -265,9 +299,11 @@ class UnitMask(Mask):
         """
         return self._kept.get(dim, torch.ones(weight.shape[dim], dtype=torch.bool, device=weight.device))
 
-    def _set(self, dim: int, kept: Tensor) -> None:
+    def _set(self, dim: int, kept: Tensor, ndim: int) -> None:
         self._kept[dim] = kept
         self._index[dim] = (~kept).nonzero().flatten()
+        if len(self._index[dim]):
+            self.first = tuple(int(self._index[dim][0]) if axis == dim else 0 for axis in range(ndim))
 
     def dropped(self, weight: Tensor) -> Tensor:
         """True where the weight is pruned, of its shape (a view that may be read only)."""
@@ -275,6 +311,10 @@ class UnitMask(Mask):
         for dim, kept in self._kept.items():
             gone = gone | ~kept.to(weight.device).view([-1 if axis == dim else 1 for axis in range(weight.ndim)])
         return gone.expand(weight.shape)
+
+    def gone(self, tensor: Tensor) -> Tensor:
+        """True where the weight is pruned, of the shape of a tensor like it."""
+        return self.dropped(tensor)
 
     def write(self, tensor: Tensor) -> None:
         """Zeros where the weight is pruned, in place."""
@@ -284,7 +324,7 @@ class UnitMask(Mask):
 
     def start(self, weight: Tensor) -> None:
         """Keep everything, zeros included."""
-        self._kept, self._index = {}, {}
+        self._kept, self._index, self.first = {}, {}, None
 
     def fits(self, weight: Tensor, tolerance: float) -> bool:
         """Whether everything pruned is zero."""
@@ -312,9 +352,9 @@ class UnitMask(Mask):
         if not state.keys() <= names.keys():
             raise ValueError(f"the state of a mask of units holds {sorted(names)}; got {sorted(state)}.")
         kept = {names[n]: unpack_mask(bits.to(weight.device), (weight.shape[names[n]],)) for n, bits in state.items()}
-        self._kept, self._index = {}, {}
+        self._kept, self._index, self.first = {}, {}, None
         for dim, mask in kept.items():
-            self._set(dim, mask)
+            self._set(dim, mask, weight.ndim)
 
 
 @torch.no_grad()

@@ -58,6 +58,9 @@ class Transform(ABC):
     def start(self, weight: Tensor) -> None:
         """Choose the first state from ``weight``, the transform's input ``W``."""
 
+    def tend(self, memory: Mapping[str, Any]) -> None:  # noqa: B027
+        """See to what the optimizer remembers of the weight, before its step; updates stay what they are."""
+
     @abstractmethod
     def pull(self, weight: Tensor, grad: Tensor | None) -> None:
         """Turn ``Ŵ`` into ``W`` and, if given, ``∂L/∂Ŵ`` into ``∂L/∂W``, in place; sets ``theta.grad``."""

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations
 from lightning_efficient.common.match import NoMatchError
 from lightning_efficient.pruning.targets import find_targets
 from lightning_efficient.weightspace import Block, Boundary, SpectralTransform
-from lightning_efficient.weightspace.mask import MaskTransform, forget, pack_mask, set_mask, unpack_mask
+from lightning_efficient.weightspace.mask import MaskTransform, UnitMask, forget, pack_mask, set_mask, unpack_mask
 from lightning_efficient.weightspace.snapshot import rewind, take
 
 # -- bits ------------------------------------------------------------------------------------------------------------
@@ -160,6 +160,53 @@ def test_equal_to_masks_in_autograd(kind: str) -> None:
     for name, param in ours.named_parameters():
         expected = dict(model.named_parameters())[name] * mask.get(name, torch.ones(()))
         torch.testing.assert_close(param, expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["adam", "adamw", "foreach", "fused", "rmsprop", "adagrad", "adadelta", "sgd"])
+def test_second_moments_of_pruned_weights_rest_above_denormals(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a CPU's square root is slow; nothing else of the run differs by a bit."""
+    model, optimizer, losses, _ = masked_by_us(kind)
+    monkeypatch.setattr(MaskTransform, "tend", lambda self, memory: None)
+    other, reference, expected, boundary = masked_by_us(kind)
+    assert losses == expected
+    seen = 0
+    for (name, mine), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+        chain = boundary.sites[name].chain if name in boundary.sites else []
+        for key, value in optimizer.state[mine].items():
+            if not isinstance(value, Tensor) or value.shape != mine.shape:
+                continue
+            zero = reference.state[theirs][key]
+            for transform in chain:
+                assert isinstance(transform, MaskTransform)
+                assert not zero[transform.dropped].any()
+                if key in ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"):
+                    seen += 1
+                    assert 2.0**-126 < value[transform.dropped].min() <= value[transform.dropped].max() <= 2.0**-112
+                    value = torch.where(transform.dropped, 0.0, value)
+            assert torch.equal(value, zero), (name, key)
+    assert bool(seen) == (kind != "sgd")
+
+
+@pytest.mark.parametrize("kind", ["weights", "units"])
+def test_second_moments_come_back_before_they_are_denormal(kind: str) -> None:
+    """Whatever the decay, and in memory of any order of axes; what is kept is left alone."""
+    weight = torch.rand(6, 4, 3, 3).contiguous(memory_format=torch.channels_last)
+    mask: MaskTransform | UnitMask
+    if kind == "weights":
+        mask = MaskTransform(weight.shape)
+        mask.mask = torch.rand(weight.shape) < 0.5
+    else:
+        mask = UnitMask()
+        mask.drop(1, torch.tensor([2]), weight)
+    gone = mask.gone(weight)
+    memory = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": weight.masked_fill(gone, 0.0)}
+    for _ in range(400):
+        mask.tend(memory)
+        assert memory["exp_avg_sq"][gone].min() > torch.finfo(torch.float32).tiny
+        memory["exp_avg_sq"][gone] *= 0.9
+    assert torch.equal(memory["exp_avg_sq"][~gone], weight[~gone])
+    assert not memory["exp_avg"].any()
 
 
 def test_forgetting_leaves_the_rest_alone() -> None:
