@@ -201,14 +201,15 @@ class SpectralTransform(Transform):
             dots = [torch.dot(block.of(grad).reshape(-1), block.of(weight).reshape(-1)) for block in self._here]
             (products,) = yield self.layout.everyone, [torch.stack(dots)]
             rates = products / (self._scale * self.sigma)
-            for block, c, a, u, v in zip(self._here, self._scale, rates, self.left, self.right, strict=True):
+            scales = self._scale.unbind()
+            for block, c, a, u, v in zip(self._here, scales, rates.unbind(), self.left, self.right, strict=True):
                 g = block.of(grad)
                 if g.numel():
                     column = (a * u).view(-1, *[1] * (g.ndim - 1))
                     # Not `addr`: its scalars would have to leave the device.
                     g.addcmul_(column, v.view(1, *g.shape[1:]), value=-1).mul_(c)
             self._gain.pull(rates)
-        for block, c in zip(self._here, self._scale, strict=True):
+        for block, c in zip(self._here, self._scale.unbind(), strict=True):
             block.of(weight).div_(c)
 
     def _pull_stack(self, weight: Tensor, grad: Tensor | None) -> None:
@@ -232,7 +233,6 @@ class SpectralTransform(Transform):
             self.left, self.right = list(u), list(v)
         else:
             yield from self._power_step(self._matrices(weight))
-        self._rescale()
 
     def _power_step(self, matrices: list[Tensor]) -> Sums[None]:
         """``u = W v / |W v|`` and ``v' = Wᵀ u / |Wᵀ u|``; then ``uᵀ W v' = |Wᵀ u|`` costs nothing.
@@ -276,7 +276,7 @@ class SpectralTransform(Transform):
         if self.stack:
             weight.mul_(self._scale.view(-1, 1, 1))
             return
-        for block, c in zip(self._here, self._scale, strict=True):
+        for block, c in zip(self._here, self._scale.unbind(), strict=True):
             block.of(weight).mul_(c)
 
     @summed
@@ -356,5 +356,4 @@ class SpectralTransform(Transform):
     def _rescale(self) -> None:
         sigma = self.sigma.clamp_min(torch.finfo(self.sigma.dtype).tiny)
         c = self.gain / sigma
-        floor = torch.copysign(torch.full_like(c, _SMALLEST_SCALE), c)
-        self._scale = torch.where(c.abs() < _SMALLEST_SCALE, floor, c)
+        self._scale = torch.copysign(c.abs().clamp_min_(_SMALLEST_SCALE), c)

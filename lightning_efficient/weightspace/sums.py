@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
 from functools import wraps
+from types import GeneratorType
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar, cast
 
 import torch
@@ -42,14 +43,21 @@ def summed(method: Callable[Concatenate[L, P], Sums[T]]) -> Callable[Concatenate
     @wraps(method)
     def call(self: L, *args: P.args, **kwargs: P.kwargs) -> Any:
         made = method(self, *args, **kwargs)
-        return made if self.layout.groups else run([made])[0]
+        if self.layout.groups:
+            return made
+        try:  # nothing is to be summed: every answer is what was asked with
+            _, tensors = next(made)
+            while True:
+                _, tensors = made.send(tensors)
+        except StopIteration as stop:
+            return stop.value
 
     return cast(Callable[Concatenate[L, P], Any], call)
 
 
 def steps(made: Any) -> Sums[Any]:
     """What a method returned that may ask for sums, to ``yield from``; the value is the method's."""
-    return (yield from made) if isinstance(made, Generator) else made
+    return (yield from made) if isinstance(made, GeneratorType) else made
 
 
 def total(layout: Layout, value: Tensor) -> Sums[Tensor]:
@@ -68,8 +76,8 @@ def run(made: Iterable[Any]) -> list[Any]:
         Their values.
     """
     results: list[Any] = list(made)
-    waiting: dict[int, list[Tensor] | None] = {i: None for i, one in enumerate(results) if isinstance(one, Generator)}
-    generators = {i: results[i] for i in waiting}
+    generators = {i: one for i, one in enumerate(results) if isinstance(one, GeneratorType)}
+    waiting: dict[int, list[Tensor] | None] = dict.fromkeys(generators)
     while waiting:
         asked: dict[int, tuple[Groups, list[Tensor]]] = {}
         for i, reply in waiting.items():
