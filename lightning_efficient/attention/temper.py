@@ -130,14 +130,24 @@ def visible(logits: Tensor) -> Tensor:
 
 
 def logits_under(law: Law, logits: Tensor) -> Tensor:
-    """Logits that were written out, multiplied; what hides a key stays.
+    """Logits that were written out, multiplied, for a softmax; what hides a key hides it still.
 
     Args:
         law: By how much.
         logits: ``(..., heads, queries, keys)``, masks among them.
     """
-    by_length = law.mode != "constant"
-    return _times(logits, law.of(keys_seen(logits) if by_length else None), by_length)
+    top = logits.amax(-1, keepdim=True)
+    if law.mode != "constant":
+        seen = _near(logits, top)
+        return _where(seen, logits, law.of(seen.sum(-1, keepdim=True, dtype=torch.int32)))
+    factor = law.of(None)
+    if (isinstance(factor, Tensor) and factor.requires_grad) or logits.dtype == torch.float16:
+        return _where(visible(logits), logits, factor)
+    # A masked key beside visible ones stays hidden under any factor, finfo.min at the latest as -inf. Only in a row
+    # that is masked altogether would that be NaN: such a row is left as it is. No more passes over all logits.
+    ones = torch.ones_like(top, dtype=torch.promote_types(logits.dtype, torch.float32))
+    rows = torch.where(visible(top), factor.to(ones) if isinstance(factor, Tensor) else factor, ones)
+    return (logits * rows).to(logits.dtype)
 
 
 def keys_seen(logits: Tensor) -> Tensor:
@@ -146,14 +156,13 @@ def keys_seen(logits: Tensor) -> Tensor:
     Args:
         logits: Or what is added to them.
     """
-    return _near(logits).sum(-1, keepdim=True)
+    return _near(logits, logits.amax(-1, keepdim=True)).sum(-1, keepdim=True, dtype=torch.int32)
 
 
-def _near(logits: Tensor) -> Tensor:
+def _near(logits: Tensor, top: Tensor) -> Tensor:
     """What a finite mask leaves, too: such a mask lies far below the largest of its row."""
-    left = visible(logits)
-    top = logits.masked_fill(~left, -torch.inf).amax(-1, keepdim=True)
-    return left & (logits >= top - _MASK_GAP)
+    info = torch.finfo(logits.dtype)
+    return logits >= (top - _MASK_GAP).clamp_min(info.min / 4 * (1 - info.eps))  # none that is not `visible`
 
 
 def without_blind(
@@ -194,7 +203,11 @@ def without_blind(
 
 def _times(logits: Tensor, factor: Tensor | float, by_length: bool = False) -> Tensor:
     """What masks stays as it is: ``finfo.min`` would overflow, and times ``log 1`` any mask would mask no more."""
-    seen = _near(logits) if by_length else visible(logits)
+    seen = _near(logits, logits.amax(-1, keepdim=True)) if by_length else visible(logits)
+    return _where(seen, logits, factor)
+
+
+def _where(seen: Tensor, logits: Tensor, factor: Tensor | float) -> Tensor:
     if isinstance(factor, Tensor) and factor.requires_grad:
         # Not what is masked: the gradient of the factor would be 0 times -inf.
         return torch.where(seen, _product(torch.where(seen, logits, 0.0), factor), logits)
@@ -242,7 +255,7 @@ def _keys_seen(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool)
     if is_causal:
         seen = seen.tril()
     if mask is None:
-        return seen.sum(-1, keepdim=True)
+        return seen.sum(-1, keepdim=True, dtype=torch.int32)
     if mask.dtype == torch.bool:
         return (seen & mask).sum(-1, keepdim=True)
     return keys_seen(torch.where(seen, mask, -torch.inf))
@@ -286,11 +299,17 @@ def _multihead_written_out(law: Law, call: dict[str, Any]) -> tuple[Tensor, Tens
     if c.add_zero_attn:
         k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
     mask = mask_of_multihead(c, batch=query.shape[1], keep=query.shape[1], extra=k.shape[2] - key.shape[0])
-    logits = q @ k.mT * q.shape[-1] ** -0.5
-    logits = logits if mask is None else logits + mask.to(logits.dtype)
-    attention = F.dropout(torch.softmax(logits_under(law, logits), -1), c.dropout_p, c.training)
-    out = F.linear((attention @ v).permute(2, 0, 1, 3).flatten(2), c.out_proj_weight, c.out_proj_bias)
-    attention = attention.mean(1) if c.average_attn_weights else attention
+    mask = None if mask is None else mask.to(q.dtype)
+    dropout = c.dropout_p if c.training else 0.0
+    if c.need_weights:
+        logits = q @ k.mT * q.shape[-1] ** -0.5
+        logits = logits if mask is None else logits + mask
+        attention = F.dropout(torch.softmax(logits_under(law, logits), -1), dropout)
+        attended = attention @ v
+        attention = attention.mean(1) if c.average_attn_weights else attention
+    else:  # as torch's own body, which writes no logits out then
+        attended, attention = F.scaled_dot_product_attention(**_sdpa(law, q, k, v, mask, dropout)), None
+    out = F.linear(attended.permute(2, 0, 1, 3).flatten(2), c.out_proj_weight, c.out_proj_bias)
     if unbatched:
-        out, attention = out.squeeze(1), attention.squeeze(0)
-    return out, attention if c.need_weights else None
+        out, attention = out.squeeze(1), None if attention is None else attention.squeeze(0)
+    return out, attention

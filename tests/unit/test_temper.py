@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_efficient.attention.adapter import install, installed, remove
-from lightning_efficient.attention.temper import Law, Temper
+from lightning_efficient.attention.temper import Law, Temper, logits_under
 
 LAWS = {
     "sharper": Law(0.6),
@@ -284,3 +284,19 @@ def test_padded_encoder_in_inference_attends_as_in_training() -> None:
     assert encoder.use_nested_tensor
     assert not any(len(m._forward_pre_hooks) for m in encoder.modules())
     torch.testing.assert_close(encoder(x, src_key_padding_mask=padding), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tau", [0.05, 1.0, 30.0])
+def test_what_masks_a_key_masks_it_under_any_temperature(tau: float, dtype: torch.dtype) -> None:
+    """Beside visible keys it has no weight; a row of finfo.min stays uniform, and one of -inf NaN."""
+    low = torch.finfo(dtype).min
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 5, 7, generator=generator).to(dtype)
+    logits[..., 0, 4:], logits[..., 1, :3], logits[..., 2, :], logits[..., 3, :] = low, -torch.inf, low, -torch.inf
+    found = F.softmax(logits_under(Law(tau), logits).double(), -1)
+    hidden = logits <= low
+    expected = F.softmax((logits.double() / tau).masked_fill(hidden, -torch.inf), -1)
+    expected[..., 2, :] = 1 / 7
+    tolerance = 4 * torch.finfo(dtype).eps * max(1.0, 4 / tau)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
