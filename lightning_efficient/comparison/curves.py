@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -108,7 +109,8 @@ def _panel(axes: Axes, variants: Mapping[str, Sequence[Run]], metric: str) -> No
     # A run that blows up must not press every other line onto the axis.
     if finite and min(finite) > 0 and max(finite) > 100 * min(finite):
         axes.set_yscale("log")
-    axes.set_ylabel(picture_text(metric.rpartition("/")[2], 30), fontsize=9)
+    # Without its groups; a slash in brackets is of a unit.
+    axes.set_ylabel(picture_text(re.split(r"/(?![^\[(]*[\])])", metric)[-1], 30), fontsize=9)
     axes.set_xlabel("training step", fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.tick_params(labelsize=8)

@@ -29,13 +29,14 @@ class Own(Classifier):
         self.save_hyperparameters({"depth": 2, "recipe": "own"})
 
 
-def fit(logger: Logger | bool) -> None:
+def fit(logger: Logger, folder: Path) -> None:
     callbacks: list[Any] = [
         SigmaReparam(exclude=["head"]), CollapseMonitor(every_n_steps=2), ModuleTimer(every_n_steps=2, table=False),
         RepresentationMonitor(module="encoder", metrics=["rankme"]),
     ]  # fmt: skip
     pl.Trainer(
-        max_steps=4, callbacks=callbacks, logger=logger, enable_checkpointing=False, accelerator="cpu",
+        max_steps=4, callbacks=callbacks, logger=logger, default_root_dir=folder, enable_checkpointing=False,
+        accelerator="cpu",
         enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1, num_sanity_val_steps=0,
     ).fit(Own(), loader(), loader())  # fmt: skip
 
@@ -50,7 +51,7 @@ def check_hparams(hparams: Mapping[str, Any]) -> None:
 
 def test_csv(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
-    fit(logger)
+    fit(logger, tmp_path)
     folder = Path(logger.log_dir)
     check_hparams(yaml.safe_load((folder / "hparams.yaml").read_text()))
     for name in PICTURES:
@@ -90,9 +91,9 @@ class WandbLike(Logger):
         self.texts[key] = (step, columns, data)
 
 
-def test_a_logger_with_the_interface_of_wandb() -> None:
+def test_a_logger_with_the_interface_of_wandb(tmp_path: Path) -> None:
     logger = WandbLike()
-    fit(logger)
+    fit(logger, tmp_path)
     check_hparams(logger.hparams)
     assert set(logger.images) == {f"efficient/{name}" for name in PICTURES}
     assert [step for step, _ in logger.images["efficient/collapse_monitor/attention_entropy"]] == [0, 2]
@@ -161,7 +162,7 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
     logger = WandbLogger(save_dir=tmp_path, offline=True)
-    fit(logger)
+    fit(logger, tmp_path)
     check_hparams(logger.experiment.config)
     folder = Path(logger.experiment.dir) / "media"
     wandb.finish()
@@ -176,7 +177,7 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_mlflow_offline(tmp_path: Path) -> None:
     pytest.importorskip("mlflow")
     logger = MLFlowLogger(tracking_uri=f"sqlite:///{tmp_path / 'runs.db'}", artifact_location=(tmp_path / "a").as_uri())
-    fit(logger)
+    fit(logger, tmp_path)
     run = logger.experiment.get_run(logger.run_id)
     check_hparams(run.data.params)
     assert "efficient/representation_monitor/rankme" in run.data.metrics

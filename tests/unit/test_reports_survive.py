@@ -384,3 +384,16 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+@pytest.mark.parametrize(
+    ("metric", "label"),
+    [("val/speed [m/s]", "speed [m/s]"), ("val_rate [/s]", "val_rate [/s]"), ("a/b/c", "c"), ("x (1/h)", "x (1/h)")],
+)
+def test_a_slash_of_a_unit_ends_no_name(metric: str, label: str) -> None:
+    from lightning_efficient.comparison.curves import learning_curves
+    from lightning_efficient.comparison.logs import Run, Series
+
+    run = Run(Path("a"), "a", "", {metric: Series([0, 1], [1.0, 2.0])})
+    figure = learning_curves({"a": [run]}, [metric], {metric: None})
+    assert figure.axes[0].get_ylabel() == label
