@@ -136,7 +136,7 @@ def middle(values: list[float]) -> tuple[float, float, float]:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=46)
     args = parser.parse_args()
     quiet()
