@@ -20,6 +20,7 @@ from lightning_efficient.common.weights import trained_by
 from lightning_efficient.lifecycle.cuts import mark_zeroed
 from lightning_efficient.lifecycle.recipe import RecipeError
 from lightning_efficient.lifecycle.state import attachment, set_zeroed
+from lightning_efficient.lifecycle.strategies import is_sharded
 from lightning_efficient.lifecycle.weights import Plan, WeightSpaceCallback, no_model
 from lightning_efficient.structured.cost import Cost
 from lightning_efficient.structured.cuts import tensors_by_name
@@ -158,6 +159,17 @@ class UnitPruningCallback(WeightSpaceCallback):
         example = example_of(trainer, pl_module, "fit", batch)
         cost = Cost.macs(example.model, groups.found, lambda: example.model(*example.args))
         return groups, {"amounts": cost.amounts, "fixed": cost.fixed}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse shards, with the order that works; then as every callback."""
+        if self.enabled and stage == "fit" and is_sharded(trainer):
+            name, strategy = type(self).__name__, type(trainer.strategy).__name__
+            raise ValueError(
+                f"{name} does not support {strategy}: it needs whole parameters on every process "
+                "to find what goes together. Prune first, on one device or with 'ddp', and shard the smaller network "
+                f"that `export` makes, or `cut` leaves; or switch it off with {name}(enabled=False)."
+            )
+        super().setup(trainer, pl_module, stage)
 
     def plan(self, pl_module: LightningModule) -> Plan:
         """Choose and check the parameters, without changing anything."""

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from forking import forked
-from shard_models import EVALUATED, IN_INIT, PRUNING, Module, Ragged, SaveAt, loader, trainer
+from shard_models import EVALUATED, IMAGES, IN_INIT, PRUNING, Module, Ragged, SaveAt, loader, trainer
 
-from lightning_efficient import CollapseMonitor, SigmaReparam, load_from_checkpoint
+from lightning_efficient import CollapseMonitor, HESSOPruning, SigmaReparam, export, load_from_checkpoint
 from lightning_efficient.lifecycle.files import UnsafeCheckpointError
 from lightning_efficient.lifecycle.recipe import read
 from lightning_efficient.lifecycle.state import attachment
@@ -87,6 +87,19 @@ def test_more_processes(root: Path, processes: int) -> None:
     """Of eight, one has no row of the head, and most none of the gate."""
     passed(root, processes, "2d", "hsdp", "fsdp", "masks", "masks_2d", "masks_hsdp", "tied")
     passed(root, processes, "ticket_2d", "sap_2d", "repbn", "un", "tau")
+
+
+@pytest.mark.forks
+@pytest.mark.exhaustive
+def test_pruned_first(root: Path) -> None:
+    """The order that the error of structural methods names."""
+    pruned = Module(inside=False)
+    trainer(root, HESSOPruning(start=0.2, duration=0.6, periods=2)).fit(pruned, loader(), loader(1))
+    net = export(pruned.net, (IMAGES[:2],)).train()
+    assert sum(p.numel() for p in net.parameters()) < 0.8 * sum(p.numel() for p in pruned.parameters())
+    torch.save(net, root / "small_net.pt")
+    alone(root, "small", SigmaReparam(), module=Module(inside=False, net=lambda: net))
+    passed(root, 2, "small")
 
 
 @pytest.mark.forks

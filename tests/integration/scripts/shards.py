@@ -169,6 +169,12 @@ def ragged() -> None:
     compare(state(t), "ragged")
 
 
+def small() -> None:
+    """What structural pruning has left is sharded like any other network."""
+    net = torch.load(ROOT / "small_net.pt", weights_only=False)
+    compare(state(fit(Module("fsdp", inside=False, net=lambda: net), SigmaReparam())), "small")
+
+
 def built_inside() -> None:
     with pytest.raises(ValueError, match=r"sharded in `configure_model` before any.*Build the network in `__init__`"):
         fit(Module("fsdp"), *IN_INIT["dyt"]())
@@ -280,7 +286,7 @@ def from_one_process(name: str = "everything") -> None:
 
 
 CHECKS: dict[str, Callable[[], None]] = {
-    **{f.__name__: f for f in (sigma, split, tensor_parallel, stale, monitor, loop, ragged, half_precision)},
+    **{f.__name__: f for f in (sigma, split, tensor_parallel, stale, monitor, loop, ragged, half_precision, small)},
     "from_one_process": from_one_process,
     "ticket_from_one_process": partial(from_one_process, "ticket"),
     "resume_ticket": partial(resume, False, "ticket"),
