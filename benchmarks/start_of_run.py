@@ -1,7 +1,7 @@
 """From an empty process to the first step of ViT-Small: a plain Trainer, and one with methods.
 
-Every run is a process of its own, the arms in turn; CPU time and wall time of the imports, and of everything up to the
-end of the first training step. The first round warms the disk's cache and is left out.
+Every run is a process of its own, the arms in turn; CPU time (wall time with ``--device cuda``) of the imports, and of
+everything up to the end of the first training step.
 
     OMP_NUM_THREADS=1 python benchmarks/start_of_run.py
     python benchmarks/start_of_run.py --device cuda
@@ -76,18 +76,17 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--arms", nargs="*", default=list(ARMS)[1:], choices=list(ARMS)[1:], help="beside plain")
     parser.add_argument("--arm", choices=list(ARMS), help="make this one start, here")
     args = parser.parse_args()
     if args.arm:
         print(json.dumps(start(args.arm, args.device)))
         return
     clock = "wall" if args.device == "cuda" else "cpu"
-    times: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
-    for round_ in range(-1, args.rounds):
-        for arm in ARMS:
-            one = run(arm, args.device)
-            if round_ >= 0:
-                times[arm].append(one)
+    times: dict[str, list[dict[str, float]]] = {arm: [] for arm in ("plain", *args.arms)}
+    for _ in range(args.rounds):
+        for arm, some in times.items():
+            some.append(run(arm, args.device))
     rows = []
     for arm, some in times.items():
         over = [a[clock] - b[clock] for a, b in zip(some, times["plain"], strict=True)]

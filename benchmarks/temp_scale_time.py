@@ -5,6 +5,7 @@ untouched model's run of the same round is kept; the table shows medians and qua
 untouched copy: its ratio is the noise. CPU time of the process is compared, so that other load does not count.
 
     OMP_NUM_THREADS=1 python benchmarks/temp_scale_time.py
+    python benchmarks/temp_scale_time.py --device cuda      # wall time
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def variants(model: nn.Module, example: Tensor) -> dict[str, nn.Module]:
     made = {"untouched": model, "copy": copies[0]}
     if not any("adapter" in text for text in change.targets.values()):
         made["in weights"] = copies[1]
-    theta = nn.Parameter(torch.tensor([TAU]).log(), requires_grad=False)
+    theta = nn.Parameter(torch.tensor([TAU], device=example.device).log(), requires_grad=False)
     laws = {"adapter": Law(TAU), "adapter, learned": Law(log_tau=theta), "adapter, log n": Law(TAU, "log_n")}
     for (name, law), one in zip(laws.items(), copies[2:], strict=True):
         made[name] = adapted(one, example[:2], law)
@@ -88,19 +89,22 @@ def variants(model: nn.Module, example: Tensor) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def measure(title: str, rounds: int) -> list[dict[str, Any]]:
+def measure(title: str, rounds: int, device: str) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     make, data = MODELS[title]
-    example = data()
-    models = variants(make().eval(), example)
+    example = data().to(device)
+    models = variants(make().to(device).eval(), example)
+    clock = time.perf_counter if device == "cuda" else time.process_time
     times: dict[str, list[float]] = {name: [] for name in models}
     order = random.Random(0)
     for round_ in range(-1, rounds):
         for name in order.sample(list(models), len(models)):
-            start = time.process_time()
+            start = clock()
             models[name](example)
+            if device == "cuda":
+                torch.cuda.synchronize()
             if round_ >= 0:
-                times[name].append(time.process_time() - start)
+                times[name].append(clock() - start)
     rows = []
     for name in list(models)[1:]:
         ratios = [a / b for a, b in zip(times[name], times["untouched"], strict=True)]
@@ -112,33 +116,35 @@ def measure(title: str, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def write(rows: list[dict[str, Any]], rounds: int) -> None:
+def write(rows: list[dict[str, Any]], rounds: int, device: str) -> None:
     """The JSON and the table."""
     columns = {
         "model": "model", "variant": "variant", "untouched_ms": "untouched, ms", "ratio": "ratio",
         "quartiles": "quartiles",
     }  # fmt: skip
     head = (
-        f"# TempScale at inference\n\nCPU time of one forward ÷ that of the untouched model in the same round, medians "
-        f"of {rounds} rounds in shuffled order; tau = {TAU}.\n\n`{machine()}`\n\n"
+        f"# TempScale at inference\n\n{'Wall' if device == 'cuda' else 'CPU'} time of one forward ÷ that of the "
+        f"untouched model in the same round, medians of {rounds} rounds in shuffled order; tau = {TAU}.\n\n"
+        f"`{machine()}`\n\n"
     )
-    save("temp_scale_time_cpu", rows)
-    (RESULTS / "temp_scale_time_cpu.md").write_text(head + markdown(rows, columns) + "\n")
+    save(f"temp_scale_time_{device}", rows)
+    (RESULTS / f"temp_scale_time_{device}.md").write_text(head + markdown(rows, columns) + "\n")
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", nargs="*", help="beginnings of titles")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    path = RESULTS / "temp_scale_time_cpu.json"
+    path = RESULTS / f"temp_scale_time_{args.device}.json"
     done = json.loads(path.read_text())["rows"] if args.only and path.exists() else []
     rows: dict[str, list[dict[str, Any]]] = {title: [r for r in done if r["model"] == title] for title in MODELS}
     for title in MODELS:
         if not args.only or any(title.startswith(only) for only in args.only):
-            rows[title] = measure(title, args.rounds)
-            write([row for some in rows.values() for row in some], args.rounds)  # as they come
+            rows[title] = measure(title, args.rounds, args.device)
+            write([row for some in rows.values() for row in some], args.rounds, args.device)  # as they come
 
 
 if __name__ == "__main__":
