@@ -93,13 +93,13 @@ def in_process(name: str, package: Path, threads: int) -> dict[str, float]:
     return row
 
 
-def table(rows: dict[str, dict[str, Any]], threads: int) -> str:
+def table(rows: dict[str, dict[str, Any]], threads: int, rounds: int) -> str:
     """The measurements as a page."""
     lines = [
         "# find_groups: seconds and memory",
         "",
-        f"`python benchmarks/find_groups.py`, {threads} thread(s), float64 trials. Medians over rounds in which the",
-        "versions take turns, each run a process of its own; processor seconds, as the machine may be busy; memory is",
+        f"`python benchmarks/find_groups.py`, {threads} thread(s), median of {rounds} run(s) of each version, in",
+        "turns, each a process of its own; processor seconds, as the machine may be busy; memory is",
         "what the process grew by at its peak, in models (the model itself not counted). Small networks: the part of a",
         "second that a test pays.",
         "",
@@ -147,7 +147,7 @@ def main() -> None:
             rows[name]["ratio"] = statistics.median(now["cpu"] / before["cpu"] for now, before in pairs)
         print(name, json.dumps(rows[name]), flush=True)
     (RESULTS / "find_groups.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (RESULTS / "find_groups.md").write_text(table(rows, arguments.threads))
+    (RESULTS / "find_groups.md").write_text(table(rows, arguments.threads, arguments.rounds))
 
 
 if __name__ == "__main__":
