@@ -105,7 +105,8 @@ def test_training_is_that_of_a_model_that_divides_by_tau(tmp_path: Any, how: str
 def test_one_changes_no_bit_and_puts_nothing_on(tmp_path: Any) -> None:
     plain, module = capped(), capped()
     trainer(tmp_path).fit(plain, loader(6), loader(1))
-    trainer(tmp_path, TempScale(tau=1.0)).fit(module, loader(6), loader(1))
+    with pytest.warns(UserWarning, match="TempScale changes nothing"):
+        trainer(tmp_path, TempScale(tau=1.0)).fit(module, loader(6), loader(1))
     assert_equal(module.state_dict(), plain.state_dict())
     assert not any(installed(m) for m in module.modules())
 
