@@ -98,6 +98,7 @@ def test_training_is_that_of_an_autograd_parametrization(tmp_path: Any, learnabl
         assert all(abs(float(tau.detach().exp()) - 0.6) > 1e-3 for tau in taus), "it has learned something"
 
 
+@pytest.mark.filterwarnings("ignore:TempScale changes nothing")
 def test_one_changes_no_bit(tmp_path: Any) -> None:
     """Nor does looking at a batch move the random numbers or the order of a shuffled loader."""
     results = []
