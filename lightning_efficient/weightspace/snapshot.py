@@ -180,9 +180,11 @@ def rewind(
     for scheduler, state in zip(schedulers, snapshot.schedulers, strict=True):
         scheduler.load_state_dict(_grown(state, scheduler.state_dict()))
     dropped = {}
-    for site in sites.values():
+    for name, site in sites.items():
         for transform in site.chain:
             if isinstance(transform, MaskTransform):
+                if weights and transform.kind in snapshot.transforms.get(name, {}):
+                    continue  # mask, weight and momentum went back together
                 if weights and not run([transform.fits(site.weight, 0.0)])[0]:
                     set_mask(site, transform, transform.mask, advance=True)
                 dropped[site.param] = transform.dropped
