@@ -17,6 +17,7 @@ from lightning_efficient.common.weights import trained_by
 from lightning_efficient.lifecycle.recipe import RecipeError
 from lightning_efficient.lifecycle.units import FOUND, UnitPruningCallback
 from lightning_efficient.lifecycle.weights import Plan as WeightPlan
+from lightning_efficient.structured.choice import chosen, scores_of
 from lightning_efficient.structured.cost import Cost
 from lightning_efficient.structured.cric import CricPlan
 from lightning_efficient.structured.hesso import (
@@ -29,8 +30,7 @@ from lightning_efficient.structured.hesso import (
     Pruner,
     shrink_factor,
 )
-from lightning_efficient.structured.published import published_choice, published_share
-from lightning_efficient.structured.saliency import all_sums, saliency
+from lightning_efficient.structured.saliency import all_sums
 from lightning_efficient.trainer.cycles import CYCLES, Cycles, cycles_schema
 from lightning_efficient.weightspace import Boundary, Transform
 from lightning_efficient.weightspace.mask import scale_entries
@@ -275,8 +275,7 @@ class HESSOPruning(UnitPruningCallback):
             return None
         if self._cycles is not None:
             return 0 if self._cycles.looking(step) else None
-        period = min(self._plan.period(step), self._plan.periods - 1)
-        return period if period >= self.hesso.chosen else None
+        return self._plan.due(step, self.hesso.chosen)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gradients of the network's weights, before anything is done to them; those of the last micro-batch stay."""
@@ -297,22 +296,18 @@ class HESSOPruning(UnitPruningCallback):
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
     def _judge(self, trainer: Trainer, period: int) -> None:
-        published = self.options.published
-        competing = None if published else {name: ~gone for name, gone in self.hesso.marked(PRUNED).items()}
-        groups = list(self.groups.found.values())
-        scores = saliency(groups, self._sums, self._shapes, self.options.saliency, competing, published)
+        scores = scores_of(self.groups, self._sums, self._shapes, self.options, self.hesso)
         self._sums = {}
-        # Infinite in a step that the gradient scaler will skip: try the next one.
-        if all(bool(torch.isfinite(score).all()) for score in scores.values()):
+        if scores is not None:  # else the next step is tried
             if self._cycles is not None:
-                self._cycles.state.observe(scores, self._lowest(scores, 1.0))
+                self._cycles.state.observe(scores, self._wanted(scores))
             else:
                 self._pick(trainer, scores, period)
 
-    def _lowest(self, scores: Mapping[str, Tensor], part: float) -> dict[str, Tensor]:
-        """The units to go beside those gone, so that a part of the target is reached."""
+    def _wanted(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The units to go beside those gone, so that the target is reached."""
         assert self._pruner is not None
-        return self._pruner.choose(scores, self.hesso.marked(SHRINKING, PRUNED), self.options.target * part)
+        return self._pruner.choose(scores, self.hesso.marked(SHRINKING, PRUNED), self.options.target)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """CRIC: begin a cycle, or decide."""
@@ -337,10 +332,7 @@ class HESSOPruning(UnitPruningCallback):
     def _pick(self, trainer: Trainer, scores: Mapping[str, Tensor], period: int) -> None:
         assert self._plan is not None
         assert self._pruner is not None
-        units = self._lowest(scores, (period + 1) / self._plan.periods)
-        if self.options.published:
-            count = published_share(self._pruner.total, self.options.target, self._plan.periods, period)
-            units = published_choice(self._pruner, scores, self.hesso.marked(SHRINKING, PRUNED), count)
+        units = chosen(self._pruner, self.options, self._plan, self.hesso, scores, period)
         # Weights are equal on all processes, and scores almost surely: one of them decides.
         units = trainer.strategy.broadcast(units)
         self.hesso.choose(units, period, self.step(trainer))

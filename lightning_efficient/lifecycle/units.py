@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 from weakref import ref
@@ -15,25 +14,24 @@ from torch import Tensor, nn
 
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.match import parameters_by_name
-from lightning_efficient.common.schema import MapOf, Number, OrNone, Record, Schema, Text
-from lightning_efficient.common.weights import trained_by
+from lightning_efficient.common.schema import OrNone, Schema
 from lightning_efficient.lifecycle.cuts import mark_zeroed
 from lightning_efficient.lifecycle.recipe import RecipeError
 from lightning_efficient.lifecycle.state import attachment, set_zeroed
 from lightning_efficient.lifecycle.strategies import is_sharded
 from lightning_efficient.lifecycle.weights import Plan, WeightSpaceCallback, no_model
-from lightning_efficient.structured.cost import Cost
+from lightning_efficient.structured.cost import COST, Cost
 from lightning_efficient.structured.cuts import tensors_by_name
 from lightning_efficient.structured.graph import find_groups
 from lightning_efficient.structured.groups import (
     GROUPS,
     Groups,
-    UnitGroup,
     check_groups,
     check_rounding,
     groups_as_plain,
     groups_from_plain,
 )
+from lightning_efficient.structured.marks import dropped_units, entries_of, parameters_of, without_idle
 from lightning_efficient.structured.slim import zero_units
 from lightning_efficient.trainer.averages import prune_copies
 from lightning_efficient.trainer.example import all_steps_of, example_of, first_batch
@@ -41,8 +39,7 @@ from lightning_efficient.weightspace import Boundary, Site, Transform
 from lightning_efficient.weightspace.mask import UnitMask, drop_entries, forget
 
 # Of what a resumed run does not look for again.
-_COST = Record({"amounts": MapOf(Text(), Number(low=0)), "fixed": Number(low=0)})
-FOUND: dict[str, Schema] = {"groups": GROUPS, "cost": OrNone(_COST)}
+FOUND: dict[str, Schema] = {"groups": GROUPS, "cost": OrNone(COST)}
 
 
 class UnitPruningCallback(WeightSpaceCallback):
@@ -180,10 +177,8 @@ class UnitPruningCallback(WeightSpaceCallback):
                     "units are found while the model runs, and this one has no `example_input_array` to run on."
                 )
             return Plan(change=_change(self.method, find_groups(pl_module, example, self.include, self.exclude)))
-        self.groups = _without_idle(self.groups, pl_module)
-        params = parameters_by_name(pl_module)
-        made = {part.name for group in self.groups.found.values() for part in group.produced}
-        self._params = {name: params[name] for name in params if name in made}
+        self.groups = without_idle(self.groups, pl_module, pl_module.trainer.optimizers)
+        self._params = parameters_of(self.groups, pl_module)
         sites = {name: (param, UnitMask) for name, param in self._params.items()}
         return Plan(dict(sites), _change(self.method, self.groups))
 
@@ -195,16 +190,7 @@ class UnitPruningCallback(WeightSpaceCallback):
 
     def _entries(self, units: Mapping[str, Tensor]) -> dict[str, dict[int, Tensor]]:
         """Parameter → axis → entries of the marked units."""
-        found: dict[str, dict[int, list[Tensor]]] = {}
-        for name, marked in units.items():
-            chosen = marked.nonzero().flatten().tolist()
-            for part in self.groups.found[name].produced if chosen else ():
-                if part.name in self._params:
-                    found.setdefault(part.name, {}).setdefault(part.dim, []).append(part.entries(chosen))
-        return {
-            name: {dim: torch.cat(parts).to(self._params[name].device) for dim, parts in axes.items()}
-            for name, axes in found.items()
-        }
+        return entries_of(self.groups, units, self._params)
 
     def _drop(self, trainer: Trainer, pl_module: LightningModule, units: Mapping[str, Tensor]) -> None:
         """Prune units for good: weights, memory of the optimizers and averaged copies alike."""
@@ -274,42 +260,8 @@ class UnitPruningCallback(WeightSpaceCallback):
         return super().__getstate__() | {"_params": {}, "_found_in": no_model}
 
 
-def dropped_units(group: UnitGroup, masks: Mapping[str, Mapping[str, Tensor]], params: Mapping[str, Tensor]) -> Tensor:
-    """Which units of a group are dropped by masks.
-
-    Args:
-        group: The group.
-        masks: Parameter → state of its :class:`~lightning_efficient.weightspace.mask.UnitMask`.
-        params: Parameter → what it masks.
-
-    Returns:
-        ``(units,)`` bool: all that makes the unit is dropped.
-    """
-    dropped = torch.full((group.units,), any(part.name in masks for part in group.produced))
-    for part in group.produced:
-        if part.name in masks:
-            mask = UnitMask()
-            kept = {name: bits for name, bits in masks[part.name].items() if name != "raw"}  # W of narrow weights
-            mask.load_state_dict(kept, params[part.name])
-            dropped &= ~mask.kept(part.dim, params[part.name]).cpu()[part.index].any(1)
-    return dropped
-
-
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: param.shape for name, param in parameters_by_name(model).items()}
-
-
-def _without_idle(groups: Groups, pl_module: LightningModule) -> Groups:
-    """Groups that optimizers move altogether; a part that nothing trains could not be shrunk beside the rest."""
-    trained = trained_by(*pl_module.trainer.optimizers)
-    params = parameters_by_name(pl_module)
-    idle: dict[str, str] = {}
-    for name, group in groups.found.items():
-        still = [p.name for p in group.produced if p.name in params and id(params[p.name]) not in trained]
-        if still:
-            idle[name] = f"{still[0]} is in no optimizer"
-    found = {name: group for name, group in groups.found.items() if name not in idle}
-    return replace(groups, found=found, refused=groups.refused | idle)
 
 
 def _change(method: str, groups: Groups) -> Change:

@@ -21,7 +21,10 @@ from lightning_efficient.common.eager import uncompiled
 from lightning_efficient.common.match import canonical_name
 from lightning_efficient.common.nests import tensors_in
 from lightning_efficient.common.running import evaluating
+from lightning_efficient.common.schema import MapOf, Number, Record, Text
 from lightning_efficient.structured.groups import UnitGroup
+
+COST = Record({"amounts": MapOf(Text(), Number(low=0)), "fixed": Number(low=0)})  # in files
 
 
 class Cost:

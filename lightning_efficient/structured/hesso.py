@@ -136,6 +136,16 @@ class Plan:
             return min((step - self.first) // (self.span // self.periods), self.periods)
         return min(((step - self.first + 1) * self.periods - 1) // self.span, self.periods)
 
+    def due(self, step: int, chosen: int) -> int | None:
+        """The period whose units are to be chosen in the step after ``step`` steps, if any.
+
+        Args:
+            step: Steps done.
+            chosen: Periods whose units have been chosen.
+        """
+        period = min(self.period(step), self.periods - 1)
+        return period if period >= chosen else None
+
 
 def shrink_factor(begin: int, end: int, before: int, after: int) -> float:
     """What redundant units are multiplied by.
