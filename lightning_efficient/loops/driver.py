@@ -88,6 +88,8 @@ class Driver:
     ) -> nn.Module:
         """End the methods: running statistics are averaged anew, masks are zeros for good, the optimizer is free again.
 
+        Units that ``hesso_pruning`` has brought to zero are cut out, of the model and of what the optimizer remembers.
+
         Args:
             batches: Training batches, for norms with running statistics; as many as ``recalibrate`` says are read.
             forward: How to run a batch. None: ``model(**batch)`` for a mapping, ``model(batch[0])`` for a tuple or
@@ -150,6 +152,7 @@ class Driver:
         saved = {name: method["weights"] for name, method in state["methods"].items()}
         for name, part in self._parts.items():
             _check_weights(self._run, part, saved[name])
+            part.check(self._run, state["methods"][name], state["step"])
         self._take(state)
         with torch.no_grad():
             for name, part in self._parts.items():
@@ -161,7 +164,7 @@ class Driver:
         self._step = state["step"]
         for name, part in self._parts.items():
             part.steps = tuple(state["methods"][name]["schedule"])
-            part.resume(state["methods"][name]["progress"])
+            part.resume(self._run, state["methods"][name]["progress"])
 
     def _begin(self, strangers: Sequence[str]) -> None:
         if strangers:
@@ -177,9 +180,10 @@ class Driver:
 
     def _hook(self) -> None:
         optimizer = self._run.optimizer
-        self._handles = [optimizer.register_step_pre_hook(self._pre_hook)]
+        # Before the boundary's own: what a part does after a step it does to W, and the boundary makes it Ŵ once.
+        pre, post = optimizer.register_step_pre_hook, optimizer.register_step_post_hook
+        self._handles = [pre(self._pre_hook), post(self._post_hook)]
         self._run.boundary.attach([optimizer])
-        self._handles.append(optimizer.register_step_post_hook(self._post_hook))
 
     def _before(self) -> None:
         if self._stepped:
@@ -197,6 +201,8 @@ class Driver:
 
     def _post_hook(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._stepped = True
+        for part in self._parts.values():
+            part.after_step(self._run, self._step + 1)
 
 
 def attach(
@@ -219,11 +225,12 @@ def attach(
             ``DistributedDataParallel`` is made.
         optimizer: Its optimizer, or a wrapper of Fabric or accelerate around it. One only.
         methods: Key of a method → its arguments, as in YAML: ``{"sigma_reparam": {}, "magnitude_pruning": {"amount":
-            0.5}}``. Possible are ``norm_swap``, ``sigma_reparam``, ``temp_scale`` and ``magnitude_pruning``.
+            0.5}}``. Possible are ``norm_swap``, ``sigma_reparam``, ``temp_scale``, ``magnitude_pruning`` and
+            ``hesso_pruning``.
         total_steps: Optimizer steps of the run, of which fractions in schedules are; None: give steps (``int``) there.
         schedulers: Learning-rate schedulers of the optimizer, for norms that bring parameters.
         example: A small batch as the model takes it: a tensor, a tuple of positional or a dict of keyword arguments.
-            Needed by ``temp_scale``, and by ``norm_swap`` with running statistics.
+            Needed by ``temp_scale`` and ``hesso_pruning``, and by ``norm_swap`` with running statistics.
         state: From :meth:`Driver.state_dict`, where the model's weights are loaded already; otherwise call
             :meth:`Driver.load_state_dict` once they are.
 
@@ -239,15 +246,18 @@ def attach(
     optimizer = _inner(optimizer)
     if total_steps is not None and (type(total_steps) is not int or total_steps < 1):
         raise ValueError(f"`total_steps` must be a number of optimizer steps from 1, or None; got {total_steps!r}.")
-    saved = {}
+    saved, progress = {}, {}
     if state is not None:
         check_driver_state(state, arguments)
         saved = {name: method["weights"] for name, method in state["methods"].items()}
+        progress = {name: method["progress"] for name, method in state["methods"].items()}
         total_steps = total_steps if total_steps is not None else state["total_steps"]
     call = None if example is None else as_call(example)
-    run = Run(_bare(model), optimizer, total_steps, call, saved)
+    run = Run(_bare(model), optimizer, total_steps, call, saved, progress)
     for name, part in parts.items():
         part.steps = part.resolve(total_steps) if state is None else tuple(state["methods"][name]["schedule"])
+        if state is not None:
+            part.check(run, state["methods"][name], state["step"])
     try:
         for part in parts.values():
             part.reshape(run)
@@ -358,6 +368,6 @@ def _report(parts: Mapping[str, Part]) -> None:
         _LOG.info(part.change.report())
         asked_for = ("excluded", "not covered", REFERENCE)
         odd = {weight: why for weight, why in part.change.skipped.items() if not why.startswith(asked_for)}
-        if odd:
+        if odd and part.complains:
             listed = "; ".join(f"{weight} ({why})" for weight, why in list(odd.items())[:6])
             warnings.warn(f"{name} leaves {len(odd)} weight(s) alone: {listed}.", UserWarning, stacklevel=3)

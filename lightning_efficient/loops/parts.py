@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.running import Call
+from lightning_efficient.common.schema import MapOf, Number, Schema, Text
 from lightning_efficient.weightspace import Boundary, Transform
 
 Sites = dict[str, tuple[nn.Parameter, Transform]]
@@ -27,6 +28,7 @@ class Run:
         total: Optimizer steps of the run; None: unknown.
         example: A call of the model, if one was given.
         saved: Method → parameter → state, of a run that goes on with weights loaded already.
+        progress: Method → how far it was, of such a run.
         boundary: Of all parts.
     """
 
@@ -35,6 +37,7 @@ class Run:
     total: int | None
     example: Call | None
     saved: Mapping[str, Mapping[str, Mapping[str, Tensor]]] = field(default_factory=dict)
+    progress: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     boundary: Boundary = field(default_factory=Boundary)
 
     def needs_example(self, method: str, why: str) -> Call:
@@ -53,6 +56,10 @@ class Part(ABC):
     method: ClassVar[str]
     # How many numbers its schedule in steps may be.
     lengths: ClassVar[tuple[int, ...]] = (0,)
+    # What :meth:`progress` is.
+    progress_schema: ClassVar[Schema] = MapOf(Text(), Number(low=0, high=1))
+    # Whether what it leaves alone is worth a warning; every model has widths that cannot be cut.
+    complains: ClassVar[bool] = True
 
     def __init__(self, include: list[str] | None = None, exclude: list[str] | None = None) -> None:
         self.include, self.exclude = include, exclude
@@ -81,14 +88,17 @@ class Part(ABC):
     def before_step(self, run: Run, step: int) -> None:  # noqa: B027
         """Gradients are complete."""
 
-    def after_step(self, run: Run) -> None:  # noqa: B027
-        """The optimizer has stepped."""
+    def after_step(self, run: Run, step: int) -> None:  # noqa: B027
+        """The optimizer has stepped, for the ``step``-th time; parameters still hold ``W``."""
 
-    def progress(self) -> dict[str, float]:
+    def progress(self) -> dict[str, Any]:
         """How far it is, beyond what weights and the step say."""
         return {}
 
-    def resume(self, progress: Mapping[str, float]) -> None:  # noqa: B027
+    def check(self, run: Run, saved: Mapping[str, Any], step: int) -> None:  # noqa: B027
+        """Refuse what was saved of this method if it cannot be, beyond its schema; changes nothing."""
+
+    def resume(self, run: Run, progress: Mapping[str, Any]) -> None:  # noqa: B027
         """Go on from there."""
 
     def finish(self, run: Run, step: int, batches: Iterable[Any] | None, forward: Any) -> str:

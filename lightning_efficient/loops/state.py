@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_efficient.common.schema import (
+    Anything,
     Int,
     ListOf,
     MapOf,
-    Number,
     OneOf,
     OrNone,
     Plain,
@@ -26,7 +26,7 @@ _METHOD = Record(
     {
         "arguments": Plain(),
         "schedule": ListOf(Int(low=0)),
-        "progress": MapOf(Text(), Number(low=0, high=1)),
+        "progress": Anything(),  # each has a schema of its own
         "weights": _STATES,
     }
 )
@@ -53,6 +53,7 @@ def check_driver_state(state: Any, arguments: Mapping[str, Mapping[str, Any]]) -
         lengths = PARTS[name].lengths
         schedule = Such(ListOf(Int(low=0)), lambda steps, n=lengths: len(steps) in n, f"of {lengths} numbers")  # type: ignore[misc]
         check(state["methods"][name]["schedule"], schedule, f"the driver's schedule of {name}")
+        check(state["methods"][name]["progress"], PARTS[name].progress_schema, f"the driver's progress of {name}")
     for name, now in arguments.items():
         for argument in sorted(now.keys() | then[name].keys()):
             if (old := then[name].get(argument)) != (new := now.get(argument)):

@@ -206,11 +206,11 @@ class MagnitudePruningPart(Part):
         if len(scores) == len(grads) and all(bool(score.isfinite().all()) for score in scores.values()):
             self._prune(run, step, scores, advance=False)
 
-    def progress(self) -> dict[str, float]:
+    def progress(self) -> dict[str, Any]:
         """Pattern of ``amounts`` → share that is pruned."""
         return dict(self._applied)
 
-    def resume(self, progress: Mapping[str, float]) -> None:
+    def resume(self, run: Run, progress: Mapping[str, Any]) -> None:
         """Go on from there."""
         self._begun, self._applied = True, dict(progress)
 

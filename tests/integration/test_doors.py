@@ -126,7 +126,7 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"input_ids": self.rows[index], "labels": self.rows[index]}
 
 
-def trained(folder: Path, steps: int, resume: bool = False, methods: Any = METHODS, **arguments: Any) -> Any:
+def trained(folder: Path, steps: int, resume: bool | str = False, methods: Any = METHODS, **arguments: Any) -> Any:
     import transformers as hf
 
     torch.manual_seed(0)
@@ -162,6 +162,21 @@ def test_transformers_resumes_to_the_bit(tmp_path: Path) -> None:
     again, ours = trained(tmp_path / "again", 6, resume=True, methods=HF)
     assert ours.driver.steps == 6
     assert equal(whole.model, again.model)
+
+
+def test_transformers_saves_a_smaller_model(tmp_path: Path) -> None:
+    """A run that was interrupted ends as the whole one; the smaller model is one that the library reads."""
+    import transformers as hf
+
+    units = {"hesso_pruning": {"target": 0.4, "start": 1, "duration": 4, "periods": 2}}
+    whole, _ = trained(tmp_path, 6, methods=units)
+    assert whole.model.model.layers[0].mlp.up_proj.out_features < 32
+    again, _ = trained(tmp_path, 6, resume=str(tmp_path / "checkpoint-4"), methods=units)
+    assert equal(whole.model, again.model)
+    whole.save_model(str(tmp_path / "small"))
+    small = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    ids = Rows().rows[:2]
+    torch.testing.assert_close(small(ids).logits, whole.model.eval()(ids).logits)
 
 
 def test_transformers_ends_with_the_best_model(tmp_path: Path) -> None:

@@ -32,6 +32,11 @@ METHODS_HERE: dict[str, dict[str, dict[str, Any]]] = {
     "taylor": {"magnitude_pruning": {"criterion": "taylor", "schedule": "one_shot", "start": 3}},
     "norm_swap": {"norm_swap": {"hold": 2}},
     "norm_swap_affine": {"norm_swap": {"hold": 0.25, "transition": 0.5, "target": "affine", "shape": "cosine"}},
+    "hesso": {"hesso_pruning": {"target": 0.4, "start": 2, "duration": 6, "periods": 3}},
+    "hesso_macs": {
+        "sigma_reparam": {"exclude": ["head"]},  # before the other, as their order says: it follows what is shrunk
+        "hesso_pruning": {"target": 0.3, "unit": "macs", "uniform": True},
+    },
     "chained": {
         "magnitude_pruning": {"amount": 0.5},
         "sigma_reparam": {"include": ["blocks"]},
@@ -45,8 +50,11 @@ class Lit(LightningModule):
         super().__init__()
         self.net = vit()
 
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)
+
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
-        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
     def configure_optimizers(self) -> Any:
         optimizer, scheduler = parts(self.net)
@@ -58,7 +66,7 @@ def parts(net: nn.Module) -> tuple[torch.optim.Optimizer, Any]:
     return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=STEPS)
 
 
-def of_lightning(methods: dict[str, dict[str, Any]]) -> tuple[nn.Module, list[float]]:
+def of_lightning(methods: dict[str, dict[str, Any]]) -> tuple[Lit, list[float]]:
     losses: list[float] = []
 
     class Losses(Callback):
@@ -74,7 +82,7 @@ def of_lightning(methods: dict[str, dict[str, Any]]) -> tuple[nn.Module, list[fl
         accelerator="cpu",
     )  # fmt: skip
     trainer.fit(module, DataLoader(BATCHES, batch_size=None))
-    return module.net, losses
+    return module, losses
 
 
 class Loop:
@@ -125,7 +133,8 @@ def test_numbers_are_those_of_the_callbacks(case: str) -> None:
     theirs, losses = of_lightning(METHODS_HERE[case])
     loop = Loop(METHODS_HERE[case])
     assert loop.run(0, STEPS) == losses
-    assert same(theirs, loop.driver.finish(BATCHES))
+    units = "hesso_pruning" in METHODS_HERE[case]  # which a Trainer leaves to `export`, and a loop to `finish`
+    assert same(export(theirs, BATCHES[0][0]).net if units else theirs.net, loop.driver.finish(BATCHES))
 
 
 @pytest.mark.parametrize("case", METHODS_HERE)
@@ -141,9 +150,10 @@ def test_resumed_is_uninterrupted(case: str) -> None:
     assert same(whole.driver.finish(), again.driver.finish())
 
 
-def test_state_given_to_attach() -> None:
+@pytest.mark.parametrize("pruned", ["magnitude_pruning", "hesso"])
+def test_state_given_to_attach(pruned: str) -> None:
     """Where weights are loaded before the optimizer exists."""
-    methods = METHODS_HERE["sigma_reparam"] | METHODS_HERE["magnitude_pruning"]
+    methods = METHODS_HERE["sigma_reparam"] | METHODS_HERE[pruned]
     whole = Loop(methods)
     whole.run(0, 5)
     state = whole.save()
@@ -216,7 +226,7 @@ class Sequence(nn.Module):
     [
         ({}, {}, "maps keys of methods"),
         ({"sigma_reparm": {}}, {}, "did you mean 'sigma_reparam'"),
-        ({"hesso_pruning": {}}, {}, "hesso_pruning does not run in a loop.*find_groups"),
+        ({"pagcp_pruning": {}}, {}, "pagcp_pruning does not run in a loop.*PAGCPPruning"),
         ({"SigmaReparam": {"qvk": "split"}}, {}, "no argument 'qvk' in a loop .did you mean 'qkv'"),
         ({"norm_swap": {"guard": "off"}}, {}, "no argument 'guard'"),
         ({"norm_swap": {}}, {}, "`hold`=0.05 is 0 steps"),
@@ -226,6 +236,11 @@ class Sequence(nn.Module):
         ({"norm_swap": {"hold": 1}, "sigma_reparam": {"include": ["nothing"]}}, {}, "nothing"),
         ({"magnitude_pruning": {"criterion": "wanda"}}, {}, "`criterion`='wanda'"),
         ({"magnitude_pruning": {}}, {"total_steps": None}, "length is unknown"),
+        ({"hesso_pruning": {"cric": True}}, {}, "undoes them.*cric=False"),
+        ({"hesso_pruning": {"periods": 5}}, {}, "`duration`=0.2 is 3 step"),
+        ({"hesso_pruning": {"target": 0.99}}, {}, "`target`=0.99 of the groups cannot be reached"),
+        ({"hesso_pruning": {}}, {"example": None}, "Pass `example`"),
+        ({"hesso_pruning": {}, "magnitude_pruning": {}}, {}, "mask that one in a second run"),
         ({"magnitude_pruning": {"amounts": {"nothing": 0.1}}}, {}, "nothing"),
         ({"temp_scale": {"mode": "ssmax"}}, {}, "forward adapters"),
         ({"sigma_reparam": {}}, {"total_steps": 0}, "`total_steps`"),
@@ -302,6 +317,49 @@ def test_a_broken_state(path: list[Any], value: Any, message: str) -> None:
     assert after["step"] == 3
     assert all(torch.equal(s["mask"], after["methods"]["magnitude_pruning"]["weights"][n]["mask"])
                for n, s in before["methods"]["magnitude_pruning"]["weights"].items())  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["hesso", "chosen"], 4, r"further than step 5"),
+        (["hesso", "shrunk"], 6, r"further than step 5"),
+        (["hesso", "status", "blocks.0.mlp.fc1"], torch.zeros(47, dtype=torch.int8), "shape"),
+        (["hesso", "status", "blocks.0.mlp.fc1"], torch.zeros(48, dtype=torch.int8), "other units of .* are gone"),
+        (["groups", "found", "blocks.0.mlp.fc1", "slices"], [], "should not be empty"),
+        (["cost"], {"amounts": {}, "fixed": 0.0}, "goes with unit='macs'"),
+        (["groups"], None, "groups"),
+    ],
+)
+def test_a_broken_state_of_units(path: list[Any], value: Any, message: str) -> None:
+    methods = METHODS_HERE["hesso"]
+    loop = Loop(methods)
+    loop.run(0, 5)
+    state, before = loop.save(), copy.deepcopy(loop.net.state_dict())
+    wrong = broken(state["driver"], ["methods", "hesso_pruning", "progress", *path], value)
+    with pytest.raises(ValueError, match=message):
+        loop.driver.load_state_dict(wrong)
+    with pytest.raises(ValueError, match=message):  # before there is a driver, likewise
+        attach(loop.net, loop.optimizer, methods, state=wrong)
+    assert all(torch.equal(value, before[name]) for name, value in loop.net.state_dict().items())
+
+
+def test_units_are_cut_out_of_the_optimizer_too() -> None:
+    loop = Loop(METHODS_HERE["hesso"])
+    loop.run(0, STEPS)
+    net = loop.driver.finish()
+    assert isinstance(net, nn.Module)
+    assert net.blocks[0].mlp.fc1.out_features < 48  # type: ignore[union-attr, index]
+    nn.functional.cross_entropy(net(BATCHES[0][0]), BATCHES[0][1]).backward()
+    loop.optimizer.step()  # training goes on with the smaller model
+    assert all(s["exp_avg"].shape == p.shape for p, s in loop.optimizer.state.items())
+
+
+def test_units_on_their_way_when_it_ends() -> None:
+    loop = Loop(METHODS_HERE["hesso"])
+    loop.run(0, 5)
+    with pytest.warns(UserWarning, match=r"in period 2 of 3, and units that were shrinking stay"):
+        loop.driver.finish()
 
 
 @pytest.mark.filterwarnings("ignore:magnitude_pruning ends at step")
