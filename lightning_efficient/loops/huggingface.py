@@ -33,7 +33,8 @@ class EfficientTrainerCallback(TrainerCallback):  # type: ignore[misc]
     Args:
         methods: Key of a method → its arguments, as for :func:`lightning_efficient.attach`. Not ``norm_swap``: a model
             between two norms is no model that ``from_pretrained`` could read; use a loop of your own, or Lightning.
-        example: A small batch as the model takes it, such as ``dict(input_ids=...)``; for ``temp_scale``.
+        example: A small batch as the model takes it, such as ``dict(input_ids=...)``; for ``temp_scale`` and
+            ``hesso_pruning``.
         resume_from: Folder to go on from, where ``resume_from_checkpoint`` is not the Trainer's own
             ``<output_dir>/checkpoint-<step>``.
 

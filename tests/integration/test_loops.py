@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forking import forked
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
@@ -404,3 +406,10 @@ def test_arguments_are_the_callbacks(name: str) -> None:
     assert theirs.keys() - mine.keys() == MISSING[name] | {"enabled"}
     defaults = {name: parameter.default for name, parameter in mine.items()}
     assert {n: theirs[n].default for n in mine} | {"rewind": "none"} == defaults | {"rewind": "none"}
+
+
+@pytest.mark.forks
+def test_two_processes_equal_one() -> None:
+    done = forked(Path(__file__).parent / "scripts" / "loop_ddp.py", processes=2)
+    assert done.code == 0, done.output
+    assert done.output.count("agreed on") == 2
