@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader
 
-from lightning_efficient import MagnitudePruning, PRepBN, SAPPruning, SigmaReparam, TempScale
+from lightning_efficient import HESSOPruning, MagnitudePruning, PRepBN, SAPPruning, SigmaReparam, TempScale
 
 How = Literal["whole", "fsdp", "tp", "2d", "hsdp"]
 BATCH, CLASSES = 8, 7
@@ -45,10 +45,10 @@ class Mixer(nn.Module):
 class Net(nn.Module):
     """Odd sizes throughout; ``gate`` has one row, so that all processes but one have nothing of it, or of its mask."""
 
-    def __init__(self, width: int = 15, heads: int = 3) -> None:
+    def __init__(self, width: int = 15, heads: int = 3, blocks: int = 1) -> None:
         super().__init__()
         self.patch = nn.Conv2d(2, width, 4, 4)
-        self.blocks = nn.ModuleList(Mixer(width, heads) for _ in range(2))
+        self.blocks = nn.ModuleList(Mixer(width, heads) for _ in range(blocks))
         self.gate, self.head = nn.Linear(width, 1), nn.Linear(width, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class Ragged(nn.Module):
     def __init__(self, width: int = 6) -> None:
         super().__init__()
         self.patch = nn.Conv2d(2, width, 4, 4)
-        self.blocks = nn.ModuleList(Hiding(width) for _ in range(2))
+        self.blocks = nn.ModuleList([Hiding(width)])
         self.head = nn.Linear(width, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -241,6 +241,11 @@ IN_INIT: dict[str, Callable[[], list[Any]]] = {
     "un": lambda: [PRepBN(target="un", transition=2, hold=1, warmup=2, window=2, filtration=False, recalibrate=0)],
     "affine": lambda: [PRepBN(target="affine", transition=3, hold=1)],
     "tau": lambda: [TempScale(tau=0.7, learnable=True, per_head=True)],
+    "hesso": lambda: [HESSOPruning(start=1, duration=4, periods=2)],
+    "hesso_norms": lambda: [
+        SigmaReparam(init="one"),
+        HESSOPruning(start=0, duration=4, periods=2, unit="macs", target=0.3),
+    ],
     "tau_way": lambda: [SigmaReparam(qkv="split"), TempScale(tau=0.5, transition=4)],
 }
 

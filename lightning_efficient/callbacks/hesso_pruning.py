@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -30,10 +31,10 @@ from lightning_efficient.structured.hesso import (
     Pruner,
     shrink_factor,
 )
-from lightning_efficient.structured.saliency import all_sums
+from lightning_efficient.structured.saliency import all_sums, over_processes
 from lightning_efficient.trainer.cycles import CYCLES, Cycles, cycles_schema
 from lightning_efficient.weightspace import Boundary, Transform
-from lightning_efficient.weightspace.mask import scale_entries
+from lightning_efficient.weightspace.unit_mask import scale_entries
 
 
 class HESSOPruning(UnitPruningCallback):
@@ -77,6 +78,7 @@ class HESSOPruning(UnitPruningCallback):
     """
 
     method = "hesso_pruning"
+    sharded = True
     progress_schema = Record(
         {**FOUND, "hesso": HESSO_STATE, "sums": MapOf(Text(), MapOf(Text(), TensorOf())), "cycles": OrNone(CYCLES)}
     )
@@ -187,6 +189,14 @@ class HESSOPruning(UnitPruningCallback):
                 "instead. Use cric=False."
             )
 
+    def check_sharded(self, pl_module: LightningModule) -> None:
+        """Refuse cycles: each process would probe them on samples of its own."""
+        if self.cric:
+            raise ValueError(
+                "HESSOPruning(cric=True) does not support ModelParallelStrategy: its cycles compare losses of a batch, "
+                "of which every process has another part. Use cric=False, or train on one device or with 'ddp'."
+            )
+
     def plan(self, pl_module: LightningModule) -> WeightPlan:
         """Choose and check the parameters, without changing anything."""
         plan = super().plan(pl_module)
@@ -219,12 +229,7 @@ class HESSOPruning(UnitPruningCallback):
     def _cost(self, pl_module: LightningModule) -> Cost | None:
         if self.options.unit == "groups":
             return None
-        cost = Cost.parameters(pl_module, self.groups.found)
-        if self.options.unit == "params":
-            return cost
-        assert self._cost_data is not None
-        shapes = {name: tuple(shape) for name, shape in self._shapes.items()}
-        return Cost(self._cost_data["amounts"], shapes, self.groups.found, self._cost_data["fixed"])
+        return self._macs() if self.wants_macs() else Cost.parameters(pl_module, self.groups.found)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fix the schedule."""
@@ -245,21 +250,17 @@ class HESSOPruning(UnitPruningCallback):
         return plan.first, plan.span, plan.periods
 
     def _follow(self) -> None:
-        """Find the entries of the units that shrink now."""
+        """Find the entries of the units that shrink now; of parameters that are cut, of what is here."""
         cycles = self._cycles
         trying = cycles is not None and cycles.decided is None
-        self._active = self._entries(cycles.state.active if trying and cycles else self.hesso.marked(SHRINKING))
+        self._active = self._entries_here(cycles.state.active if trying and cycles else self.hesso.marked(SHRINKING))
 
     def _begin(self, pl_module: LightningModule, boundary: Boundary) -> None:
         super()._begin(pl_module, boundary)
-        trainer = pl_module.trainer
         self._follow()
-
-        def after_step(*_: Any) -> None:
-            self._shrink(trainer, pl_module)
-
         # After the boundary's own hooks: parameters hold the network's weights again.
-        self._handles = [optimizer.register_step_post_hook(after_step) for optimizer in trainer.optimizers]
+        after = partial(self._shrink, pl_module.trainer, pl_module)
+        self._handles = [optimizer.register_step_post_hook(after) for optimizer in pl_module.trainer.optimizers]
 
     def _release(self, pl_module: LightningModule) -> None:
         for handle in self._handles:
@@ -280,7 +281,7 @@ class HESSOPruning(UnitPruningCallback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gradients of the network's weights, before anything is done to them; those of the last micro-batch stay."""
         if self._due(self.step(trainer)) is not None:
-            grads = {name: param.grad for name, param in self._params.items()}
+            grads = {name: self._sites()[name].gradient for name in self._params}
             self._latest = all_sums(self.groups.found.values(), self._params, grads)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -289,7 +290,8 @@ class HESSOPruning(UnitPruningCallback):
         if period is not None and self._latest:
             # Of several optimizers each has cleared the gradients of its own parameters only.
             mine = trained_by(optimizer)
-            self._sums |= {name: sums for name, sums in self._latest.items() if id(self._params[name]) in mine}
+            here = {name: sums for name, sums in self._latest.items() if id(self._params[name]) in mine}
+            self._sums |= over_processes(here, self._params)
             if self._sums.keys() == self._latest.keys():
                 self._judge(trainer, period)
         self._latest = {}
@@ -339,7 +341,7 @@ class HESSOPruning(UnitPruningCallback):
         self._follow()
 
     @torch.no_grad()
-    def _shrink(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _shrink(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """After an optimizer's step: redundant units are multiplied by their factor, and those at zero are pruned."""
         if not self._active or self._plan is None:
             return
@@ -347,8 +349,7 @@ class HESSOPruning(UnitPruningCallback):
         factor = shrink_factor(begin, end, self.hesso.shrunk, done := self.step(trainer) + 1)
         if factor == 1.0:
             return
-        for name, axes in self._active.items():
-            scale_entries(self._sites()[name], axes, factor)
+        scale_entries([(self._sites()[name], axes) for name, axes in self._active.items()], factor)
         self.hesso.shrunk = done
         if factor == 0.0:
             self._active = {}

@@ -20,7 +20,6 @@ from lightning_efficient.lifecycle.units import FOUND, UnitPruningCallback
 from lightning_efficient.lifecycle.weights import Plan
 from lightning_efficient.structured.alike import as_one, bundled, opened
 from lightning_efficient.structured.budgets import read_budgets
-from lightning_efficient.structured.cost import Cost
 from lightning_efficient.structured.pagcp import (
     Decision,
     Layer,
@@ -223,7 +222,7 @@ class PAGCPPruning(UnitPruningCallback):
         kinds = [(g.units, g.heads) if self.options.uniform else name for name, g in self.groups.found.items()]
         bundles = bundled(layers, kinds)
         layers = [as_one(name, members) if len(members) > 1 else members[0] for name, members in bundles.items()]
-        cost = self._cost()
+        cost = self._macs()
         before = self._counts()
 
         def measured(oracle: ValidationOracle, dropped: Mapping[str, Sequence[int]]) -> dict[str, float]:
@@ -278,11 +277,6 @@ class PAGCPPruning(UnitPruningCallback):
             for name, value in saved.items():
                 parameters[name].copy_(value)
 
-    def _cost(self) -> Cost:
-        assert self._cost_data is not None
-        shapes = {name: tuple(shape) for name, shape in self._shapes.items()}
-        return Cost(self._cost_data["amounts"], shapes, self.groups.found, self._cost_data["fixed"])
-
     def _counts(self) -> dict[str, int]:
         return {name: int(gone.sum()) for name, gone in self._gone.items()}
 
@@ -304,7 +298,7 @@ class PAGCPPruning(UnitPruningCallback):
 
     def quantities(self, transforms: Mapping[str, Transform]) -> dict[str, Tensor]:
         """How much is left, and what the last round spent."""
-        cost, gone = self._cost(), self._counts()
+        cost, gone = self._macs(), self._counts()
         total = sum(len(marks) for marks in self._gone.values())
         out = {
             "units_left": 1.0 - sum(gone.values()) / max(total, 1),
@@ -330,7 +324,7 @@ class PAGCPPruning(UnitPruningCallback):
         """Say what was pruned, and whether rounds are missing."""
         if self._boundary is None:
             return
-        cost = self._cost()
+        cost = self._macs()
         self._say_widths(1.0 - cost(self._counts()) / cost() if cost() else 0.0, "multiply-accumulates")
         super().on_train_end(trainer, pl_module)
 

@@ -272,8 +272,6 @@ class TempScale(WeightSpaceCallback):
 
         After every backward: the mean of what is a mean already and of what a further micro-batch adds to it is right.
         """
-        if self._boundary is not None:
-            attachment(pl_module).unsharded = None  # whoever needs it has looked at it
         if self._boundary is None or trainer.world_size == 1 or not self.learnable:
             return
         thetas = [cast(nn.Parameter, self._transforms[name].theta) for name in self._carriers.values()]

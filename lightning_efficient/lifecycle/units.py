@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 from weakref import ref
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.match import parameters_by_name
 from lightning_efficient.common.schema import OrNone, Schema
+from lightning_efficient.lifecycle.asking import asked
 from lightning_efficient.lifecycle.cuts import mark_zeroed
 from lightning_efficient.lifecycle.recipe import RecipeError
 from lightning_efficient.lifecycle.state import attachment, set_zeroed
@@ -36,7 +38,10 @@ from lightning_efficient.structured.slim import zero_units
 from lightning_efficient.trainer.averages import prune_copies
 from lightning_efficient.trainer.example import all_steps_of, example_of, first_batch
 from lightning_efficient.weightspace import Boundary, Site, Transform
-from lightning_efficient.weightspace.mask import UnitMask, drop_entries, forget
+from lightning_efficient.weightspace.layout import Layout
+from lightning_efficient.weightspace.mask import forget
+from lightning_efficient.weightspace.sums import run
+from lightning_efficient.weightspace.unit_mask import UnitMask, drop_entries
 
 # Of what a resumed run does not look for again.
 FOUND: dict[str, Schema] = {"groups": GROUPS, "cost": OrNone(COST)}
@@ -90,17 +95,10 @@ class UnitPruningCallback(WeightSpaceCallback):
         """Whether multiply-accumulates have to be counted."""
         return False
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the groups, or take those of the run that is resumed, then put the masks on."""
-        if self.enabled:
-            shapes = _shapes(pl_module)
-            known = self._found_in() is pl_module and self._shapes == shapes
-            if self.standing.resumed:
-                self._check_groups(pl_module)
-            elif not known:
-                self.groups, self._cost_data = self._find(trainer, pl_module)
-            self._shapes, self._found_in = shapes, ref(pl_module)
-        super().on_fit_start(trainer, pl_module)
+    @property
+    def needs_whole(self) -> bool:
+        """To find the groups."""
+        return True
 
     def _check_groups(self, pl_module: LightningModule) -> None:
         """The groups of a file are about this model."""
@@ -111,7 +109,14 @@ class UnitPruningCallback(WeightSpaceCallback):
             raise RecipeError(f"the checkpoint's state of {self.state_key}, field ['groups']: {error}") from error
 
     def _choose(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, tuple[nn.Parameter, Transform]]:
-        """Likewise; the units that are gone are those that the masks drop."""
+        """Find the groups, or take those of the run that is resumed; the units that are gone the masks drop."""
+        shapes = _shapes(pl_module)
+        if self.standing.resumed:
+            self._check_groups(pl_module)
+        elif self._found_in() is not pl_module or self._shapes != shapes:
+            find = partial(self._find, trainer)
+            self.groups, self._cost_data = asked(trainer, pl_module, first_batch(trainer), find)
+        self._shapes, self._found_in = shapes, ref(pl_module)
         chosen = super()._choose(trainer, pl_module)
         if self.standing.resumed:
             masks, keep, promised = self._saved(pl_module), self.keep, self.gone(pl_module)
@@ -131,8 +136,7 @@ class UnitPruningCallback(WeightSpaceCallback):
         """Group → bool, ``(units,)``: units that are zero in a model for good; the model knows them."""
         return zero_units(self.groups, attachment(pl_module).zeroed)
 
-    def _find(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Groups, dict[str, Any] | None]:
-        batch = first_batch(trainer)
+    def _find(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> tuple[Groups, dict[str, Any] | None]:
         find = partial(
             find_groups, include=self.include, exclude=self.exclude, inexact=self.inexact, round_to=self.round_to
         )
@@ -151,15 +155,23 @@ class UnitPruningCallback(WeightSpaceCallback):
                 f"{type(self).__name__}: the steps of {type(pl_module).__name__} cannot be followed as a whole, so "
                 "widths between its networks are left alone."
             )
+        if is_sharded(trainer):
+            groups = replace(groups, calls={})  # which only a model that can be cut here has a use for
         if not self.wants_macs():
             return groups, None
         example = example_of(trainer, pl_module, "fit", batch)
         cost = Cost.macs(example.model, groups.found, lambda: example.model(*example.args))
         return groups, {"amounts": cost.amounts, "fixed": cost.fixed}
 
+    def _macs(self) -> Cost:
+        """What the widths cost in multiply-accumulates."""
+        assert self._cost_data is not None
+        shapes = {name: tuple(shape) for name, shape in self._shapes.items()}
+        return Cost(self._cost_data["amounts"], shapes, self.groups.found, self._cost_data["fixed"])
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse shards, with the order that works; then as every callback."""
-        if self.enabled and stage == "fit" and is_sharded(trainer):
+        if self.enabled and stage == "fit" and is_sharded(trainer) and not self.sharded:
             name, strategy = type(self).__name__, type(trainer.strategy).__name__
             raise ValueError(
                 f"{name} does not support {strategy}: it needs whole parameters on every process "
@@ -192,13 +204,21 @@ class UnitPruningCallback(WeightSpaceCallback):
         """Parameter → axis → entries of the marked units."""
         return entries_of(self.groups, units, self._params)
 
+    def _entries_here(self, units: Mapping[str, Tensor]) -> dict[str, dict[int, Tensor]]:
+        """Likewise; of a parameter that is cut, those that are here, counted from the beginning of its part."""
+        entries = self._entries(units)
+        layouts = {name: Layout.find(name, self._params[name]) for name in entries}
+        return {
+            n: {dim: layouts[n].positions(dim, where) for dim, where in axes.items()} for n, axes in entries.items()
+        }
+
     def _drop(self, trainer: Trainer, pl_module: LightningModule, units: Mapping[str, Tensor]) -> None:
         """Prune units for good: weights, memory of the optimizers and averaged copies alike."""
         entries = self._entries(units)
         for name, axes in entries.items():
             drop_entries(self._sites()[name], cast(UnitMask, self._transforms[name]), axes)
         masks = {name: cast(UnitMask, transform) for name, transform in self._transforms.items()}
-        dropped = {name: mask.dropped(self._params[name].detach()) for name, mask in masks.items()}
+        dropped = {name: mask.dropped(self._sites()[name].weight) for name, mask in masks.items()}
         forget(trainer.optimizers, {self._params[name]: dropped[name] for name in entries})
         prune_copies(trainer, pl_module, dropped)
         mark_zeroed(pl_module, self.keep, self.groups)
@@ -206,7 +226,7 @@ class UnitPruningCallback(WeightSpaceCallback):
     def _begin(self, pl_module: LightningModule, boundary: Boundary) -> None:
         super()._begin(pl_module, boundary)
         for name, transform in self._transforms.items():
-            if not transform.fits(self._params[name].detach(), 0.0):  # weights from elsewhere
+            if not run([transform.fits(self._sites()[name].weight, 0.0)])[0]:  # weights from elsewhere
                 drop_entries(self._sites()[name], cast(UnitMask, transform), {})
         # Units that the model has lost, perhaps to another callback of this kind: from now on this one holds them.
         for name, axes in self._entries(self.gone(pl_module)).items():

@@ -161,6 +161,7 @@ class WeightSpaceCallback(EfficientCallback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Gradients are complete and unscaled, and not yet clipped."""
         if self._boundary is not None and _members(trainer)[0] is self:
+            attachment(pl_module).unsharded = None  # whoever needs it has looked at it
             self._boundary.before_step(optimizer)
 
     def on_train_batch_end(

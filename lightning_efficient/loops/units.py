@@ -36,10 +36,11 @@ from lightning_efficient.structured.hesso import (
     shrink_factor,
 )
 from lightning_efficient.structured.marks import dropped_units, entries_of, parameters_of, without_idle
-from lightning_efficient.structured.saliency import all_sums
+from lightning_efficient.structured.saliency import all_sums, over_processes
 from lightning_efficient.structured.slim import apply_slim
 from lightning_efficient.surgery.cuts import cut_states
-from lightning_efficient.weightspace.mask import UnitMask, drop_entries, forget, scale_entries
+from lightning_efficient.weightspace.mask import forget
+from lightning_efficient.weightspace.unit_mask import UnitMask, drop_entries, scale_entries
 
 _LOG = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ class HessoPart(Part):
         if period is None:
             return
         grads = {name: param.grad for name, param in self._params.items()}
-        sums = all_sums(self.groups.found.values(), self._params, grads)
+        sums = over_processes(all_sums(self.groups.found.values(), self._params, grads), self._params)
         shapes = {name: param.shape for name, param in self._params.items()}
         scores = scores_of(self.groups, sums, shapes, self.options, self.state)
         if scores is not None:  # else the next step is tried
@@ -151,8 +152,7 @@ class HessoPart(Part):
         if factor == 1.0:
             return
         entries = entries_of(self.groups, units, self._params)
-        for name, axes in entries.items():
-            scale_entries(run.boundary.sites[name], axes, factor)
+        scale_entries([(run.boundary.sites[name], axes) for name, axes in entries.items()], factor)
         self.state.shrunk = step
         if factor == 0.0:
             self.state.commit()

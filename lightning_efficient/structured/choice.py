@@ -24,7 +24,7 @@ def scores_of(
 
     Args:
         groups: The units.
-        sums: Of weights and gradients, from :func:`~lightning_efficient.structured.saliency.all_sums`.
+        sums: Of weights and gradients, from :func:`~lightning_efficient.structured.saliency.over_processes`.
         shapes: Parameter → its shape.
         options: Of the run.
         state: Of the run.

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_efficient.common.match import parameters_by_name
 from lightning_efficient.common.weights import trained_by
 from lightning_efficient.structured.groups import Groups, UnitGroup
-from lightning_efficient.weightspace.mask import UnitMask
+from lightning_efficient.weightspace.unit_mask import UnitMask
 
 
 def without_idle(groups: Groups, model: nn.Module, optimizers: Iterable[Optimizer]) -> Groups:
@@ -72,7 +72,7 @@ def dropped_units(group: UnitGroup, masks: Mapping[str, Mapping[str, Tensor]], p
 
     Args:
         group: The group.
-        masks: Parameter → state of its :class:`~lightning_efficient.weightspace.mask.UnitMask`.
+        masks: Parameter → state of its :class:`~lightning_efficient.weightspace.unit_mask.UnitMask`.
         params: Parameter → what it masks.
 
     Returns:

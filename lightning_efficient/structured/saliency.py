@@ -26,7 +26,10 @@ import torch
 from torch import Tensor
 
 from lightning_efficient.common.registry import near
+from lightning_efficient.common.shards import local
 from lightning_efficient.structured.groups import Slice, UnitGroup
+from lightning_efficient.weightspace.layout import Layout
+from lightning_efficient.weightspace.sums import run, total
 
 CRITERIA = ("magnitude", "avg_magnitude", "cosine", "taylor1", "taylor2")
 
@@ -68,47 +71,67 @@ def check_weights(weights: Mapping[str, float] | None) -> dict[str, float]:
 
 
 @torch.no_grad()
-def slice_sums(part: Slice, x: Tensor, grad: Tensor | None) -> Tensor:
-    """``‖x‖²``, ``‖g‖²`` and ``⟨x, g⟩`` of every unit's entries in one parameter.
+def slice_sums(part: Slice, x: Tensor, grad: Tensor | None, layout: Layout) -> Tensor:
+    """``‖x‖²``, ``‖g‖²`` and ``⟨x, g⟩`` of every unit's entries in one parameter, or in what is here of it.
 
     Args:
         part: Which entries belong to which unit.
-        x: The parameter.
-        grad: Its gradient; None counts as zero.
+        x: What is here of the parameter.
+        grad: And of its gradient; None counts as zero.
+        layout: How the parameter is cut.
 
     Returns:
-        ``(3, units)``, on the CPU in float32 or wider.
+        ``(3, units)``, in float32 or wider.
     """
     wide = _lines(x, part.dim)
-    sums = wide.new_zeros(3, len(wide))
-    sums[0] = wide.square().sum(1)
+    sums = wide.new_zeros(3, layout.shape[part.dim])
+    here = layout.along(part.dim, sums.t()).t()
+    here[0] = wide.square().sum(1)
     if grad is not None:
         g = _lines(grad, part.dim)
-        sums[1], sums[2] = g.square().sum(1), (wide * g).sum(1)
-    return sums[:, part.index.to(x.device)].sum(2).cpu()
+        here[1], here[2] = g.square().sum(1), (wide * g).sum(1)
+    return sums[:, part.index.to(x.device)].sum(2)
 
 
 @torch.no_grad()
 def all_sums(
     groups: Iterable[UnitGroup], params: Mapping[str, Tensor], grads: Mapping[str, Tensor | None]
 ) -> dict[str, dict[str, Tensor]]:
-    """The sums of every parameter that makes units.
+    """The sums of every parameter that makes units; of those that are cut over processes, of what is here.
 
     Args:
         groups: The units.
         params: Name → parameter; slices of names that are not in it (buffers) do not count.
-        grads: Name → its gradient; None or missing counts as zero.
+        grads: Name → what is here of its gradient; None or missing counts as zero.
 
     Returns:
-        Parameter → ``"group:axis"`` → ``(3, units)``.
+        Parameter → ``"group:axis"`` → ``(3, units)``, in float32 or wider.
     """
     sums: dict[str, dict[str, Tensor]] = {}
+    layouts = {name: Layout.find(name, param) for name, param in params.items()}
     for group in groups:
         for part in group.produced:
-            if part.name in params:
-                key = f"{group.name}:{part.dim}"
-                sums.setdefault(part.name, {})[key] = slice_sums(part, params[part.name], grads.get(part.name))
+            if (name := part.name) in params:
+                found = slice_sums(part, local(params[name]), grads.get(name), layouts[name])
+                sums.setdefault(name, {})[f"{group.name}:{part.dim}"] = found
     return sums
+
+
+def over_processes(
+    sums: Mapping[str, Mapping[str, Tensor]], params: Mapping[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """The sums of whole parameters from those of what is here: one all-reduce for all of them.
+
+    Args:
+        sums: From :func:`all_sums`; all processes have those of the same parameters.
+        params: Name → parameter.
+
+    Returns:
+        The same, on the CPU.
+    """
+    layouts = {name: Layout.find(name, params[name]) for name in sums}
+    found = iter(run(total(layouts[name], value) for name, of in sums.items() for value in of.values()))
+    return {name: {key: next(found).cpu() for key in of} for name, of in sums.items()}
 
 
 def unit_sums(
@@ -118,7 +141,7 @@ def unit_sums(
 
     Args:
         group: The units.
-        sums: From :func:`all_sums`.
+        sums: From :func:`all_sums`, of whole parameters.
         shapes: Parameter → its shape.
 
     Raises:
@@ -135,7 +158,7 @@ def unit_sums(
 def _lines(tensor: Tensor, dim: int) -> Tensor:
     """One row an entry along ``dim``, in float32 or wider."""
     wide = tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
-    return wide.movedim(dim, 0).reshape(wide.shape[dim], -1)
+    return wide.movedim(dim, 0).reshape(wide.shape[dim], -1 if wide.numel() else 0)  # a part may have no entries
 
 
 def criteria_of(sums: UnitSums, published: bool = False) -> dict[str, Tensor]:

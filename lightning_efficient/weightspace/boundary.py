@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_efficient.common.shards import local
 from lightning_efficient.weightspace.memory import Memory, misfit
 from lightning_efficient.weightspace.site import Site
 from lightning_efficient.weightspace.sums import run
@@ -233,7 +231,7 @@ class Boundary:
         elif optimizer in self._members:
             # Gradients only. The weights stay the network's until the step itself: clipping, other callbacks and an
             # exception come in between, and a step that a `GradScaler` skips calls neither of the optimizer's hooks.
-            run([site.pull_gradient(_gradient(site)) for site in self._with_gradient(optimizer)])
+            run([site.pull_gradient(cast(Tensor, site.gradient)) for site in self._with_gradient(optimizer)])
             self._enter(optimizer)
             self._grads_done.add(optimizer)
 
@@ -259,7 +257,7 @@ class Boundary:
     def _open(self, optimizer: Optimizer) -> None:
         done = optimizer in self._grads_done
         sites = [site for site in self._with_gradient(optimizer) if not site.pulled]
-        run([site.pull(None if done else _gradient(site)) for site in sites])
+        run([site.pull(None if done else site.gradient) for site in sites])
         for site in sites:
             for transform in site.chain:
                 transform.tend(optimizer.state.get(site.param, {}))
@@ -326,15 +324,6 @@ class _Visit:
 
     groups: int
     guests: list[tuple[nn.Parameter, nn.Parameter]] = field(default_factory=list)
-
-
-def _gradient(site: Site) -> Tensor:
-    """What is here of a weight's gradient."""
-    grad = site.param.grad
-    assert grad is not None
-    if isinstance(grad, DTensor) and site.layout.of is not None and grad.placements != site.layout.of.placements:
-        grad = site.param.grad = grad.redistribute(placements=site.layout.of.placements)  # a sum still to be made
-    return local(grad)
 
 
 def _zero_decay_copy(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -95,6 +95,19 @@ class Layout:
             tensor = tensor.narrow(dim, start, self.local[dim])
         return tensor
 
+    def along(self, dim: int, values: Tensor) -> Tensor:
+        """What is here of values of an axis of the whole, ``(length of the axis, ...)``, a view."""
+        if dim not in self.groups:
+            return values
+        return values.narrow(0, self.offset[dim] if self.local[dim] else 0, self.local[dim])
+
+    def positions(self, dim: int, where: Tensor) -> Tensor:
+        """Positions on an axis of the whole, of which those that are here stay, as positions of the part."""
+        if dim not in self.groups:
+            return where
+        where = where - self.offset[dim]
+        return where[(where >= 0) & (where < self.local[dim])]
+
     def here(self, tensor: Tensor) -> Tensor:
         """What is here of a tensor of the whole's shape, which is cut like it or not at all; a view."""
         return local(tensor) if isinstance(tensor, DTensor) else self.part(tensor)

@@ -96,7 +96,7 @@ _SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 _REST = 2.0**-112
 _LEAST = 2.0**-119
 
-_ZERO = "where it drops something, the weight is zero"
+ZERO = "where it drops something, the weight is zero"
 
 
 class Mask(Transform):
@@ -213,7 +213,7 @@ class MaskTransform(Mask):
         def zero(state: Mapping[str, Tensor]) -> bool:
             return not bool(weight[~unpack_mask(state["mask"].to(weight.device), weight.shape)].any())
 
-        return Such(Record({"mask": packed_mask(weight.shape)}), zero, _ZERO)
+        return Such(Record({"mask": packed_mask(weight.shape)}), zero, ZERO)
 
     @summed
     def state_dict(self) -> Sums[dict[str, Tensor]]:
@@ -229,7 +229,7 @@ class MaskTransform(Mask):
 
 
 @contextmanager
-def _changed(site: Site, transform: Mask, advance: bool) -> Iterator[None]:
+def changed(site: Site, transform: Mask, advance: bool) -> Iterator[None]:
     """A mask that changes inside; then ``W``, ``Ŵ`` and the gradient have its zeros."""
     window = site.pulled  # the parameter holds W already, and will be pushed after the step
     if not window:
@@ -253,7 +253,7 @@ def set_mask(site: Site, transform: MaskTransform, mask: Tensor, *, advance: boo
         advance: Let the other transforms of the weight follow (a power iteration on what is left). For changes outside
             the optimizer's step; inside, the step itself does.
     """
-    with _changed(site, transform, advance):
+    with changed(site, transform, advance):
         transform.mask = mask
 
 
@@ -269,127 +269,3 @@ def forget(optimizers: Iterable[Optimizer], dropped: Mapping[nn.Parameter, Tenso
             for value in optimizer.state.get(param, {}).values():
                 if isinstance(value, Tensor) and value.shape == param.shape:
                     local(value).masked_fill_(where, 0)
-
-
-class UnitMask(Mask):
-    """A mask that is zero along whole entries of some axes."""
-
-    def __init__(self) -> None:
-        self._kept: dict[int, Tensor] = {}  # axis → bool, what is kept of it
-        self._index: dict[int, Tensor] = {}  # axis → long, what is dropped, for writing
-
-    def drop(self, dim: int, entries: Tensor, weight: Tensor) -> None:
-        """Prune entries of an axis, beside those pruned already; the weight itself is written by :meth:`push`.
-
-        Args:
-            dim: The axis.
-            entries: Long, their positions.
-            weight: The parameter, for its shape and device.
-        """
-        kept = self.kept(dim, weight).clone()
-        kept[entries.to(kept.device)] = False
-        self._set(dim, kept, weight.ndim)
-
-    def kept(self, dim: int, weight: Tensor) -> Tensor:
-        """What is kept of an axis: bool, as long as the axis.
-
-        Args:
-            dim: The axis.
-            weight: The parameter, for its shape and device.
-        """
-        return self._kept.get(dim, torch.ones(weight.shape[dim], dtype=torch.bool, device=weight.device))
-
-    def _set(self, dim: int, kept: Tensor, ndim: int) -> None:
-        self._kept[dim] = kept
-        self._index[dim] = (~kept).nonzero().flatten()
-        if len(self._index[dim]):
-            self.first = tuple(int(self._index[dim][0]) if axis == dim else 0 for axis in range(ndim))
-
-    def dropped(self, weight: Tensor) -> Tensor:
-        """True where the weight is pruned, of its shape (a view that may be read only)."""
-        gone = torch.zeros((), dtype=torch.bool, device=weight.device)
-        for dim, kept in self._kept.items():
-            gone = gone | ~kept.to(weight.device).view([-1 if axis == dim else 1 for axis in range(weight.ndim)])
-        return gone.expand(weight.shape)
-
-    def gone(self, tensor: Tensor) -> Tensor:
-        """True where the weight is pruned, of the shape of a tensor like it."""
-        return self.dropped(tensor)
-
-    def write(self, tensor: Tensor) -> None:
-        """Zeros where the weight is pruned, in place."""
-        for dim, index in self._index.items():
-            if len(index):
-                tensor.index_fill_(dim, index, 0)
-
-    def start(self, weight: Tensor) -> None:
-        """Keep everything, zeros included."""
-        self._kept, self._index, self.first = {}, {}, None
-
-    def fits(self, weight: Tensor, tolerance: float) -> bool:
-        """Whether everything pruned is zero."""
-        return not any(bool(weight.index_select(dim, index).any()) for dim, index in self._index.items())
-
-    @classmethod
-    def state_schema(cls, weight: Tensor) -> Schema:
-        """A mask of each axis that has lost something; the weight is zero there."""
-
-        def zero(state: Mapping[str, Tensor]) -> bool:
-            found = cls()
-            found.load_state_dict(state, weight)
-            return found.fits(weight, 0.0)
-
-        axes = {f"axis{dim}": packed_mask((size,)) for dim, size in enumerate(weight.shape)}
-        return Such(Record({}, optional=axes), zero, _ZERO)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """``axis0`` and so on: what is kept of each axis, eight entries a byte."""
-        return {f"axis{dim}": pack_mask(kept) for dim, kept in self._kept.items()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor], weight: Tensor) -> None:
-        """Take over a mask."""
-        names = {f"axis{dim}": dim for dim in range(weight.ndim)}
-        if not state.keys() <= names.keys():
-            raise ValueError(f"the state of a mask of units holds {sorted(names)}; got {sorted(state)}.")
-        kept = {names[n]: unpack_mask(bits.to(weight.device), (weight.shape[names[n]],)) for n, bits in state.items()}
-        self._kept, self._index, self.first = {}, {}, None
-        for dim, mask in kept.items():
-            self._set(dim, mask, weight.ndim)
-
-
-@torch.no_grad()
-def drop_entries(site: Site, transform: UnitMask, entries: Mapping[int, Tensor], *, advance: bool = False) -> None:
-    """Prune entries of a weight now: ``W``, ``Ŵ`` and the gradient become zero there.
-
-    Args:
-        site: The weight.
-        transform: Its mask.
-        entries: Axis → positions on it.
-        advance: Let the other transforms of the weight follow (a power iteration on what is left). For changes outside
-            the optimizer's step; inside, the step itself does.
-    """
-    with _changed(site, transform, advance):
-        for dim, where in entries.items():
-            transform.drop(dim, where, site.param)
-
-
-@torch.no_grad()
-def scale_entries(site: Site, entries: Mapping[int, Tensor], factor: float) -> None:
-    """Multiply entries of a weight, in ``W`` and so in ``Ŵ``, after a step; other transforms of the weight follow.
-
-    Args:
-        site: The weight.
-        entries: Axis → positions on it, each once.
-        factor: 0 writes zeros.
-    """
-    window = site.pulled  # a hook of the optimizer that comes before the boundary's, which then pushes
-    if not window:
-        site.pull(None)
-    weight = site.param.data
-    for dim, where in entries.items():
-        if factor == 0.0:
-            weight.index_fill_(dim, where, 0)
-        else:
-            weight.index_copy_(dim, where, weight.index_select(dim, where).mul_(factor))
-    if not window:
-        site.push(advance=False, follow=True)

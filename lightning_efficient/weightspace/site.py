@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_efficient.common.schema import MapOf, TensorOf, Text, check
 from lightning_efficient.common.shards import local
@@ -60,6 +61,14 @@ class Site:
     def weight(self) -> Tensor:
         """What is here of the parameter, to be written to."""
         return local(self.param)
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """What is here of the parameter's gradient, to be written to; a sum that is still to be made is made."""
+        grad = self.param.grad
+        if isinstance(grad, DTensor) and self.layout.of is not None and grad.placements != self.layout.of.placements:
+            grad = self.param.grad = grad.redistribute(placements=self.layout.of.placements)
+        return None if grad is None else local(grad)
 
     @property
     def narrow(self) -> bool:

@@ -15,6 +15,12 @@ from lightning_efficient.lifecycle.files import UnsafeCheckpointError
 from lightning_efficient.lifecycle.recipe import read
 from lightning_efficient.lifecycle.state import attachment
 
+GO_ON = ("everything", "ticket", "hesso_norms")
+# On two processes always, in one go: starting them costs as much as four checks. The others on request.
+RARE = ("both", "everything", "rms", "gate", "sap_neuron", "rates")
+EQUAL = ("sigma", "split", "tensor_parallel", "stale", "loop", *PRUNING, "tied_inputs", "monitor", *IN_INIT, "ragged")
+FILES = ("resume_full", "resume_folder", "resume_ticket", "resume_sap", "resume_tau", "resume_hesso")
+FOREIGN = (*(f"{name}_from_one_process" for name in GO_ON), "exchange_everything", "exchange_hesso_norms")
 SCRIPT = Path(__file__).parent / "scripts" / "shards.py"
 
 
@@ -23,7 +29,7 @@ def alone(root: Path, name: str, *callbacks: Any, module: Module | None = None, 
     module, path = module or Module(), options.pop("ckpt_path", None)
     t = trainer(root, *callbacks, **options)
     t.fit(module, loader(), loader(1), ckpt_path=path)
-    t.save_checkpoint(root / "now.ckpt")
+    t.save_checkpoint(root / "now.ckpt", weights_only=True)
     file = torch.load(root / "now.ckpt", weights_only=True)
     entries = {e.method: e.tensors for e in read(file)}
     result = {"weights": file["state_dict"], "entries": entries, "losses": torch.stack(module.losses)[-3:]}
@@ -44,9 +50,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save({n: v for n, v in t.callback_metrics.items() if n.startswith("efficient/")}, folder / "monitor.pt")
     for name, make in PRUNING.items():
         alone(folder, name, *make(), **EVALUATED.get(name, {}))
-    for name in ("everything", "ticket"):
+    for name in GO_ON:
         half = SaveAt(folder / f"half_{name}.ckpt")
-        alone(folder, f"half_{name}", *PRUNING[name](), half, module=Module(groups=False))
+        alone(folder, f"half_{name}", *(PRUNING | IN_INIT)[name](), half, module=Module(groups=False))
     return folder
 
 
@@ -56,20 +62,15 @@ def passed(root: Path, processes: int, *checks: str) -> None:
 
 
 @pytest.mark.forks
-def test_equal_to_one_process(root: Path) -> None:
-    pruned = [name for name in PRUNING if name != "both"]
-    passed(root, 2, "sigma", "split", "tensor_parallel", "stale", "loop", *pruned, "tied_inputs")
-    passed(root, 2, "monitor", *IN_INIT, "ragged", "built_inside", "half_precision")
-
-
-@pytest.mark.forks
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
-def test_files(root: Path, tmp_path: Path) -> None:
-    passed(root, 2, "resume_full", "resume_folder", "resume_ticket", "resume_sap", "resume_tau")
-    passed(root, 2, "from_one_process", "ticket_from_one_process")
-    for name in ("everything", "ticket"):
+def test_two_processes(root: Path) -> None:
+    """Equal to one; to the bit after resuming; files go on in other runs and load in one process."""
+    usual = [name for name in EQUAL if name not in RARE]
+    passed(root, 2, *usual, "built_inside", "half_precision", *FILES, *FOREIGN)
+    for name in GO_ON:
         expected = torch.load(root / f"half_{name}.pt", weights_only=True)["weights"]
-        alone(root, "back", *PRUNING[name](), module=Module(groups=False), ckpt_path=root / f"full_{name}.ckpt")
+        callbacks = (PRUNING | IN_INIT)[name]()
+        alone(root, "back", *callbacks, module=Module(groups=False), ckpt_path=root / f"full_{name}.ckpt")
         back = torch.load(root / "back.pt", weights_only=True)["weights"]
         assert max(float((back[name] - value).abs().max()) for name, value in expected.items()) < 1e-12
     module = load_from_checkpoint(Module, root / "folder_everything.ckpt", weights_only=False)
@@ -78,6 +79,17 @@ def test_files(root: Path, tmp_path: Path) -> None:
     assert len(attachment(module).entries) == 2
     with pytest.raises(UnsafeCheckpointError, match=r"folder of shards.*weights_only=False"):
         load_from_checkpoint(Module, root / "folder_everything.ckpt")
+    pruned = load_from_checkpoint(Module, root / "pruned.ckpt", weights_only=False)
+    small = export(pruned, IMAGES[:2])
+    assert sum(p.numel() for p in small.parameters()) < 0.9 * sum(p.numel() for p in pruned.parameters())
+    with torch.no_grad():
+        assert float((small(IMAGES) - pruned(IMAGES)).abs().max()) < 1e-12
+
+
+@pytest.mark.forks
+@pytest.mark.exhaustive
+def test_the_rest_in_two_processes(root: Path) -> None:
+    passed(root, 2, *(name for name in RARE if name != "both"), "hesso_tp")
 
 
 @pytest.mark.forks
@@ -86,7 +98,8 @@ def test_files(root: Path, tmp_path: Path) -> None:
 def test_more_processes(root: Path, processes: int) -> None:
     """Of eight, one has no row of the head, and most none of the gate."""
     passed(root, processes, "2d", "hsdp", "fsdp", "masks", "masks_2d", "masks_hsdp", "tied")
-    passed(root, processes, "ticket_2d", "sap_2d", "repbn", "un", "tau")
+    passed(root, processes, "ticket_2d", "sap_2d", "repbn", "un", "tau", "hesso_norms")
+    passed(root, processes, "hesso_2d", "hesso_hsdp")
 
 
 @pytest.mark.forks

@@ -18,8 +18,9 @@ from torch.nn.utils import parametrizations
 from lightning_efficient.common.match import NoMatchError
 from lightning_efficient.pruning.targets import find_targets
 from lightning_efficient.weightspace import Block, Boundary, SpectralTransform
-from lightning_efficient.weightspace.mask import MaskTransform, UnitMask, forget, pack_mask, set_mask, unpack_mask
+from lightning_efficient.weightspace.mask import MaskTransform, forget, pack_mask, set_mask, unpack_mask
 from lightning_efficient.weightspace.snapshot import rewind, take
+from lightning_efficient.weightspace.unit_mask import UnitMask
 
 # -- bits ------------------------------------------------------------------------------------------------------------
 

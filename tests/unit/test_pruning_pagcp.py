@@ -18,7 +18,7 @@ from lightning_efficient.structured.budgets import Budget, decay, read_budgets, 
 from lightning_efficient.structured.cost import Cost
 from lightning_efficient.structured.groups import Slice, UnitGroup
 from lightning_efficient.structured.pagcp import Layer, PagcpConfig, search, unit_scores
-from lightning_efficient.weightspace.mask import UnitMask
+from lightning_efficient.weightspace.unit_mask import UnitMask
 
 # -- budgets ---------------------------------------------------------------------------------------------------------
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_efficient.structured.groups import Slice, UnitGroup
-from lightning_efficient.structured.saliency import CRITERIA, all_sums, unit_sums
+from lightning_efficient.structured.saliency import CRITERIA, all_sums, slice_sums, unit_sums
 from lightning_efficient.structured.saliency import saliency as saliency_of
+from lightning_efficient.weightspace.layout import Layout
 
 
 def saliency(
@@ -143,6 +144,27 @@ def test_zero_units_come_first_and_missing_gradients_leave_the_magnitudes() -> N
     without = saliency(groups, params, {})
     assert all(bool(torch.isfinite(value).all()) for value in without.values())
     assert without["conv"].argsort().tolist()[0] == 3
+
+
+# Axis that is cut → where the parts begin and how long they are, one of them empty.
+PARTS = {0: [(0, 5), (5, 4), (9, 0)], 1: [(0, 1), (1, 5), (6, 0)]}
+
+
+@pytest.mark.parametrize("axis", PARTS)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_sums_of_parts_add_up(axis: int, dim: int) -> None:
+    """Of units of three rows, or of two columns, that straddle the parts; whichever axis is cut."""
+    g = torch.Generator().manual_seed(0)
+    x, grad = torch.randn(2, 9, 6, 2, dtype=torch.float64, generator=g)
+    part = Slice("w", dim, torch.randperm(x.shape[dim], generator=g).view(3, -1), "produce")
+    whole = slice_sums(part, x, grad, Layout.find("w", x))
+    found = torch.zeros_like(whole)
+    for start, length in PARTS[axis]:
+        offset = tuple(start if d == axis else 0 for d in range(3))
+        local = tuple(length if d == axis else size for d, size in enumerate(x.shape))
+        layout = Layout(tuple(x.shape), local, offset, {axis: (None,)})
+        found += slice_sums(part, layout.part(x), layout.part(grad), layout)
+    assert torch.allclose(found, whole, rtol=1e-13)
 
 
 def test_a_group_without_parameters_is_refused() -> None:
