@@ -242,6 +242,30 @@ class Pictures(nn.Module):
         return self.head(self.conv(self.norm(self.stem(x))).mean((2, 3)))
 
 
+class Spectrogram(nn.Module):
+    """(batch, 1, frames, bands): a convolution over neighbouring bands, and attention over frames."""
+
+    def __init__(self, how: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.bands, self.block = nn.Conv2d(1, 4, (1, 3), padding=(0, 1)), Block(Attention(how))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.bands(x).transpose(1, 2).flatten(2)).mean(1)
+
+
+class Raster(nn.Module):
+    """Patches of an image in reading order behind a class token. Args: how: the attention between them."""
+
+    def __init__(self, how: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.patches, self.first = nn.Conv2d(3, W, 4, 4), nn.Parameter(floats(1, 1, W))
+        self.blocks = nn.Sequential(Block(Attention(how)), Block(Attention(how)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).mT
+        return self.blocks(torch.cat([self.first.expand(len(x), -1, -1), tokens], 1))[:, -1]
+
+
 class Perceptron(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -335,6 +359,8 @@ CAUSAL: dict[str, Maker] = {
         {"ids": tokens(), "labels": tokens(seed=1), "weight": padded()["attention_mask"]},
     ),
     "embedded, last position": lambda: (FromEmbeddings(), (floats(2, T, W),)),
+    "spectrogram": lambda: (Spectrogram(filled), (floats(2, 1, T, 4),)),
+    "image in reading order": lambda: (Raster(positional), (floats(2, 3, 16, 8),)),
     "GPT-2, eager": hf("GPT2LMHeadModel", "GPT2Config", ids, n_embd=W, n_head=2, n_positions=16),
     "GPT-NeoX, padded": hf("GPTNeoXForCausalLM", "GPTNeoXConfig", padded, **HEADS),
     "OPT": hf("OPTForCausalLM", "OPTConfig", ids, "sdpa", ffn_dim=32, word_embed_proj_dim=W, num_attention_heads=2),
@@ -364,6 +390,8 @@ OTHERS: dict[str, Maker] = {
     "images, strided stem": lambda: (Pictures(nn.Conv2d(3, W, 3, 2, 1)), (floats(2, 3, 8, 8),)),
     "images, wide strided stem": lambda: (Pictures(nn.Conv2d(3, W, 7, 4, 3)), (floats(2, 3, 16, 16),)),
     "images, patches": lambda: (Pictures(nn.Conv2d(3, W, 4, 4)), (floats(2, 3, 16, 16),)),
+    "spectrogram": lambda: (Spectrogram(full), (floats(2, 1, T, 4),)),
+    "image, patches and a token": lambda: (Raster(full), (floats(2, 3, 16, 8),)),
     "ViT": timm("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=2, num_heads=2),
     "Swin": timm(
         "swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=12, depths=(1, 1), num_heads=(1, 2)

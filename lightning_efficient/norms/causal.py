@@ -22,21 +22,21 @@ is heard by nobody, which looks causal: then the first is cut alone.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_efficient.common.eager import uncompiled
-from lightning_efficient.common.match import canonical_name
-from lightning_efficient.common.nests import named_tensors, tensors_in
-from lightning_efficient.common.running import as_found, evaluating
+from lightning_efficient.common.nests import named_tensors
+from lightning_efficient.common.running import evaluating
 from lightning_efficient.norms.blend import blend_norms
+from lightning_efficient.norms.effects import Base, Effect, Key, Moved, Sketch, Watch, exchanged
+
+# How far along its sorted values every value of an input moves.
+_SHARES = (1 / 2, 1 / 3, 3 / 4, 1 / 5)
 
 
 class CausalModelError(ValueError):
@@ -83,157 +83,36 @@ def causal_norms(model: nn.Module, run: Callable[[Any], object], inputs: Any) ->
     """
     norms = blend_norms(model)
     found: dict[str, str] = {}
-    with evaluating(model), _awake(model), uncompiled(), _Watch(model, run) as watch:
-        base = watch.outputs(inputs)
-        noise = _moved(base, watch.outputs(inputs))
-        base = {key: value for key, value in base.items() if key not in noise}
+    with evaluating(model), _awake(model), uncompiled(), Watch(model, run) as watch:
+        base = Base(watch, inputs)
         for name, tensor in named_tensors(inputs):
             others = [other for share in _SHARES if (other := exchanged(tensor, share)) is not None]
             if not others:
                 continue
-            effects = [_Effect(watch, base, inputs, tensor, other) for other in others]
+            effects = [Effect(base, tensor, other) for other in others]
             moved = [key for key in effects[0].all() if key.module in norms]
-            touched = {key.module: _rows(base[key], norms[key.module].spec.axis) for key in moved}
+            rows = {key: _rows(base.outputs[key], norms[key.module].spec.axis) for key in moved}
             for axis in range(tensor.dim()):
+                if axis == 1 and tensor.dim() > 3 and _is_mixed(effects[0]):
+                    break  # two runs, for an image of three axes or more
                 # Along any axis but the first a norm with one row a sample has no positions to leak between.
-                mixed = [name for name, rows in touched.items() if axis == 0 or rows > len(tensor)]
+                mixed = [key for key, number in rows.items() if axis == 0 or number > len(tensor)]
                 if mixed and (seen := _causal_always(axis, effects)):
                     what = (
                         f"the output of {seen!r} does not hear later positions of {name or 'the input'!r} (axis "
                         f"{axis}), and later ones hear the earlier"
                     )
-                    found = dict.fromkeys(mixed, what) | found
+                    found = dict.fromkeys((key.module for key in mixed if key not in base.noise), what) | found
     return found
 
 
-class _Key(NamedTuple):
-    """One tensor of one call of a module."""
-
-    module: str
-    call: int
-    output: int
-
-
-_Sketch = tuple[Tensor, ...]
-"""What is kept of a tensor: for each axis a vector, in which an entry changes when something at that index does."""
-
-_Moved = dict[_Key, tuple[Tensor, ...] | None]
-"""Outputs that changed -> for each axis, where (bool, on the CPU); None: by so little that it may be rounding."""
-
-
-class _Watch:
-    """Runs a model with hooks on all its modules but the insides of norms.
-
-    Args:
-        model: The model.
-        run: Runs it.
-    """
-
-    def __init__(self, model: nn.Module, run: Callable[[Any], object]) -> None:
-        self._model, self._run, self._seen = model, run, dict[_Key, _Sketch]()
-        self._calls: Counter[str] = Counter()
-        inside = {m for norm in blend_norms(model).values() for m in norm.modules() if m is not norm}
-        self._handles = [
-            module.register_forward_hook(self._hook(canonical_name(name)))
-            for name, module in model.named_modules()
-            if module is not model and module not in inside and not isinstance(module, torch.jit.ScriptModule)
-        ]
-
-    def __enter__(self) -> _Watch:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def outputs(self, inputs: Any) -> dict[_Key, _Sketch]:
-        """Sketches of all outputs, in the order in which they were made; the inputs stay as they are."""
-        self._seen, self._calls = {}, Counter()
-        with as_found(self._model):  # the same random numbers and the same memory each time
-            self._run(apply_to_collection(inputs, Tensor, torch.clone))
-        return self._seen
-
-    def _hook(self, name: str) -> Any:
-        @torch.no_grad()
-        def hook(module: nn.Module, args: Any, out: Any) -> None:
-            self._calls[name] += 1
-            for index, tensor in enumerate(tensors_in(out)):
-                if tensor.dim() and tensor.numel() and not tensor.is_nested:
-                    self._seen[_Key(name, self._calls[name], index)] = _sketch(tensor)
-
-        return hook
-
-
-def _sketch(tensor: Tensor) -> _Sketch:
-    """Random projections onto each axis. An entry stays, up to the rounding of sums, if nothing at its index moved."""
-    x = torch.nan_to_num(tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)))
-    generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(size, generator=generator).to(x) for size in x.shape]
-    axes = []
-    for axis in range(x.dim()):
-        y = x.movedim(axis, 0)
-        for weight in reversed([w for a, w in enumerate(weights) if a != axis]):
-            y = y @ weight
-        axes.append(y)
-    return tuple(axes)
-
-
-def _moved(base: Mapping[_Key, _Sketch], other: Mapping[_Key, _Sketch]) -> _Moved:
-    """Where outputs differ, by more than the rounding of an FFT or of a sum in another order."""
-    moved: _Moved = {}
-    for key, before in base.items():
-        after = other.get(key, ())
-        if [len(vector) for vector in after] != [len(vector) for vector in before]:
-            continue
-        changes = [(new - old).abs() for old, new in zip(before, after, strict=True)]
-        rounding = [16 * torch.finfo(old.dtype).eps * old.abs().max() for old in before]
-        axes = tuple((c > r).cpu() for c, r in zip(changes, rounding, strict=True))
-        if any(axis.any() for axis in axes):
-            clear = all(c.max() > 30 * r for c, r in zip(changes, rounding, strict=True))
-            moved[key] = axes if clear else None
-    return moved
-
-
-@dataclass(frozen=True)
-class _Effect:
-    """What moves when parts of one input are exchanged.
-
-    Args:
-        watch: Runs the model.
-        base: Its outputs with nothing exchanged.
-        inputs: All inputs.
-        tensor: One of them.
-        other: What its entries are exchanged for.
-    """
-
-    watch: _Watch
-    base: dict[_Key, _Sketch]
-    inputs: Any
-    tensor: Tensor
-    other: Tensor
-
-    def all(self) -> _Moved:
-        """Everything is exchanged."""
-        return self.part(0, 0, len(self.tensor))
-
-    def part(self, axis: int, start: int, end: int) -> _Moved:
-        """The positions from ``start`` to ``end`` along an axis are exchanged."""
-        changed = self.tensor.clone()
-        changed.narrow(axis, start, end - start).copy_(self.other.narrow(axis, start, end - start))
-        inputs = apply_to_collection(self.inputs, Tensor, lambda t: changed if t is self.tensor else t)
-        try:
-            return _moved(self.base, self.watch.outputs(inputs))
-        except Exception:  # the model checks its inputs (sorted lengths, ...): this one cannot be varied
-            return {}
-
-
-def _rows(sketch: _Sketch, axis: int) -> int:
+def _rows(sketch: Sketch, axis: int) -> int:
     """Rows over which a norm on channels along ``axis`` takes its batch statistics."""
     shape = [len(vector) for vector in sketch]
     return math.prod(shape) // shape[axis]
 
 
-def _causal_always(axis: int, effects: Iterable[_Effect]) -> str:
+def _causal_always(axis: int, effects: Iterable[Effect]) -> str:
     """The module that is causal with whatever the input is exchanged for.
 
     With one exchange an entry of a narrow layer may hear the first part only by chance: behind a ReLU, say.
@@ -245,20 +124,39 @@ def _causal_always(axis: int, effects: Iterable[_Effect]) -> str:
     return seen
 
 
-def _causal_along(axis: int, effect: _Effect) -> str:
+def _is_mixed(effect: Effect) -> bool:
+    """Whether two runs show that nothing is hidden along any axis but the first: a corner moves everything.
+
+    It is a part of either half of every axis, so that an output that both corners move throughout is mixed along all
+    of them. It has to come behind the last one that may be something else, and to have the axes along which that may.
+    """
+    first, last, doubtful, mixed = effect.corner(last=False), effect.corner(last=True), set[int](), True
+    for key in effect.all():
+        shape = [len(vector) for vector in effect.base.outputs[key]]
+        axes = [one & two for one, two in zip(first.get(key) or (), last.get(key) or (), strict=False)]
+        still = [axis for axis in range(len(shape)) if not axes or not axes[axis].all()]
+        if still or key in effect.base.noise:
+            doubtful, mixed = {shape[axis] for axis in still}, False
+        elif len(shape) > 2 and doubtful.issubset(shape):
+            mixed = True
+    return mixed
+
+
+def _causal_along(axis: int, effect: Effect) -> str:
     """The module whose output is causal along an axis of an input, unless the sequence is mixed both ways behind it."""
     length = whole = effect.tensor.shape[axis]
-    padding: _Moved = {}
+    padding: Moved = {}
     while length >= 2:
         first, last = effect.part(axis, 0, length // 2), effect.part(axis, length // 2, length)
-        hears = {key: _hearing((first, last), (last, first), key, padding) for key in effect.base}
-        if length > 2 and _last_word("token", hears, effect.base):
+        outputs = {key: sketch for key, sketch in effect.base.outputs.items() if key not in effect.base.noise}
+        hears = {key: _hearing((first, last), (last, first), key, padding) for key in outputs}
+        if length > 2 and _last_word("token", hears, outputs):
             head = effect.part(axis, 0, 1), effect.part(axis, 1, length)
             tail = effect.part(axis, length - 1, length), effect.part(axis, 0, length - 1)
             hears |= {
                 key: _hearing(head, tail, key, padding, was.axis) for key, was in hears.items() if was.kind == "token"
             }
-        seen = _last_word("causal", hears, effect.base)
+        seen = _last_word("causal", hears, outputs)
         if not seen or length < 4 or not _is_padding(axis, length, effect, hears, seen):
             return seen
         length //= 2
@@ -266,7 +164,7 @@ def _causal_along(axis: int, effect: _Effect) -> str:
     return ""
 
 
-def _is_padding(axis: int, length: int, effect: _Effect, hears: Mapping[_Key, _Hearing], seen: str) -> bool:
+def _is_padding(axis: int, length: int, effect: Effect, hears: Mapping[Key, _Hearing], seen: str) -> bool:
     """Whether the last position hears nothing of the rest of its half, as padding does not: it hears what counts.
 
     Then real tokens have no later ones in that half to hear, in any model, and only the half before can tell.
@@ -288,7 +186,7 @@ class _Hearing(NamedTuple):
 
 
 def _hearing(
-    head: tuple[_Moved, _Moved], tail: tuple[_Moved, _Moved], key: _Key, padding: _Moved, axis: int | None = None
+    head: tuple[Moved, Moved], tail: tuple[Moved, Moved], key: Key, padding: Moved, axis: int | None = None
 ) -> _Hearing:
     """Judge an output by what moved with either end of the sequence, and with all but that end.
 
@@ -328,7 +226,7 @@ def _is_beginning(part: Tensor, before: Tensor, entries: int) -> bool:
     return starts == list(range(starts[0], len(part), period)) and 4 * int(part.sum()) >= entries
 
 
-def _last_word(kind: str, hears: Mapping[_Key, _Hearing], base: Mapping[_Key, _Sketch]) -> str:
+def _last_word(kind: str, hears: Mapping[Key, _Hearing], base: Mapping[Key, Sketch]) -> str:
     """The last module with an output of a kind, unless a mixed one with an axis of that length comes behind it.
 
     A pooled output hears everything, too, and says nothing about the sequence: it has two axes at most.
@@ -341,26 +239,6 @@ def _last_word(kind: str, hears: Mapping[_Key, _Hearing], base: Mapping[_Key, _S
         elif what.kind == "mixed" and len(shape) > 2 and length in shape:
             last = ""
     return last
-
-
-# How far along its sorted values every value of an input moves.
-_SHARES = (1 / 2, 1 / 3, 3 / 4, 1 / 5)
-
-
-def exchanged(tensor: Tensor, share: float = 0.5) -> Tensor | None:
-    """The same tensor with every value exchanged for another of its values; None if that cannot be.
-
-    Args:
-        tensor: Of any shape.
-        share: Which other: so far along the sorted values, from the last on to the first again.
-    """
-    if tensor.dtype == torch.bool or tensor.is_complex() or tensor.is_nested or tensor.numel() < 2 or tensor.is_sparse:
-        return None
-    values, places = torch.unique(tensor.detach(), return_inverse=True)
-    if len(values) > 1:
-        other: Tensor = values[(places + max(int(share * len(values)), 1)) % len(values)]
-        return other
-    return tensor.detach() + 1 if tensor.is_floating_point() else None
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from lightning_efficient.common.match import canonical_name
 from lightning_efficient.common.nests import tensors_in
 from lightning_efficient.common.running import as_found, evaluating
 from lightning_efficient.norms.blend import BlendNorm, blend_norms
-from lightning_efficient.norms.causal import exchanged
+from lightning_efficient.norms.effects import exchanged
 
 # Which token the probe hides: neither the first, without which a causal query would see nothing, nor the last.
 _HIDDEN = 1

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_efficient.common.nests import named_tensors, tensors_in
 from lightning_efficient.companions.padding import Keeps, TokenMask
-from lightning_efficient.norms.causal import exchanged
+from lightning_efficient.norms.effects import exchanged
 from lightning_efficient.trainer.replay import Replay
 
 _KEEPS: tuple[Keeps, ...] = ("nonzero", "zero")

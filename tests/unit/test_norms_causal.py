@@ -119,6 +119,30 @@ def test_random_numbers_and_memory_do_not_hide_it() -> None:
     assert model.calls == 0
 
 
+def test_an_output_that_is_another_in_every_run_hides_nothing() -> None:
+    """What draws from a source that cannot be set back looks as if it heard everything."""
+
+    class Clocked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.tail, self.runs = CAUSAL["LSTM"]()[0], nn.Identity(), iter(range(1, 1000))
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.net(ids)
+            self.tail(out * next(self.runs))
+            return out
+
+    model, inputs, run = swapped(lambda: (Clocked(), CAUSAL["LSTM"]()[1]))
+    assert sorted(causal_norms(model, run, inputs)) == sorted(blend_norms(model))
+
+
+def test_few_runs_tell_that_an_image_is_mixed() -> None:
+    model, inputs, run = swapped(OTHERS["image, patches and a token"])
+    runs = []
+    assert causal_norms(model, lambda given: runs.append(run(given)), inputs) == {}
+    assert len(runs) == 5  # as it is, all of it, one of two samples, and two corners
+
+
 @pytest.mark.parametrize("width", [3, 8])
 def test_features_are_no_sequence(width: int) -> None:
     """Behind a ReLU a hidden unit may hear one half of the features only; one row a sample has nothing to leak."""
