@@ -112,6 +112,25 @@ def test_one_changes_no_bit(tmp_path: Any) -> None:
     assert torch.equal(results[0][1], results[1][1])
 
 
+@pytest.mark.filterwarnings("ignore:TempScale changes nothing")
+def test_one_looks_at_nothing_and_goes_on(tmp_path: Any) -> None:
+    """Its files say that nothing was scaled; a run goes on from one, and evaluation takes it as it is."""
+    module, runs = Classifier("timm_vit"), []
+    module.net.register_forward_hook(lambda *_: runs.append(module.trainer.training))
+    t = trainer(tmp_path, TempScale(), limit_val_batches=0)
+    t.fit(module, loader(6), loader(1))
+    assert len(runs) == t.global_step, "the forwards of its steps, and no other"
+    t.save_checkpoint(tmp_path / "one.ckpt")
+    resumed = Classifier("timm_vit")
+    trainer(tmp_path, TempScale(), max_steps=t.global_step + 2).fit(
+        resumed, loader(6), loader(1), ckpt_path=tmp_path / "one.ckpt"
+    )
+    expected = trainer(tmp_path).test(resumed, loader(2), verbose=False)
+    assert trainer(tmp_path, TempScale()).test(resumed, loader(2), verbose=False) == expected
+    fresh = Classifier("timm_vit")
+    assert trainer(tmp_path, TempScale()).test(fresh, loader(2), verbose=False)
+
+
 def test_the_file_holds_it_and_loads_without_us(tmp_path: Any) -> None:
     module = Classifier("timm_vit")
     t = trainer(tmp_path, TempScale(tau=0.5))
