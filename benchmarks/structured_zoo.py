@@ -7,8 +7,10 @@ reading it again. Beside it what Torch-Pruning's own pruner cuts at half of all 
 computes what the network computes without those channels (its choice by magnitude, as its documentation shows).
 
 Every network runs in a process of its own; rows are written as they come, and a run that is started again goes on.
+Seconds and limits are processor time. A row says which state of ``lightning_efficient/structured`` made it.
 
-    python benchmarks/structured_zoo.py
+    python benchmarks/structured_zoo.py            # rows that are missing
+    python benchmarks/structured_zoo.py --older    # and those of other states of the code, the quickest first
     python benchmarks/structured_zoo.py --only "resnet" "vit" --again
 """
 
@@ -22,6 +24,9 @@ import importlib
 import json
 import multiprocessing
 import os
+import resource
+import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -41,12 +46,13 @@ from lightning_efficient.structured.groups import Groups, UnitGroup
 from lightning_efficient.structured.slim import apply_slim, plan_slim, replay_slim
 
 PATH = RESULTS / "structured_zoo.json"
+CODE = "lightning_efficient/structured"
 _THEIRS = ("theirs", "same", "gap")
 LIMIT = {"ours": 300, "theirs": 120}
 COLUMNS = {
     "model": "model", "exact": "can go, exactly", "inexact": "with `inexact`", "heads": "attentions with heads",
     "error": "largest error", "runs": "runs, trains, reloads", "seconds": "s", "half": "gone at half",
-    "theirs": "Torch-Pruning at half", "same": "computes the same", "held": "what holds the rest",
+    "theirs": "Torch-Pruning at half", "same": "computes the same", "held": "what holds the rest", "code": "code",
 }  # fmt: skip
 SUBSETS: dict[str, Callable[[int], list[int]]] = {
     "one": lambda n: [n // 2],
@@ -253,14 +259,14 @@ def ours(name: str) -> dict[str, Any]:
     torch.manual_seed(0)
     model, example = lively(build()).eval(), make()
     row: dict[str, Any] = {"model": name, "params": sum(p.numel() for p in model.parameters())}
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         loose = find_groups(model, example, inexact=True)
     except NoMatchError as error:
-        return row | {"exact": 0.0, "inexact": 0.0, "seconds": time.perf_counter() - started, "why": str(error)}
+        return row | {"exact": 0.0, "inexact": 0.0, "seconds": time.process_time() - started, "why": str(error)}
     groups = Groups({n: g for n, g in loose.found.items() if g.exact}, loose.refused, loose.notes)
     why = loose.refused | {n: g.note for n, g in loose.found.items() if not g.exact}
-    row |= {"seconds": time.perf_counter() - started, "exact": _share(model, groups), "inexact": loose.share}
+    row |= {"seconds": time.process_time() - started, "exact": _share(model, groups), "inexact": loose.share}
     row |= {"groups": len(groups.found), "heads": sum(group.heads for group in groups.found.values()), "refused": why}
     most = sorted(loose.held.items(), key=lambda item: -item[1])[:2]
     row["held"] = "; ".join(f"{n} {share:.0%} ({why[n]})" for n, share in most if n in why)
@@ -387,6 +393,18 @@ def _zero(module: nn.Module, idxs: list[int]) -> None:
             bias[idxs] = 0
 
 
+def state() -> str:
+    """The last commit that touched the code under test; a plus where it has been changed since."""
+
+    def git(*command: str) -> str:
+        root = RESULTS.parents[1]
+        return subprocess.run(
+            ["git", *command, "--", CODE], cwd=root, check=True, capture_output=True, text=True
+        ).stdout
+
+    return git("log", "-1", "--format=%h").strip() + ("+" if git("status", "--porcelain") else "")
+
+
 def _child(part: str, name: str) -> dict[str, Any]:
     """A part of a row, in a process of its own: a fork, so that libraries are read once."""
     context = multiprocessing.get_context("fork")
@@ -394,6 +412,8 @@ def _child(part: str, name: str) -> dict[str, Any]:
 
     def work() -> None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        spent = int(time.process_time())  # before the fork
+        resource.setrlimit(resource.RLIMIT_CPU, (spent + LIMIT[part],) * 2)
         try:
             with warnings.catch_warnings(action="ignore"):
                 there.send({"ours": ours, "theirs": theirs}[part](name))
@@ -404,10 +424,11 @@ def _child(part: str, name: str) -> dict[str, Any]:
     process.start()
     there.close()
     try:
-        row = here.recv() if here.poll(LIMIT[part]) else {"crash": f"not after {LIMIT[part]} s"}
-    except EOFError:
-        row = {"crash": "its process died"}
-    process.kill()
+        row = here.recv()
+    except EOFError:  # the system ended it: at the limit, or for its memory
+        process.join()
+        over = process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
+        row = {"crash": f"not after {LIMIT[part]} s" if over else f"its process died ({process.exitcode})"}
     process.join()
     if "crash" not in row:
         return dict(row)
@@ -445,32 +466,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[""], help="parts of names")
     parser.add_argument("--again", action="store_true", help="also rows that are there")
+    parser.add_argument("--older", action="store_true", help="also rows of another state of the code")
     parser.add_argument("--skip", default="", help="`theirs`: without Torch-Pruning")
     args = parser.parse_args()
-    rows = read()
-    for name in CASES:
-        if not any(part.lower() in name.lower() for part in args.only):
-            continue
-        row = (
-            rows.get(name, {})
-            if not args.again
-            else {k: v for k, v in rows.get(name, {}).items() if k in ("theirs", "same", "gap")}
-        )
-        if "seconds" not in row:
-            row = {"model": name} | {k: row[k] for k in _THEIRS if k in row} | _child("ours", name)
-        if "theirs" not in row and args.skip != "theirs":
-            row |= {k: v for k, v in _child("theirs", name).items() if k != "failed"}
-        rows[name] = row
-        RESULTS.mkdir(exist_ok=True)
-        ordered = [rows[n] for n in CASES if n in rows]
-        PATH.write_text(json.dumps({"machine": machine(), "summary": summary(ordered), "rows": ordered}, indent=1))
-        shown = {
-            k: row.get(k) for k in ("exact", "inexact", "heads", "error", "runs", "seconds", "theirs", "same", "why")
-        }
-        print(name, shown, flush=True)
+    torch.set_num_threads(1)
+    rows, code = read(), state()
+
+    def wanted(part: str, row: dict[str, Any]) -> bool:
+        if part == "theirs":
+            return "theirs" not in row and args.skip != "theirs"
+        return args.again or "seconds" not in row or (args.older and row.get("code") != code)
+
+    names = [name for name in CASES if any(part.lower() in name.lower() for part in args.only)]
+    for part in ("ours", "theirs"):
+        for name in sorted(names, key=lambda name: rows.get(name, {}).get("seconds", 0.0)):
+            row = rows.get(name, {"model": name})
+            if not wanted(part, row):
+                continue
+            if part == "ours":
+                row = {"model": name, "code": code} | {k: row[k] for k in _THEIRS if k in row} | _child(part, name)
+            else:
+                row |= _child(part, name)
+            rows[name] = row
+            write(rows)
+            shown = ("exact", "inexact", "heads", "error", "runs", "seconds", "theirs", "same", "why")
+            print(name, {key: row.get(key) for key in shown}, flush=True)
+    print(write(rows))
+
+
+def write(rows: dict[str, dict[str, Any]]) -> str:
+    """The results and their table; returns the summary."""
+    RESULTS.mkdir(exist_ok=True)
     ordered = [rows[n] for n in CASES if n in rows]
-    (RESULTS / "structured_zoo.md").write_text(f"{summary(ordered)}\n\n{markdown(ordered, COLUMNS)}\n")
-    print(summary(ordered))
+    PATH.write_text(json.dumps({"machine": machine(), "summary": summary(ordered), "rows": ordered}, indent=1))
+    PATH.with_suffix(".md").write_text(f"{summary(ordered)}\n\n{markdown(ordered, COLUMNS)}\n")
+    return summary(ordered)
 
 
 if __name__ == "__main__":
