@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any
@@ -46,7 +47,11 @@ _TENSORS = MapOf(Text(), MapOf(OneOf(tuple("01234567")), _MASK))
 _WIDTHS: dict[str, Schema] = {name: Int(low=1) for name in sorted(ATTRIBUTES)}
 _WIDTHS["normalized_shape"] = Such(ListOf(Int(low=1)), lambda shape: len(shape) > 0, "not empty")
 # Modules count heads and channels under names of their own; `_check_cuts` looks at what they make of the number.
-_NAME = Such(Text(), lambda name: name.isidentifier() and not name.startswith("_"), "the name of a public attribute")
+_NAME = Such(
+    Text(),
+    lambda path: bool(re.fullmatch(r"(?!_)\w+(\.(?!_)\w+)?", path)) and not path[0].isdecimal(),
+    "the name of a public attribute, or of what one holds",
+)
 
 
 class _Attributes(Part):
@@ -192,7 +197,8 @@ def _check_attributes(model: nn.Module, cuts: Cuts) -> None:
             if attribute in layers.get(name, {}):
                 continue
             now = number_at(module, attribute)
-            if type(now) is not int or type(value) is not int or Fraction(value, max(now, 1)) not in shares:
+            right = type(now) is int and type(value) is int and now > 0
+            if not right or not (Fraction(value, now) in shares or value in _left_of_parts(name, now, cuts)):
                 _refuse(name, attribute, f"{now}, or as much less as its weights are", value)
     for name in cuts.units:  # an attention's heads are named like it
         shares, widths = _shares(name, cuts) - {Fraction(1)}, {mask.numel() for mask in _masks(name, cuts)}
@@ -214,6 +220,12 @@ def _masks(module: str, cuts: Cuts) -> list[Tensor]:
 def _shares(module: str, cuts: Cuts) -> set[Fraction]:
     """How much of its tensors stays, along each axis."""
     return {Fraction(int(mask.sum()), mask.numel()) for mask in _masks(module, cuts)} | {Fraction(1)}
+
+
+def _left_of_parts(module: str, size: int, cuts: Cuts) -> set[int]:
+    """What stays of parts of its tensors' axes, of one size: of a gate, or of queries, in one projection."""
+    long = [mask.long() for mask in _masks(module, cuts) if mask.numel() >= size]
+    return {int(count) for mask in long for count in set(mask.unfold(0, size, 1).sum(1).tolist())}
 
 
 def _same(module: str, attribute: str, expected: Any, found: Any) -> None:

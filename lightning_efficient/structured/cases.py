@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,7 +12,7 @@ from lightning_efficient.structured.groups import UnitGroup
 from lightning_efficient.structured.widths import Width
 
 KINDS = ("unbalanced", "all but one", "one alone", "the first", "the last")
-_DIVISORS = (2, 4, 8, 16, 32)
+DIVISORS = (2, 4, 8, 16, 32)
 
 
 class Case:
@@ -59,7 +59,7 @@ class Case:
             versions += [_read_too(version) for version in versions[:2]]
         yield from versions[1:]
         for group in versions if not self.running else ():
-            for divisor in _DIVISORS:
+            for divisor in DIVISORS:
                 if group.units >= 2 * divisor > group.divisor and group.units % divisor == 0:
                     yield replace(group, divisor=math.lcm(divisor, group.divisor))
                     if self.running:
@@ -110,6 +110,27 @@ def counted(counts: Mapping[str, Mapping[str, int]], group: UnitGroup, groups: S
         f"its heads run without some only if those of {others} go along and {where} counts them, and the others then "
         "compute something else: what is made of that number changes"
     )
+
+
+def sifted(
+    groups: list[UnitGroup],
+    error: Callable[[Sequence[UnitGroup]], str],
+    instead: Callable[[UnitGroup, str], UnitGroup | None],
+) -> list[UnitGroup]:
+    """Groups, those that fail replaced.
+
+    Args:
+        groups: All of them.
+        error: What goes wrong with some of them; empty: nothing.
+        instead: Another group for one that fails, given its error; None: it is left out.
+    """
+    if not groups or not (why := error(groups)):
+        return groups
+    if len(groups) == 1:
+        other = instead(groups[0], why)
+        return [] if other is None else [other]
+    middle = len(groups) // 2
+    return [*sifted(groups[:middle], error, instead), *sifted(groups[middle:], error, instead)]
 
 
 def next_running(case: Case, kind: int, failure: str) -> bool:

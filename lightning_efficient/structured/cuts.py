@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from types import SimpleNamespace
+from typing import Any, TypeGuard, TypeVar
 
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ class Cuts:
     Args:
         kept: Tensor → axis → bool, as long as the axis was: True where an entry stays.
         attributes: Module → attribute → its value afterwards; ``normalized_shape`` is a list. ``"config.n_head"`` is
-            a number of an object that the module holds, of which it gets a copy of its own.
+            a number of an object that the module holds, ``"sizes.1"`` one of a list; it gets a copy of its own.
         units: Group → units that stay, for people.
         configs: Model of Hugging Face's → path in its config → the number that it has afterwards.
     """
@@ -84,6 +85,15 @@ def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
     return {canonical_name(name): tensor for source in both for name, tensor in source}
 
 
+def held_blocks(module: nn.Module) -> Iterator[tuple[str, Sequence[int]]]:
+    """Lists of whole numbers that a module holds, as sizes of parts of an axis, each with its name."""
+    for name, value in vars(module).items():
+        if name.startswith("_") or not _listed(value) or len(value) < 2:
+            continue
+        if all(type(part) is int and part for part in value):
+            yield name, value
+
+
 def held_numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
     """Whole numbers of objects that a module holds and others may share, such as a config, each with its path."""
     for holder, thing in vars(module).items():
@@ -93,29 +103,70 @@ def held_numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
                     yield f"{holder}.{name}", value
 
 
+def numbers_of(module: nn.Module) -> dict[str, Any]:
+    """What of a module a cut may lower: its whole numbers, lists of such, and objects that hold some, with only those.
+
+    Args:
+        module: A module.
+
+    Returns:
+        Public name → number, list, or an object with the numbers alone.
+    """
+    found: dict[str, Any] = {name: v for name, v in vars(module).items() if type(v) is int and not name.startswith("_")}
+    found |= dict(held_blocks(module))
+    for path, value in held_numbers(module):
+        holder, _, name = path.partition(".")
+        setattr(found.setdefault(holder, SimpleNamespace()), name, value)
+    return found
+
+
+def put_numbers(module: nn.Module, found: Mapping[str, Any]) -> None:
+    """Give a module other numbers.
+
+    Args:
+        module: A module.
+        found: From :func:`numbers_of` of another one of its kind.
+    """
+    for name, value in found.items():
+        for path, number in ((f"{name}.{n}", v) for n, v in vars(value).items()) if _plain(value) else ((name, value),):
+            if number_at(module, path) != number:
+                put_number(module, path, number)
+
+
 def number_at(module: nn.Module | None, path: str) -> Any:
-    """An attribute of a module, or of an object that it holds; None: there is none.
+    """An attribute of a module, or of an object or a list that it holds; None: there is none.
 
     Args:
         module: The module.
-        path: ``"num_heads"``, or ``"config.num_heads"``.
+        path: ``"num_heads"``, ``"config.num_heads"``, or ``"sizes.1"``.
     """
     holder, dot, name = path.partition(".")
     if not dot:
         return getattr(module, path, None)
     thing = None if module is None else vars(module).get(holder)
+    if _listed(thing):
+        return thing[int(name)] if name.isdecimal() and int(name) < len(thing) else None
     return vars(thing).get(name) if _plain(thing) else None
 
 
 def put_number(module: nn.Module, path: str, value: Any) -> None:
-    """Set it; of an object the module gets a copy, as others go on with theirs."""
+    """Set it; of an object or a list the module gets a copy, as others go on with theirs."""
     holder, dot, name = path.partition(".")
-    if dot:
-        thing = copy.copy(getattr(module, holder))
-        setattr(thing, name, value)
-        setattr(module, holder, thing)
-    else:
+    if not dot:
         setattr(module, path, value)
+        return
+    thing = getattr(module, holder)
+    if _listed(thing):
+        numbers = [value if i == int(name) else number for i, number in enumerate(thing)]
+        thing = tuple(numbers) if isinstance(thing, tuple) else numbers
+    else:
+        thing = copy.copy(thing)
+        setattr(thing, name, value)
+    setattr(module, holder, thing)
+
+
+def _listed(thing: Any) -> TypeGuard[Sequence[Any]]:
+    return type(thing) in (list, tuple)
 
 
 def _plain(thing: Any) -> bool:

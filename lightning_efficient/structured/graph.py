@@ -8,15 +8,14 @@ touched.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
-from lightning_efficient.attention.sites import as_probe, perturbed, run_float64
+from lightning_efficient.attention.sites import as_probe
 from lightning_efficient.common.match import (
     REFERENCE,
     Choice,
@@ -25,19 +24,13 @@ from lightning_efficient.common.match import (
     modules_by_name,
     references,
 )
-from lightning_efficient.common.nests import mapped, tensors_in
-from lightning_efficient.common.running import float64_copy
 from lightning_efficient.common.weights import check_weight
-from lightning_efficient.folding.probes import Probe
 from lightning_efficient.structured.cost import Cost
 from lightning_efficient.structured.groups import Groups, UnitGroup, check_rounding, rounded
 from lightning_efficient.structured.pretrained import calls_of
 from lightning_efficient.structured.trial import Trial
+from lightning_efficient.structured.twin import METHOD, Run, Twin
 from lightning_efficient.structured.widths import Role, Width, find_widths
-
-METHOD = "structured pruning"
-# Images are tried at this size, where a model takes it: 32 halvings and more still leave something.
-_PIXELS = 64
 
 
 @torch.inference_mode(False)
@@ -78,16 +71,17 @@ def find_groups(
     choice, modules = Choice.of(model, include, exclude, METHOD), modules_by_name(model)
     bad, idle = _bad_tensors(model), references(model)
     probe = as_probe(model, example)
-    twin, run, tolerance, small, two = _copied(model, probe)
+    twin = Twin.of(model, probe)
     notes: list[str] = []
     with torch.random.fork_rng(devices=_devices(model)):
-        tracer = _Tracer(twin, run, small, two)
+        tracer = _Tracer(twin)
         outer = tracer.widths()
         if tracer.failed:
             notes.append(
                 f"it does not run in training mode on the example ({tracer.failed}): what runs only then was not seen"
             )
-        trial = Trial(twin, run(small), tolerance, None if tracer.failed else tracer.training, inexact)
+        training = None if tracer.failed else tracer.training
+        trial = Trial(twin.model, twin.run(twin.small), twin.tolerance, training, inexact)
         refused: dict[str, str] = {}
         found = trial.judge(_admitted(outer, bad, idle, refused, choice), refused)
         if any(width.group.name in refused and width.doubtful for width in outer):
@@ -97,10 +91,14 @@ def find_groups(
             for group in again:
                 refused.pop(group.name, None)
             found += again
-    if not inexact:
-        for group in [group for group in found if not group.exact]:
-            refused[group.name] = f"zeroing its units is not removing them: {group.note} (`inexact=True` may allow it)"
-        found = [group for group in found if group.exact]
+        if not inexact:
+            for group in [group for group in found if not group.exact]:
+                why = f"zeroing its units is not removing them: {group.note} (`inexact=True` may allow it)"
+                refused[group.name] = why
+            found = [group for group in found if group.exact]
+        calls = calls_of(twin.model, twin.run(twin.two))
+        # A kernel of another precision than float64 may want a multiple of a few channels.
+        found = Trial(twin.model, twin.lowered(model)).aligned(found, refused)
     refused |= _lone_heads(modules, outer, found)
     if not found:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:5])
@@ -109,44 +107,7 @@ def find_groups(
     found.sort(key=lambda g: order.get(g.name.partition("#")[0], 0))
     found = [rounded(group, round_to) for group in found]
     share, held = _shares(model, found, [w for w in outer if w.group.name in refused])
-    return Groups({g.name: g for g in found}, refused, tuple(notes), share, held, calls_of(twin, run(two)))
-
-
-Run = Callable[[], Any]
-
-
-def _copied(model: nn.Module, probe: Probe) -> tuple[nn.Module, Callable[[Probe], Run], float, Probe, Probe]:
-    """A copy to try things on, what runs it on inputs, how exactly it computes, and inputs: few, and two samples.
-
-    In float64 where all of it can.
-    """
-    try:
-        # A weight that a hook recomputes is no leaf, which `deepcopy` refuses.
-        loose = [(m, n, v) for m in model.modules() for n, v in vars(m).items() if isinstance(v, Tensor) and v.grad_fn]
-        own = copy.deepcopy(model, {id(v): v.detach().clone() for _, _, v in loose}) if loose else model
-        twin = perturbed(float64_copy(own))
-    except Exception as why:
-        raise ValueError(f"{METHOD}: {type(model).__name__} cannot be copied to be tried on: {why}") from why
-
-    def run(probe: Probe) -> Run:
-        return lambda: run_float64(twin, probe)
-
-    try:
-        return twin, run, 1e-9, *_smallest(probe, run)
-    except ValueError as why:
-        low = perturbed(copy.deepcopy(own).eval())
-
-        def plain(probe: Probe) -> Run:
-            return lambda: low(*mapped(probe.args, _fresh), **mapped(probe.kwargs, _fresh))
-
-        try:
-            return low, plain, 1e-4, *_smallest(probe, plain)
-        except Exception:
-            raise ValueError(f"{METHOD}: {why}") from why
-
-
-def _fresh(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
+    return Groups({g.name: g for g in found}, refused, tuple(notes), share, held, calls)
 
 
 def _training(twin: nn.Module, run: Run) -> Run:
@@ -169,11 +130,11 @@ def _training(twin: nn.Module, run: Run) -> Run:
 class _Tracer:
     """Finds the widths of a copy, in one run in evaluation mode and one in training mode where that is possible."""
 
-    def __init__(self, twin: nn.Module, run: Callable[[Probe], Run], small: Probe, two: Probe) -> None:
-        self.twin, self.run = twin, run
+    def __init__(self, twin: Twin) -> None:
+        self.twin, self.run = twin.model, twin.run
         # A batch norm of one number fails in training where one of two does not.
-        self.probes = [small] if two is small else [small, two]
-        self.training = _training(twin, run(small))
+        self.probes = [twin.small] if twin.two is twin.small else [twin.small, twin.two]
+        self.training = _training(self.twin, self.run(twin.small))
         self.failed = ""
         self.unread: dict[str, set[str]] | None = None
 
@@ -302,47 +263,6 @@ def _lone_heads(
                 "many channels of that width" + (f", and {home!r} keeps them all (see there)" if home else "")
             )
     return notes
-
-
-def _small(probe: Probe, samples: int) -> Probe:
-    """The first samples of the example, where its tensors share a first axis."""
-    sizes = {t.shape[:1] for t in tensors_in((probe.args, probe.kwargs))}
-    if len(sizes) != 1 or (size := next(iter(sizes))) == () or size[0] <= samples:
-        return probe
-
-    def few(value: Any) -> Any:
-        return value[:samples] if isinstance(value, Tensor) else value
-
-    return Probe(probe.label, mapped(probe.args, few), mapped(probe.kwargs, few))
-
-
-def _smallest(probe: Probe, run: Callable[[Probe], Run]) -> tuple[Probe, Probe]:
-    """Inputs that a model runs on: the fewest that say enough, and two samples.
-
-    Two samples; of large images one, and smaller if the model takes them: a trial is a dozen forwards.
-    """
-    small, two = (_small(probe, samples) for samples in (1, 2))
-    images = [t for t in tensors_in((probe.args, probe.kwargs)) if t.ndim == 4 and t.is_floating_point()]
-    with torch.no_grad():
-        if not images or max(t.shape[2:].numel() for t in images) <= _PIXELS**2:
-            run(two)()
-            return two, two
-        shape = images[0].shape[2:]
-
-        def resized(value: Any) -> Any:
-            if not isinstance(value, Tensor) or value.shape[2:] != shape or not value.is_floating_point():
-                return value
-            return nn.functional.interpolate(value, size=(_PIXELS, _PIXELS), mode="nearest")
-
-        def smaller(probe: Probe) -> Probe:
-            return Probe(probe.label, mapped(probe.args, resized), mapped(probe.kwargs, resized))
-
-        try:
-            run(smaller(small))()
-        except Exception:  # its size is fixed
-            run(small)()
-            return small, two
-        return smaller(small), smaller(two)
 
 
 def _devices(model: nn.Module) -> list[int]:

@@ -101,6 +101,9 @@ class Moves:
             moved = _as_list(self._moved(grid.expand(shape)))
             if self.name in _SPLITS:
                 self._tie_parts(moved)
+                lines = [compressed(part) for part in moved]
+                if self.name != "unbind" and not any(len(support(line)) > 1 for line in lines):
+                    self.book.parts.append([line.flatten() for line in lines])
             for grids, part in zip(made, moved, strict=True):
                 new = compressed(part)
                 if len(support(new)) > len(support(grid)) and not label.pure and not self.labels.fixed(new):

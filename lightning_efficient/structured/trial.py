@@ -21,7 +21,7 @@ from lightning_efficient.common.comparing import largest_gap
 from lightning_efficient.common.match import modules_by_name
 from lightning_efficient.common.nests import outputs_in
 from lightning_efficient.common.running import forget
-from lightning_efficient.structured.cases import KINDS, Case, broken, counted, next_running, subset
+from lightning_efficient.structured.cases import DIVISORS, KINDS, Case, broken, counted, next_running, sifted, subset
 from lightning_efficient.structured.cuts import tensors_by_name
 from lightning_efficient.structured.groups import Groups, UnitGroup
 from lightning_efficient.structured.slim import plan_slim, replay_slim
@@ -213,19 +213,33 @@ class Trial:
 
     def _trained(self, groups: list[UnitGroup], refused: dict[str, str]) -> list[UnitGroup]:
         """Those without which the model runs in training mode, too."""
-        if not groups or self.training is None or not (error := self._training_error(groups)):
-            return groups
-        if len(groups) == 1:
-            refused[groups[0].name] = f"the model does not train without some of its units ({error})"
-            return []
-        middle = len(groups) // 2
-        return [*self._trained(groups[:middle], refused), *self._trained(groups[middle:], refused)]
 
-    def _training_error(self, groups: Sequence[UnitGroup]) -> str:
-        assert self.training is not None
+        def refuse(group: UnitGroup, error: str) -> None:
+            refused[group.name] = f"the model does not train without some of its units ({error})"
+
+        run = self.training
+        return groups if run is None else sifted(groups, lambda some: self._error(some, run), refuse)
+
+    def aligned(self, groups: list[UnitGroup], refused: dict[str, str]) -> list[UnitGroup]:
+        """Groups that stood a trial in another precision: with a divisor where a kernel of this one wants it."""
+
+        def divided(group: UnitGroup, error: str) -> UnitGroup | None:
+            for divisor in DIVISORS:
+                other = replace(group, divisor=math.lcm(divisor, group.divisor))
+                if other.divisor < group.units and not self._error([other], self.run):
+                    return other
+            refused[group.name] = broken(error)
+            return None
+
+        if self._error([], self.run):  # it is used in another precision, under autocast
+            return groups
+        return sifted(groups, lambda some: self._error(some, self.run), divided)
+
+    def _error(self, groups: Sequence[UnitGroup], run: Callable[[], Any]) -> str:
+        """What running without some units of these raises; empty: nothing."""
         try:
             keep = {group.name: subset(group, 0, turn) for turn, group in enumerate(groups)}
-            self._cut({group.name: group for group in groups}, keep, self.training)
+            self._cut({group.name: group for group in groups}, keep, run)
         except Exception as raised:  # whatever a forward raises when its tensors do not fit
             return _said(raised)
         return ""

@@ -17,7 +17,7 @@ from lightning_efficient.common.eager import uncompiled
 from lightning_efficient.common.match import canonical_name, modules_by_name
 from lightning_efficient.common.nests import outputs_in
 from lightning_efficient.structured.book import Book
-from lightning_efficient.structured.cuts import held_numbers
+from lightning_efficient.structured.cuts import held_blocks, held_numbers
 from lightning_efficient.structured.groups import Slice, UnitGroup
 from lightning_efficient.structured.labels import Labels
 from lightning_efficient.structured.slim import HEAD_ATTRIBUTES, INNER_ATTRIBUTES, LAYER_ATTRIBUTES
@@ -150,12 +150,13 @@ class _Reader:
         roots = book.labels.roots
         self.attended = {r for grid in [*book.attended, *book.labels.blocks] for r in np.unique(roots(grid)).tolist()}
         self.split = self.attended | {r for grid in book.splits for r in np.unique(roots(grid)).tolist()}
+        self.parts = [[roots(line) for line in lines] for lines in book.parts]
         self.read = {r for grid in book.read for r in np.unique(roots(grid)).tolist()}
         self.mixed = {r: name for grid, name in book.mixed for r in np.unique(roots(grid)).tolist()}
 
     def widths(self) -> Iterator[Width]:
         """Classes of labels that take as many entries of the same tensors are units of one width."""
-        widths = [self._width(roots, parts) for roots, parts in self._alike()]
+        widths = [self._width(*one) for roots, parts in self._alike() for one in self._apart(roots, parts)]
         taken: dict[str, int] = {}
         for width in sorted(widths, key=lambda width: bool(width.refused)):
             count = taken[width.group.name] = taken.get(width.group.name, 0) + 1
@@ -195,6 +196,24 @@ class _Reader:
                 found.append((roots[starts[mine[:, 0]]].tolist(), parts))
         return sorted(found, key=lambda item: item[0][0])
 
+    def _apart(
+        self, roots: list[int], parts: dict[tuple[str, int], Tensor]
+    ) -> list[tuple[list[int], dict[tuple[str, int], Tensor]]]:
+        """Classes that lie in different parts of an axis that was split go apart: each part has a size of its own."""
+        for _, each in self._in_parts(roots):
+            kinds, where = np.unique(each, axis=0, return_inverse=True)
+            if len(kinds) > 1:
+                some = [np.flatnonzero(where.reshape(-1) == kind).tolist() for kind in range(len(kinds))]
+                return [([roots[i] for i in s], {key: index[s] for key, index in parts.items()}) for s in some]
+        return [(roots, parts)]
+
+    def _in_parts(self, roots: Sequence[int]) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Axes that were split and on which these classes lie: sizes of the parts, and ``(units, parts)`` entries."""
+        for lines in self.parts:
+            if any(np.isin(line, roots).any() for line in lines):
+                each = np.stack([(line[None] == np.array(roots)[:, None]).sum(1) for line in lines], 1)
+                yield [len(line) for line in lines], each
+
     def _width(self, roots: list[int], parts: Mapping[tuple[str, int], Tensor]) -> Width:
         keys = list(parts)
         slices = []
@@ -211,7 +230,7 @@ class _Reader:
             refused = "all its channels are coupled with each other, so none can go alone"
         elif not refused and not group.consumed and not any(r in self.read for r in roots):
             refused = "no layer that can be cut reads it"
-        counts = tuple(self._counts(group, heads)) if not refused else ({},)
+        counts = tuple(self._counts(group, heads, roots)) if not refused else ({},)
         return Width(group, refused, heads, mixed, counts, any(r in self.split for r in roots))
 
     def _multihead(self, tensor: str) -> nn.MultiheadAttention | None:
@@ -234,7 +253,7 @@ class _Reader:
         wide = [o for s, o in zip(made, owners, strict=True) if o and self.tensors[s.name].ndim > 1]
         return next(iter([*wide, *filter(None, owners), made[0].name]))
 
-    def _counts(self, group: UnitGroup, heads: bool) -> Iterator[dict[str, dict[str, int]]]:
+    def _counts(self, group: UnitGroup, heads: bool, roots: Sequence[int]) -> Iterator[dict[str, dict[str, int]]]:
         """Ways in which integer attributes may count the units, the likeliest first."""
         top = common_parent(part.name.rpartition(".")[0] for part in group.slices)
         inside = f"{top}." if top else ""
@@ -246,8 +265,8 @@ class _Reader:
             and not isinstance(module, nn.MultiheadAttention)
             and (not any(True for _ in module.parameters()) or any(_within(h, name) for h in holders))
         ]
-        sizes = {part.index.numel() for part in group.slices}
-        kinds = ("heads", "inner", "ambiguous", "any", "held", "near")
+        sizes, split = {part.index.numel() for part in group.slices}, list(self._in_parts(roots))
+        kinds = ("heads", "inner", "lists", "parts", "ambiguous", "any", "held", "near")
         found: dict[str, dict[str, dict[str, int]]] = {kind: {} for kind in kinds}
         for name, module in near:
             for attribute, value in vars(module).items():
@@ -270,11 +289,21 @@ class _Reader:
                     found["held"].setdefault(name, {})[path] = step
                 elif heads and ("head" in attribute or "group" in attribute):
                     found["near"].setdefault(name, {})[path] = step
-        sure = _joined(found["heads"], found["inner"])
+            lists = dict(held_blocks(module))
+            for ends, each in split:
+                steps = {i: int(step) for i, step in enumerate(each[0]) if step}
+                for attribute in (a for a, value in lists.items() if list(value) == ends):
+                    found["lists"].setdefault(name, {}).update({f"{attribute}.{i}": steps[i] for i in steps})
+                of_size = {ends[i]: step for i, step in steps.items()}
+                for attribute, value in vars(module).items():
+                    if type(value) is int and value in of_size and not attribute.startswith("_"):
+                        found["parts"].setdefault(name, {})[attribute] = of_size[value]
+        sure = _joined(found["heads"], found["inner"], found["lists"])
         held = _joined(sure, found["held"])
         seen: list[dict[str, dict[str, int]]] = []
         ways = [_joined(sure, {}), _joined(sure, found["ambiguous"]), {}] if heads else [{}, sure]
         ways += [held, *(_joined(held, some) for some in _subsets(found["near"])), _joined(held, found["near"])]
+        ways += [_joined(sure, some) for some in _subsets(found["parts"])] + [_joined(sure, found["parts"])]
         ways += [_joined(sure, some) for some in _subsets(found["any"])]
         ways += [_joined(sure, found["any"]), _joined(sure, found["ambiguous"], found["any"])]
         for way in ways:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_efficient.common.match import canonical_name
+from lightning_efficient.structured.cuts import numbers_of, put_numbers
 from lightning_efficient.trainer.replay import STEPS, EmptyLoaderError, Replay, Stage, own, run_step, silent
 from lightning_efficient.trainer.stand_in import stand_in
 
@@ -108,8 +109,11 @@ class WholeStep(ModuleView):
 
     def __init__(self, pl_module: LightningModule, stage: Stage | Literal["forward"]) -> None:
         super().__init__(pl_module, pl_module.trainer.precision_plugin.forward_context)
-        self.stage = stage
+        self._stage = stage
         self._whose = _Shared(pl_module)
+        # By which the user's code goes, so that what cuts units out of this one can lower them.
+        self._numbers = tuple(name for name in numbers_of(pl_module) if name not in vars(self))
+        vars(self).update({name: value for name, value in numbers_of(pl_module).items() if name in self._numbers})
 
     def forward(self, batch: Any) -> tuple[Any, dict[str, Any]]:
         """What the step returns, and what it logs: name → value, as logged last.
@@ -121,8 +125,9 @@ class WholeStep(ModuleView):
         pl_module: LightningModule = self._whose.value
         twin = stand_in(pl_module, lambda name, value, *_, **__: logged.update({name: value}), self.swapped(pl_module))
         twin.training = self.training
+        put_numbers(twin, {name: vars(self)[name] for name in self._numbers})
         with self._precision(), silent(pl_module.trainer):
-            return run_step(twin, self.stage, batch), logged
+            return run_step(twin, self._stage, batch), logged
 
 
 class AllSteps(WholeStep):
@@ -137,15 +142,15 @@ class AllSteps(WholeStep):
 
     def __init__(self, pl_module: LightningModule, stages: Sequence[Stage | Literal["forward"]]) -> None:
         super().__init__(pl_module, stages[0])
-        self.stages = tuple(stages)
+        self._stages = tuple(stages)
 
     def forward(self, *batches: Any) -> list[Any]:  # type: ignore[override]
         """What each step returns and logs, on a batch of its own."""
         results = []
-        for stage, batch in zip(self.stages, batches, strict=True):
+        for stage, batch in zip(self._stages, batches, strict=True):
             if self.training and stage != "fit":
                 continue
-            self.stage = stage
+            self._stage = stage
             with torch.set_grad_enabled(stage == "fit" or torch.is_grad_enabled()):  # a training step may ask for some
                 results.append(super().forward(batch))
         return results
