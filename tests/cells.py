@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 # What a network is made of shows in its weights, wherever they are trained, saved, resumed and exported.
 # What the Trainer does around them is the same for every network: precision, accumulation, hooks, how a module is made.
-ON_EVERY_NET = ("plain", "resume", "weights_only")
+ON_EVERY_NET = ("plain", "resume")
 
 
 def rare(scenario: str, head: bool, also: Collection[str] = ()) -> bool:

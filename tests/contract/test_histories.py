@@ -57,12 +57,13 @@ RELATIVES = {
     "temp_scale_transition": "temp_scale",
     "iterative": "magnitude",
     "cric": "hesso",
+    "pagcp": "hesso",
 }
 
 
 def tail(test: str, cell: dict[str, Any]) -> bool:
-    """Of relatives, what asks for the schedule; finders and the tuner, which fit several times, for one of a base."""
-    if cell["history"] in ("finders", "tuned") and cell["method"] in ("linear_attention", "pagcp", "sap"):
+    """Of relatives, what asks for the schedule; finders and the tuner, which fit several times, for one of a room."""
+    if cell["history"] in ("finders", "tuned") and cell["method"] not in ("norm_swap_repbn", "temp_scale", "hesso"):
         return True
     return cell["method"] in RELATIVES and cell["history"] not in ("longer", "second_model", "validated_then_fit")
 

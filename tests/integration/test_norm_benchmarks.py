@@ -118,8 +118,9 @@ def test_the_study_runs_every_variant_and_goes_on(
     script: Any, images: Any, plan: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     study = script("norm_study")
-    scratch = [v for v in study.SCRATCH if v.name in ("LN", "BN from the start") or v.curve]
-    swap = [v for v in study.SWAP if not v.name.startswith(("un", "dyt", "rms"))]
+    drawn = ("PRepBN, slab init, T = 0.8", "affine, copy init")
+    scratch = [v for v in study.SCRATCH if v.name in ("LN", "BN from the start", *drawn)]
+    swap = [v for v in study.SWAP if v.name == "LN, trained on" or v.name.startswith("repbn, slab init")]
     monkeypatch.setattr(study, "SCRATCH", scratch)
     monkeypatch.setattr(study, "SWAP", swap)
     rows = study.study(plan, images)

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.exhaustive  # `.ci/wheel` runs the script, with the wheel
 @pytest.mark.slow
 def test_every_callback_trains_without_them(tmp_path: Path) -> None:
     """A process of its own: what an earlier test has imported could not be missed."""
