@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_efficient.common.match import canonical_name
+from lightning_efficient.common.registry import near
 from lightning_efficient.lifecycle.masks import PruningCallback
 from lightning_efficient.lifecycle.standing import is_smoke_run
 from lightning_efficient.lifecycle.strategies import is_sharded
@@ -168,6 +169,10 @@ class SAPPruning(PruningCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier run, unless this ``fit`` is its next iteration."""
         goes_on = stage == "fit" and self.iterations == 0 and self._trained() is pl_module
+        if stage == "fit" and self.enabled and self.monitor is not None and not trainer.enable_validation:
+            raise ValueError(
+                f"`monitor`={self.monitor!r} needs a validation: a loader, and `limit_val_batches` above 0."
+            )
         earlier = (self._snapshot, self.history, self.stopped, self._next, self._keep)
         super().setup(trainer, pl_module, stage)
         if goes_on:
@@ -252,8 +257,8 @@ class SAPPruning(PruningCallback):
             return
         if self.monitor not in trainer.callback_metrics:
             raise ValueError(
-                f"`monitor`={self.monitor!r} is not among the logged metrics {sorted(trainer.callback_metrics)}: log "
-                "it in `validation_step`."
+                f"`monitor`={self.monitor!r}{near(self.monitor, trainer.callback_metrics)} is not among the logged "
+                f"metrics {sorted(trainer.callback_metrics)}: log it in `validation_step`."
             )
         score = float(trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor])))
         if self.select == "last":

@@ -171,6 +171,7 @@ def run_schema(options: Namespace) -> None:
             print(text, end="")
         else:
             options.out.write_text(text, encoding="utf-8")
+            print(f"{options.out}: name it in the first line of the YAML file, # yaml-language-server: $schema=...")
 
 
 def run_compare(options: Namespace) -> None:

@@ -20,7 +20,8 @@ from lightning_efficient.common.registry import METHODS, near
 from lightning_efficient.lifecycle.files import ShardedCheckpointError, check_checkpoint
 from lightning_efficient.lifecycle.methods import callback_class
 
-_UNKNOWN_OPTION = re.compile(r"(?:does not accept option '|Option '|unrecognized arguments: --)([\w.]+)")
+# As jsonargparse has put it since 4.39.
+_UNKNOWN_OPTION = re.compile(r"(?:does not accept option '|Option '|Key '|[Uu]nrecognized arguments: --)([\w.]+)")
 
 _OPTION = re.compile(r"--([A-Za-z_][\w-]*)((?:\.[\w.+-]+)?)(=.*)?", re.DOTALL)
 
@@ -29,6 +30,11 @@ class EfficientArgumentParser(LightningArgumentParser):
     """LightningCLI's parser with errors of a few lines, and any spelling of the methods' keys."""
 
     _commands: Mapping[str, Any] = MappingProxyType({})
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # `python -m package` is no `__main__.py` that one could run.
+        self.prog = self.prog.replace("__main__.py", "lightning-efficient")
 
     def format_usage(self) -> str:
         """One line: the full usage of a Trainer's parser is sixty, and buries the error below it."""

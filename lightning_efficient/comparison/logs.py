@@ -154,8 +154,16 @@ def _log_folders(roots: Iterable[Path]) -> list[Path]:
 
 
 def _read(folder: Path) -> dict[str, Series]:
-    # Event files first: they know the wall time.
-    points = _read_events(folder) if any(_files(folder, _EVENTS)) else _read_csv(folder / _CSV)
+    points, broken = _read_events(folder)  # first: they know the wall time
+    if (folder / _CSV).is_file() and (broken or not points):
+        try:
+            points = _read_csv(folder / _CSV)
+        except ValueError as error:
+            broken.append(str(error))
+    if broken and not points:
+        raise ValueError(broken[0])
+    for text in broken:
+        warnings.warn(f"{text} It is skipped.", stacklevel=3)
     return {printable(n): _series(rows) for n, rows in points.items() if rows and n not in _NOT_LOGGED_BY_THE_USER}
 
 
@@ -167,23 +175,26 @@ def _files(folder: Path, pattern: str, below: bool = False) -> list[Path]:
 _Point = tuple[int, float, float | None]
 
 
-def _read_events(folder: Path) -> dict[str, list[_Point]]:
-    """As written: a clock that was set back changes nothing."""
+def _read_events(folder: Path) -> tuple[dict[str, list[_Point]], list[str]]:
+    """As written: a clock that was set back changes nothing. And what cannot be read, as a sentence a file."""
     from tensorboard.backend.event_processing import event_accumulator  # type: ignore[import-untyped]
 
     kinds = ("images", "audio", "histograms", "compressedHistograms", "tensors")
     guidance = {"scalars": 0, **dict.fromkeys(kinds, 1)}  # 0: all of them
     points: dict[str, list[_Point]] = {}
+    broken: list[str] = []
     for file in _files(folder, _EVENTS):
         log = event_accumulator.EventAccumulator(str(file), size_guidance=guidance)
         try:
             with file.open("rb"):
                 log.Reload()
+            if log.file_version is None and file.stat().st_size:  # which comes first, and the reader stops at rubbish
+                raise ValueError("there is no event in it")
             for name in log.Tags()["scalars"]:
                 points.setdefault(name, []).extend((e.step, e.value, e.wall_time) for e in log.Scalars(name))
         except Exception as error:  # whatever the bytes of a broken file make of the reader
-            raise ValueError(f"cannot read the log {str(file)!r}: {_reason(error)}.") from error
-    return points
+            broken.append(f"cannot read the log {str(file)!r}: {_reason(error)}.")
+    return points, broken
 
 
 def _read_csv(file: Path) -> dict[str, list[_Point]]:

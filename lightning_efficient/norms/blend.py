@@ -81,7 +81,7 @@ class BlendNorm(nn.Module):
         if self.target.calibrating and self.training:
             seen = source.movedim(self.spec.axis, -1).reshape(flat.shape)
             self.target.calibrate(flat, seen, self.spec.scale(self.source), self.spec.shift(self.source), mask)
-        return torch.lerp(y.to(source.dtype), source, self.lam)
+        return torch.lerp(y.to(source.dtype), source, self.lam.to(source.dtype))
 
     @property
     def learns_in_training(self) -> bool:

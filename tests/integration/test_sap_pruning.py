@@ -328,6 +328,12 @@ def test_bad_arguments(arguments: dict[str, Any], match: str) -> None:
         ({"epochs_per_iteration": 6}, {}, "leaves no second iteration in a run of 6 epochs"),
         ({"iterations": 12}, {}, "12 `iterations` need more than 12 steps, but the run has 12"),
         ({"monitor": "val_f1"}, {}, r"`monitor`='val_f1' is not among the logged metrics \[.*'val_loss'\]"),
+        ({"monitor": "val_los"}, {}, r"`monitor`='val_los' .did you mean 'val_loss'.. is not"),
+        (
+            {"monitor": "val_loss"},
+            {"limit_val_batches": 0},
+            r"`monitor`='val_loss' needs a validation",
+        ),
     ],
 )
 def test_runs_that_do_not_fit(tmp_path: Path, arguments: Any, kwargs: Any, match: str) -> None:

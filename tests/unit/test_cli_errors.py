@@ -12,6 +12,7 @@ import pytest
 from lightning.pytorch import Trainer
 
 from lightning_efficient.cli import commands
+from lightning_efficient.cli.efficient_cli import EfficientArgumentParser
 from lightning_efficient.lifecycle.recipe import read
 
 
@@ -87,3 +88,9 @@ def test_what_a_users_module_fails_to_import_is_a_mistake_in_it(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
         within_short_errors(partial(commands.import_class, "a_broken_module.Model"))
+
+
+def test_a_module_is_called_by_the_name_of_its_command() -> None:
+    """`python -m lightning_efficient fit` runs a `__main__.py`, which nobody could run by that name."""
+    assert EfficientArgumentParser(prog="__main__.py").format_usage() == "usage: lightning-efficient [options]\n"
+    assert EfficientArgumentParser(prog="train.py").format_usage() == "usage: train.py [options]\n"

@@ -74,6 +74,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     main(["schema"])
     assert json.loads(capsys.readouterr().out) == json_schema()
     main(["schema", "--config", "--out", str(tmp_path / "schema.json")])
+    assert str(tmp_path / "schema.json") in capsys.readouterr().out
     assert json.loads((tmp_path / "schema.json").read_text("utf-8")) == json_schema(alone=False)
     with pytest.raises(SystemExit, match="2"):
         main(["schema", "--out", str(tmp_path / "nowhere" / "schema.json")])

@@ -269,6 +269,26 @@ def test_a_broken_log_among_others_is_left_out_with_a_warning(case: str, tmp_pat
     assert [run.variant for run in found.runs] == ["good/seed_0"] or len(found.runs) == 1
 
 
+def test_what_is_good_of_a_run_is_read(tmp_path: Path) -> None:
+    """A broken file is named and skipped; the other log of the run, or its other files, say the rest."""
+    rows = [(1, 0.5, 1.0), (2, 0.25, 2.0)]
+    write_csv(tmp_path / "both")
+    (tmp_path / "both" / "events.out.tfevents.1.host").write_bytes(b"\x07" * 500)
+    write_events(tmp_path / "two", rows)
+    write_events(tmp_path / "other", [(3, 0.125, 3.0)])
+    (tmp_path / "two" / "events.out.tfevents.0.host").write_bytes(b"\x07" * 500)
+    write_events(tmp_path / "empty", [])
+    write_csv(tmp_path / "empty")
+    with pytest.warns(UserWarning, match="It is skipped") as caught:
+        runs = {run.variant: run for run in read_runs([tmp_path])}
+    assert sorted(runs) == ["both", "empty", "other", "two"]
+    assert runs["two"].series["val_loss"].values == [0.5, 0.25]
+    assert runs["both"].series.keys() == runs["empty"].series.keys() != set()
+    said = [str(w.message) for w in caught]
+    assert len(said) == 2
+    assert all("events.out.tfevents" in text and text.endswith("It is skipped.") for text in said)
+
+
 SPECIAL: dict[str, Any] = {
     "a pipe": fifo, "a folder": Path.mkdir, "a dead link": lambda f: f.symlink_to("nowhere"),
     "a link in a circle": lambda f: f.symlink_to(f.name),
