@@ -255,11 +255,10 @@ class SAPPruning(PruningCallback):
         """Note the metric, and the weights if they are the best of this iteration."""
         if self._boundary is None or self.monitor is None or trainer.sanity_checking or self.stopped is not None:
             return
-        if self.monitor not in trainer.callback_metrics:
-            raise ValueError(
-                f"`monitor`={self.monitor!r}{near(self.monitor, trainer.callback_metrics)} is not among the logged "
-                f"metrics {sorted(trainer.callback_metrics)}: log it in `validation_step`."
-            )
+        known = sorted(trainer.callback_metrics)
+        if self.monitor not in known:
+            said = f"{self.monitor!r}{near(self.monitor, known)} is not among the logged metrics {known}"
+            raise ValueError(f"`monitor`={said}: log it in `validation_step`.")
         score = float(trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor])))
         if self.select == "last":
             self._score = score
@@ -297,12 +296,11 @@ class SAPPruning(PruningCallback):
         """Steps 4 to 7 of algorithm 1; the masks are put on when the next iteration begins."""
         if self._waits(trainer):
             return None
-        present = self._present()
+        present, kept = self._present(), self.masks
         chosen = {name: self._sites()[name].weight for name in present}
         if self._best is not None:
             best = {canonical_name(name): tensor for name, tensor in self._best.model.items()}
             chosen = {name: self._sites()[name].layout.here(best[name]) for name in present}
-        kept = self.masks
         step = sap_step(
             {name: target.canonical(chosen[name]) for name, target in present.items()},
             {name: target.canonical(kept[name]) for name, target in present.items()},
