@@ -42,6 +42,11 @@ def asked(trainer: Trainer, pl_module: LightningModule, batch: Any, ask: Callabl
                     f"{type(pl_module).__name__} was sharded before it could be run: build the network in `__init__`, "
                     "and call `fully_shard` or `parallelize_module` in `configure_model`"
                 )
+            if device_of(whole).type == "meta":
+                raise ValueError(
+                    f"{type(pl_module).__name__} was on the meta device when it was sharded, where nothing can be run: "
+                    "build the network with its weights, on the CPU"
+                )
             answer = ask(whole, apply_to_collection(batch, Tensor, lambda tensor: tensor.to(device_of(whole))))
         except Exception as error:
             failed = first_line(error)

@@ -195,6 +195,10 @@ def built_inside() -> None:
     for name in ("tau", "hesso"):
         with pytest.raises(ValueError, match=r"sharded before it could be run: build the network in `__init__`"):
             fit(Module("fsdp"), *IN_INIT[name]())
+    with torch.device("meta"):
+        empty = Module("fsdp", inside=False)
+    with pytest.raises(ValueError, match=r"was on the meta device when it was sharded.*with its weights"):
+        fit(empty, *IN_INIT["hesso"]())
     with pytest.raises(ValueError, match=r"cric=True\) does not support ModelParallelStrategy.*Use cric=False"):
         fit(Module("fsdp", inside=False), HESSOPruning(cric=True))
 
