@@ -33,12 +33,12 @@ class Mixer(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm = nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 26), nn.Linear(26, width)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return x + self.down(torch.tanh(self.up(x)))
 
 
@@ -222,6 +222,10 @@ PRUNING: dict[str, Callable[[], list[Any]]] = {
     "runs": lambda: [
         MagnitudePruning(amount=1 / 3, granularity="2:3", schedule="one_shot", start=1, include=["*.qkv", "*.up"])
     ],
+    "channels": lambda: [MagnitudePruning(granularity="channel", include=["*.blocks"], **_CUBIC | {"amount": 0.3})],
+    "heads": lambda: [MagnitudePruning(granularity="head", scope="layer", schedule="one_shot", start=1, amount=0.4)],
+    "blocks": lambda: [MagnitudePruning(granularity="13x5", include=["*.up"], **_CUBIC)],
+    "wanda": lambda: [MagnitudePruning(criterion="wanda", scope="neuron", **_CUBIC)],
     "gate": lambda: [MagnitudePruning(amount=0.5, schedule="one_shot", start=1, include=["*.gate"])],
     "tied": lambda: [Coarse(), MagnitudePruning(amount=0.5, schedule="constant")],
     "ticket": lambda: [SigmaReparam(), MagnitudePruning(schedule="iterative", rounds=2, rewind_to=1)],

@@ -126,11 +126,12 @@ class MagnitudePruning(PruningCallback):
         return plan
 
     def check_sharded(self, pl_module: LightningModule) -> None:
-        """Refuse what needs more than parts of the weights; which units there can be, every weight says by its cut."""
-        if self.criterion == "wanda":
+        """Refuse what needs more than parts of the inputs; which units there can be, every weight says by its cut."""
+        mesh = pl_module.device_mesh
+        if self.criterion == "wanda" and mesh is not None and mesh["tensor_parallel"].size() > 1:
             raise ValueError(
-                "MagnitudePruning(criterion='wanda') looks at the inputs of layers, which a sharded model may have in "
-                "parts. Use criterion='magnitude' or 'taylor'."
+                "MagnitudePruning(criterion='wanda') looks at the inputs of layers, of which tensor parallel layers "
+                "have parts. Use criterion='magnitude' or 'taylor', or FSDP2 alone (tensor_parallel_size=1)."
             )
 
     def progress(self) -> dict[str, Any]:
@@ -283,8 +284,8 @@ class MagnitudePruning(PruningCallback):
             target = self._targets[name]
             total = squared if trainer.world_size == 1 else trainer.strategy.reduce(squared, reduce_op="sum")
             assert isinstance(total, Tensor)
-            groups = getattr(target.module, "groups", 1)
-            scores[name] = target.canonical(criteria.wanda(target.canonical(target.param), total.sqrt(), groups))
+            weight, groups = target.canonical(self._sites()[name].weight), getattr(target.module, "groups", 1)
+            scores[name] = target.canonical(criteria.wanda(weight, total.sqrt(), groups, self._layout(name)))
         return scores
 
     def _unwatch(self) -> None:

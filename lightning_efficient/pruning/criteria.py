@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lightning_efficient.weightspace.layout import Layout
+
 CRITERIA = ("magnitude", "taylor", "wanda", "random")
 
 
@@ -29,19 +31,21 @@ def taylor(weight: Tensor, grad: Tensor) -> Tensor:
     return (weight.detach() * grad.detach()).abs()
 
 
-def wanda(weight: Tensor, input_norm: Tensor, groups: int = 1) -> Tensor:
+def wanda(weight: Tensor, input_norm: Tensor, groups: int = 1, layout: Layout | None = None) -> Tensor:
     """``|w_oi| · ‖x_i‖``: a weight is worth as much as what it passes on.
 
     Args:
         weight: ``(outputs, inputs / groups, ...)``.
         input_norm: L2 norm of each input feature or channel over all samples and positions, ``(inputs,)``.
         groups: Of a grouped convolution.
+        layout: How a weight is cut of which ``weight`` is what is here. None: it is whole.
 
     Source: Sun et al., ICLR 2024, arXiv 2306.11695; there compared within each output (scope ``"neuron"``).
     """
-    outputs, inputs = weight.shape[:2]
+    layout = layout or Layout.find("weight", weight)
+    outputs, inputs = layout.shape[:2]
     norm = input_norm.to(weight.dtype).view(groups, 1, inputs).expand(groups, outputs // groups, inputs)
-    return weight.detach().abs() * norm.reshape(outputs, inputs, *[1] * (weight.ndim - 2))
+    return weight.detach().abs() * layout.part(norm.reshape(outputs, inputs, *[1] * (weight.ndim - 2)))
 
 
 def random(weight: Tensor, seed: int) -> Tensor:

@@ -12,9 +12,11 @@ from lightning_efficient.common.schedule import check_amount
 from lightning_efficient.pruning.granularity import Granularity
 from lightning_efficient.pruning.shared import Spread, lowest_of_all
 from lightning_efficient.weightspace.layout import Layout
-from lightning_efficient.weightspace.sums import run
+from lightning_efficient.weightspace.sums import Sums, run
 
 SCOPES = ("global", "layer", "neuron")
+# Units that lie along an axis → which, of ``(outputs, inputs, kernel)``: what is known of them is a vector a weight.
+_ALONG = {"row": 0, "channel": 1, "head": 1}
 
 
 def count_of(amount: float, size: int) -> int:
@@ -84,31 +86,53 @@ def make_masks(
     check_amount(amount)
     cut = Granularity.parse(granularity)
     check_scope(scope, cut)
-    shapes: dict[str, tuple[int, int, int]] = {}
-    units: dict[str, Tensor] = {}
+    flats: dict[str, Tensor] = {}
     for name, score in scores.items():
         # Not `reshape(outputs, inputs, -1)`: a part may have no outputs.
-        flat = score.flatten(2) if score.ndim > 2 else score.unsqueeze(2)
-        shapes[name] = (flat.shape[0], flat.shape[1], flat.shape[2])
+        flat = flats[name] = score.flatten(2) if score.ndim > 2 else score.unsqueeze(2)
         if not bool(torch.isfinite(flat).all()):
             raise ValueError(f"the scores of {name!r} are not finite: did training diverge?")
-        cut.check(name, shapes[name])
+        cut.check(name, _three(flat.shape if layouts is None else layouts[name].shape))
         if kept is not None and name in kept:
-            flat = flat.masked_fill(~kept[name].reshape(flat.shape), -torch.inf)
-        units[name] = cut.units(flat, None if heads is None else heads.get(name))
+            flats[name] = flat.masked_fill(~kept[name].reshape(flat.shape), -torch.inf)
+    axis, lined = _ALONG.get(cut.kind, 0), None
+    if layouts is not None and cut.kind in _ALONG:  # every process gets to know them all, and chooses for itself
+        lines = run(_line(flat, layouts[name], axis) for name, flat in flats.items())
+        flats, lined, layouts = dict(zip(flats, lines, strict=True)), layouts, None
+    shapes = {name: _three(flat.shape) for name, flat in flats.items()}
+    units = {name: cut.units(flat, None if heads is None else heads.get(name)) for name, flat in flats.items()}
     if cut.kind == "n:m" or scope == "neuron":
         pruned = {name: lowest(u, count_of(amount, u.shape[1])) for name, u in units.items()}
     else:
-        cuts = None if layouts is None else {n: spread(layouts[n], u, shapes[n][2], cut.kind) for n, u in units.items()}
+        cuts = None if layouts is None else {n: spread(layouts[n], u, shapes[n][2], cut) for n, u in units.items()}
         sizes = {n: u.numel() if cuts is None else math.prod(cuts[n].shape) for n, u in units.items()}
         fields = [list(units)] if scope == "global" else [[name] for name in units]
         races = [(names, count_of(amount, sum(sizes[name] for name in names))) for names in fields]
         pruned = lowest_of_races(units, races, cuts)
     masks = {}
     for name, score in scores.items():
-        mask = cut.entries(~pruned[name], shapes[name]).reshape(score.shape)
+        mask = cut.entries(~pruned[name], shapes[name])
+        if lined is not None:
+            here = lined[name].along(axis, mask.flatten())
+            mask = here.view([-1 if dim == axis else 1 for dim in range(score.ndim)]).expand(score.shape)
+        mask = mask.reshape(score.shape)
         masks[name] = mask & kept[name] if kept is not None and name in kept else mask
     return masks
+
+
+def _three(shape: Sequence[int]) -> tuple[int, int, int]:
+    """A shape as ``(outputs, inputs, kernel)``."""
+    return shape[0], shape[1], math.prod(shape[2:])
+
+
+def _line(scores: Tensor, layout: Layout, axis: int) -> Sums[Tensor]:
+    """The mean score at every position of an axis of the whole; ``(outputs, 1, 1)`` or ``(1, inputs, 1)``."""
+    others = [dim for dim in range(3) if dim != axis]
+    sums = scores.new_zeros(layout.shape[axis])
+    layout.along(axis, sums).copy_(scores.sum(others))
+    (sums,) = yield layout.everyone, [sums]
+    line: Tensor = sums.div_(math.prod(layout.shape) // layout.shape[axis])
+    return line.view([-1 if dim == axis else 1 for dim in range(3)])
 
 
 def check_scope(scope: str, cut: Granularity) -> None:
@@ -164,31 +188,37 @@ def check_layout(name: str, granularity: str, scope: str, layout: Layout) -> Non
     Raises:
         ValueError: Says which granularity and scope it can have.
     """
-    kind = Granularity.parse(granularity).kind
-    inside = kind in ("element", "row", "n:m") and (kind == "element" or not any(layout.groups.keys() - {0}))
-    ranked = scope != "neuron" or not any(layout.groups.keys() - {0})
-    if not layout.groups or (inside and ranked and max(layout.groups) < 2):
+    if not layout.groups:
         return
-    where = "inputs" if 1 in layout.groups else "outputs"
-    can = "'element', 'row' and 'n:m'" if where == "outputs" else "'element' with scope='global' or 'layer'"
-    raise ValueError(
-        f"{name!r} is cut along its {where} over processes, so that what granularity={granularity!r}, scope={scope!r} "
-        f"compares is in pieces: it can have granularity {can}. Exclude it, or shard it otherwise."
-    )
+    cut, pieces = Granularity.parse(granularity), ""
+    inner = math.prod(layout.shape[2:]) if cut.kind == "block" else 1
+    sides = {"n:m": {1: cut.second}, "block": {0: cut.first, 1: cut.second}}.get(cut.kind, {})
+    for dim, groups in layout.groups.items():
+        length = -(-layout.shape[dim] // groups[0].size()) * (inner if dim else 1)
+        what = f"its {('outputs', 'inputs', 'kernel')[min(dim, 2)]} over processes"
+        if dim > 1 or (dim == 1 and cut.kind == "element" and scope == "neuron"):
+            pieces = what
+        elif dim in sides and (len(groups) > 1 or length % sides[dim]):
+            pieces = f"{what}, into parts of {length}"
+    if pieces:
+        raise ValueError(
+            f"{name!r} is cut along {pieces}, so that what granularity={granularity!r}, scope={scope!r} compares is in "
+            "pieces. Exclude it, shard it otherwise, or use granularity 'element', 'row', 'channel' or 'head' with "
+            "scope='global' or 'layer'."
+        )
 
 
-def spread(layout: Layout, units: Tensor, inner: int = 1, kind: str = "element") -> Spread:
+def spread(layout: Layout, units: Tensor, inner: int = 1, cut: Granularity | None = None) -> Spread:
     """How the units of a weight are shared out.
 
     Args:
         layout: Of the weight, seen as ``(outputs, inputs, ...)``.
         units: Those that are here, ``(rows, units)``.
         inner: Entries of the weight for each output and input.
-        kind: Of granularity, one that :func:`check_layout` allows.
+        cut: Single entries, or blocks that :func:`check_layout` allows. None: entries.
     """
     if not layout.groups:
         return Spread((units.shape[0], units.shape[1]))
-    if kind == "row":
-        return Spread((1, layout.shape[0]), (0, layout.offset[0]), layout.everyone)
-    columns = layout.shape[1] * inner
-    return Spread((layout.shape[0], columns), (layout.offset[0], layout.offset[1] * inner), layout.everyone)
+    high, wide = (cut.first, cut.second) if cut is not None and cut.kind == "block" else (1, 1)
+    shape = (layout.shape[0] // high, layout.shape[1] * inner // wide)
+    return Spread(shape, (layout.offset[0] // high, layout.offset[1] * inner // wide), layout.everyone)

@@ -17,8 +17,11 @@ from lightning_efficient.lifecycle.state import attachment
 
 GO_ON = ("everything", "ticket", "hesso_norms")
 # On two processes always, in one go: starting them costs as much as four checks. The others on request.
-RARE = ("both", "everything", "rms", "gate", "sap_neuron", "rates")
-EQUAL = ("sigma", "split", "tensor_parallel", "stale", "loop", *PRUNING, "tied_inputs", "monitor", *IN_INIT, "ragged")
+RARE = ("both", "everything", "layer", "rms", "gate", "sap_neuron", "rates")
+EQUAL = (
+    "sigma", "split", "tensor_parallel", "stale", "loop", *PRUNING, "tied_inputs", "channels_tp", "monitor", *IN_INIT,
+    "ragged",
+)  # fmt: skip
 FILES = ("resume_full", "resume_folder", "resume_ticket", "resume_sap", "resume_tau", "resume_hesso")
 FOREIGN = (*(f"{name}_from_one_process" for name in GO_ON), "exchange_everything", "exchange_hesso_norms")
 SCRIPT = Path(__file__).parent / "scripts" / "shards.py"
@@ -66,7 +69,7 @@ def passed(root: Path, processes: int, *checks: str) -> None:
 def test_two_processes(root: Path) -> None:
     """Equal to one; to the bit after resuming; files go on in other runs and load in one process."""
     usual = [name for name in EQUAL if name not in RARE]
-    passed(root, 2, *usual, "built_inside", "half_precision", *FILES, *FOREIGN)
+    passed(root, 2, *usual, "refused", "half_precision", *FILES, *FOREIGN)
     for name in GO_ON:
         expected = torch.load(root / f"half_{name}.pt", weights_only=True)["weights"]
         callbacks = (PRUNING | IN_INIT)[name]()
@@ -89,7 +92,7 @@ def test_two_processes(root: Path) -> None:
 @pytest.mark.forks
 @pytest.mark.exhaustive
 def test_the_rest_in_two_processes(root: Path) -> None:
-    passed(root, 2, *(name for name in RARE if name != "both"), "hesso_tp")
+    passed(root, 2, *(name for name in RARE if name != "both"), "hesso_tp", "rows_tp")
 
 
 @pytest.mark.forks
@@ -99,7 +102,7 @@ def test_more_processes(root: Path, processes: int) -> None:
     """Of eight, one has no row of the head, and most none of the gate."""
     passed(root, processes, "2d", "hsdp", "fsdp", "masks", "masks_2d", "masks_hsdp", "tied")
     passed(root, processes, "ticket_2d", "sap_2d", "repbn", "un", "tau", "hesso_norms")
-    passed(root, processes, "hesso_2d", "hesso_hsdp")
+    passed(root, processes, "hesso_2d", "hesso_hsdp", "wanda", "rows_2d", "channels_2d", "heads_2d")
 
 
 @pytest.mark.forks

@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from lightning_efficient import CollapseMonitor, HESSOPruning, SigmaReparam
+from lightning_efficient import CollapseMonitor, HESSOPruning, MagnitudePruning, SigmaReparam
 from lightning_efficient.common.nests import tensors_in
 from lightning_efficient.common.shards import local, whole
 from lightning_efficient.functional import apply_sigma_reparam
@@ -189,7 +189,17 @@ def small() -> None:
     compare(state(fit(Module("fsdp", inside=False, net=lambda: net), SigmaReparam())), "small")
 
 
-def built_inside() -> None:
+def refused() -> None:
+    """By name, with what works, before anything has changed."""
+    strides = MagnitudePruning(granularity="3x5", include=["*.qkv"])
+    with pytest.raises(
+        ValueError, match=r"into parts of 23, so that what granularity='3x5'.*'row', 'channel' or 'head'"
+    ):
+        fit(Module("fsdp"), strides)
+    with pytest.raises(ValueError, match=r"'net.blocks.0.down.weight' is cut along its inputs.*scope='neuron'"):
+        fit(Module("tp"), MagnitudePruning(scope="neuron", include=["*.down"]), tp=2)
+    with pytest.raises(ValueError, match=r"criterion='wanda'\).*tensor parallel.*FSDP2 alone"):
+        fit(Module("tp"), MagnitudePruning(criterion="wanda"), tp=2)
     with pytest.raises(ValueError, match=r"sharded in `configure_model` before any.*Build the network in `__init__`"):
         fit(Module("fsdp"), *IN_INIT["dyt"]())
     for name in ("tau", "hesso"):
@@ -338,9 +348,11 @@ CHECKS: dict[str, Callable[[], None]] = {
     "hesso_tp": partial(in_init, "hesso_norms", "tp", 2),
     "hesso_2d": partial(in_init, "hesso_norms", "2d", 2),
     "hesso_hsdp": partial(in_init, "hesso_norms", "hsdp"),
-    "built_inside": built_inside,
+    "refused": refused,
     "tied_inputs": partial(masks, "tied", "tp", 2),
     "masks_2d": partial(masks, "masks", "2d", 2),
+    **{f"{name}_tp": partial(masks, name, "tp", 2) for name in ("rows", "channels")},
+    **{f"{name}_2d": partial(masks, name, "2d", 2) for name in ("rows", "channels", "heads")},
     "ticket_2d": partial(masks, "ticket", "2d", 2),
     "sap_2d": partial(masks, "sap", "2d", 2),
     "masks_hsdp": partial(masks, "masks", "hsdp"),
@@ -355,6 +367,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(45 * int(os.environ["WORLD_SIZE"]), exit=True)  # where they wait for each other
     warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")  # batches go by the step
+    warnings.filterwarnings("ignore", "DTensor random operators may not")  # Lightning fills what was on meta
     for check in sys.argv[2:]:
         CHECKS[check]()
         print("passed", check)
