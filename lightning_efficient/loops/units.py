@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from lightning_efficient.attention.sites import run_float64
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.match import parameters_by_name
+from lightning_efficient.common.running import float64_copy
 from lightning_efficient.common.schema import OrNone, Record, TensorOf, check
+from lightning_efficient.folding.probes import Probe
 from lightning_efficient.loops.parts import Part, Run, Sites
 from lightning_efficient.structured.choice import chosen, scores_of
 from lightning_efficient.structured.cost import COST, Cost
@@ -36,6 +40,7 @@ from lightning_efficient.structured.hesso import (
     shrink_factor,
 )
 from lightning_efficient.structured.marks import dropped_units, entries_of, parameters_of, without_idle
+from lightning_efficient.structured.pretrained import calls_of
 from lightning_efficient.structured.saliency import all_sums, over_processes
 from lightning_efficient.structured.slim import apply_slim
 from lightning_efficient.surgery.cuts import cut_states
@@ -194,7 +199,8 @@ class HessoPart(Part):
         gone = self.state.marked(PRUNED)
         keep = {name: (~where).nonzero().flatten().tolist() for name, where in gone.items() if bool(where.any())}
         if keep:
-            change = apply_slim(run.model, keep, self.groups)
+            groups = replace(self.groups, calls=self.groups.calls or _calls(run))
+            change = apply_slim(run.model, keep, groups)
             cut_states([run.optimizer], change.cuts)
             _LOG.info(change.report())
         shrinking = any(bool(where.any()) for where in self.state.marked(SHRINKING).values())
@@ -204,6 +210,14 @@ class HessoPart(Part):
             f"hesso_pruning ends at step {step}, in period {self.state.chosen} of {self.plan.periods}, and units that "
             "were shrinking stay, as small as they are"
         )
+
+
+def _calls(run: Run) -> Mapping[str, Probe]:
+    """How models of Hugging Face's are called, which no file says: by it the config of the smaller one is tried."""
+    if run.example is None:
+        return {}
+    probe, twin = Probe("the example", run.example.args, dict(run.example.kwargs or {})), float64_copy(run.model)
+    return calls_of(twin, lambda: run_float64(twin, probe))
 
 
 def _agreed(units: Mapping[str, Tensor], device: torch.device) -> Mapping[str, Tensor]:

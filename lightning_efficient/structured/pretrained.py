@@ -149,7 +149,7 @@ def _refusal(reason: str) -> str:
     return (
         f"would write a model that from_pretrained cannot build: units were cut out of it, and {reason}. Save a "
         "Trainer's checkpoint and read it by lightning_efficient.load_from_checkpoint, or the program by "
-        "lightning_efficient.deploy.formats.save_exported; or prune with `uniform=True`, which "
+        "lightning_efficient.save_exported; or prune with `uniform=True`, which "
         "leaves equal widths equal."
     )
 
