@@ -140,13 +140,13 @@ def _add_ablate(parser: argparse.ArgumentParser) -> None:
     add("--test", action="store_true", help="also test the best checkpoint of each run")
     add("--export", action="store_true", help="also export each model and log its size, compute and latency")
     add("--no-run-cost", dest="run_cost", action="store_false", help="leave out time a step, memory and parameters")
-    add("--time-limit", type=_seconds, metavar="TIME", help="of a run, such as 90 (seconds), 30m or 2h; default: none")
+    add("--time-limit", type=_limit, metavar="TIME", help="of a run, such as 90 (seconds), 30m or 2h; default: none")
     add("--retry-failed", action="store_true", help="train failed runs anew; default: keep them as they are")
     add("--jobs", type=int, metavar="N", help="runs at a time; default: cores / threads, or one a GPU")
     add("--threads", type=int, default=1, metavar="N", help="CPU threads of a run; default: %(default)s")
     add("--engine", choices=("local", "ray"), default="local", help="default: %(default)s")
     add("--address", metavar="ADDRESS", help="of a Ray cluster; default: one on this machine")
-    add("--checkpoint-every", type=float, default=30.0, metavar="SECONDS", help="resume points; default: %(default)s")
+    add("--checkpoint-every", type=_seconds, default=30.0, metavar="TIME", help="resume points; default: 30 seconds")
 
 
 def _add_schema(parser: argparse.ArgumentParser) -> None:
@@ -178,9 +178,15 @@ def _axes(text: str) -> tuple[str, tuple[int, ...]]:
 
 def _seconds(text: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
-    if found is None or not float(found[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no time above 0, such as 90, 30m or 1.5h")
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time, such as 90, 30m or 1.5h")
     return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def _limit(text: str) -> float:
+    if not (seconds := _seconds(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time above 0, such as 90, 30m or 1.5h")
+    return seconds
 
 
 def _import_from_here() -> None:

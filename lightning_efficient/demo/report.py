@@ -82,9 +82,9 @@ def export_all(done: Ablation) -> list[Exported]:
 def table(rows: Sequence[Exported]) -> Table:
     """The rows for a terminal."""
     shown = Table(box=box.SIMPLE_HEAD, title="exported, first seed", title_justify="left")
-    shown.add_column("variant")
-    time = f"time of {_BATCH} images ÷ baseline"
-    for name in ("parameters", "÷ baseline", "test accuracy", time, "to the checkpoint"):
+    shown.add_column("variant", no_wrap=True)  # in 80 columns the headings fold, not the names
+    time = f"time of {_BATCH} images ÷ baseline's"
+    for name in ("parameters", "÷ baseline's", "test accuracy", time, "largest change of a logit"):
         shown.add_column(name, justify="right")
     for row in rows:
         size = "–" if row.size is None else f"{row.size:.2f}"

@@ -270,8 +270,9 @@ class UnitPruningCallback(WeightSpaceCallback):
         left = {name: len(kept.get(name, range(group.units))) for name, group in self.groups.found.items()}
         widths = [f"{name} {group.units} -> {left[name]}" for name, group in self.groups.found.items()]
         shown = ", ".join(widths[:8]) + (f", ... {len(widths) - 8} more" if len(widths) > 8 else "")
+        whole = "units" if unit == "groups" else unit
         rank_zero_info(
-            f"{type(self).__name__}: {removed:.1%} of the {unit} pruned; units left: {shown}. The network is as large "
+            f"{type(self).__name__}: {removed:.1%} of the {whole} pruned; units left: {shown}. The network is as large "
             "as before until `lightning_efficient.export` cuts them out."
         )
 

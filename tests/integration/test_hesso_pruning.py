@@ -162,7 +162,7 @@ def test_logs_and_reports(tmp_path: Path, capfd: pytest.CaptureFixture[str], cap
     values = [float(line.split(",")[column]) for line in lines if line.split(",")[column]]
     assert values == sorted(values)
     assert (values[0], values[-1]) == (0.0, 0.5)
-    assert any("50.0% of the groups pruned; units left: net.0 8 -> " in r.getMessage() for r in caplog.records)
+    assert any("50.0% of the units pruned; units left: net.0 8 -> " in r.getMessage() for r in caplog.records)
 
 
 def test_a_run_that_ends_early_says_so() -> None:
