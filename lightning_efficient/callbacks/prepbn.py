@@ -23,7 +23,7 @@ from lightning_efficient.lifecycle.structural import StructuralCallback
 from lightning_efficient.lifecycle.weights import Plan
 from lightning_efficient.norms.blend import BlendNorm, blend_norms, set_blend
 from lightning_efficient.norms.causal import CausalModelError
-from lightning_efficient.norms.checks import check_statistics, check_training, not_seen
+from lightning_efficient.norms.checks import check_statistics, check_training, not_seen, own_statistics
 from lightning_efficient.norms.padding import hand_over
 from lightning_efficient.norms.repbn import RepBN
 from lightning_efficient.norms.swap import METHOD, NormSwapConfig, apply_norm_swap, find_norms
@@ -202,6 +202,8 @@ class PRepBN(StructuralCallback):
             f"{name}: {len(self._norms)} norms become {self.options.target} over steps {way.first} to "
             f"{way.first + way.length} of {'an open run' if self._total is None else self._total}."
         )
+        if trainer.world_size > 1 and not is_sharded(trainer) and (what := own_statistics(pl_module)):
+            rank_zero_warn(f"{name}: {what}")
         if what := self.options.too_short(self._total):
             rank_zero_warn(f"{name}: {what}")
         if self.recalibrate and fresh and way.start == 1.0 and (self.options.frozen or way.first == 0):

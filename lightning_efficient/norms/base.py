@@ -83,6 +83,11 @@ class Target(nn.Module):
         self.calibrating = False
         self.group: dist.ProcessGroup | None = None
 
+    @property
+    def pools(self) -> bool:
+        """Whether statistics are those of several processes together."""
+        return self.group is not None
+
     @abstractmethod
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize.

@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_efficient.common.running import first_line
 from lightning_efficient.norms.blend import blend_norms
+from lightning_efficient.norms.repbn import RepBN
 
 
 def check_training(model: nn.Module, wake: bool = False) -> None:
@@ -30,6 +31,20 @@ def check_training(model: nn.Module, wake: bool = False) -> None:
         )
     for norm in asleep.values():
         norm.train()
+
+
+def own_statistics(model: nn.Module) -> str:
+    """What several processes that each have the whole model do not share; empty: they take statistics together.
+
+    Args:
+        model: The model, on one of them.
+    """
+    own = [norm.target for norm in blend_norms(model).values() if norm.learns_in_training and not norm.target.pools]
+    if not own:
+        return ""
+    said = "each process takes the statistics of its own samples, and running ones are averaged over the processes"
+    synced = any(isinstance(target, RepBN) for target in own)
+    return f"{said}. Trainer(sync_batchnorm=True) takes those of all samples." if synced else f"{said}."
 
 
 def check_statistics(model: nn.Module, recalibrated: bool = True) -> None:

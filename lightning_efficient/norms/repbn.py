@@ -46,6 +46,11 @@ class RepBN(Target):
         y = self._normalize(x) if mask is None else self._normalize_masked(x, mask)
         return torch.addcmul(y, x, self.eta.to(x.dtype))
 
+    @property
+    def pools(self) -> bool:
+        """Also as a SyncBatchNorm."""
+        return self._group() is not None
+
     def affine(self) -> Affine:
         """Evaluation, as a float64 map of each channel."""
         scale, shift = self._coefficients(torch.float64)

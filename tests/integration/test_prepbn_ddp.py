@@ -11,7 +11,10 @@ from forking import forked
 
 SCRIPT = Path(__file__).parent / "scripts" / "swapped.py"
 
-pytestmark = pytest.mark.forks
+pytestmark = [
+    pytest.mark.forks,
+    pytest.mark.filterwarnings("ignore:PRepBN. each process takes the statistics of its own samples"),
+]
 
 
 def train(folder: Path, *options: str, processes: int = 2) -> None:

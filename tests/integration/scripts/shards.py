@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,9 @@ def ragged() -> None:
         warnings.simplefilter("error", UserWarning)
         t = fit(Module("fsdp", inside=False, net=Ragged), *IN_INIT["repbn"]())
     compare(state(t), "ragged")
+    said = r"PRepBN: each process takes the statistics of its own samples.*sync_batchnorm=True"
+    with nullcontext() if dist.get_rank() else pytest.warns(UserWarning, match=said):  # under DDP
+        fit(Module(inside=False, net=Ragged), *IN_INIT["repbn"]())
 
 
 def small() -> None:
