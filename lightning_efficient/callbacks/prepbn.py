@@ -372,7 +372,7 @@ class PRepBN(StructuralCallback):
         name, free = type(self).__name__, self.allow_causal or self.options.frozen
         ask = partial(probe_norms, trainer, number=number, causal=leaks and not free)
         try:
-            leaking, padding = asked(trainer, pl_module, batch, ask)
+            leaking, padding = asked(name, trainer, pl_module, batch, ask)
         except Exception as error:
             rank_zero_warn(f"{name}: {not_seen(type(pl_module).__name__, error)}")
             return

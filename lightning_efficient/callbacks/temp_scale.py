@@ -184,7 +184,7 @@ class TempScale(WeightSpaceCallback):
             check_gradients(example.model, example.args, targets)
             return targets
 
-        return asked(trainer, pl_module, first_batch(trainer), find)
+        return asked(type(self).__name__, trainer, pl_module, first_batch(trainer), find)
 
     def _is_same(self, held: recipe.Entry) -> bool:
         return all(held.config.get(name) == value for name, value in self.config().items() if name != "enabled")

@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_efficient.common.change import Change
+from lightning_efficient.common.shards import is_cut
 from lightning_efficient.lifecycle.hooks import hook_files
 from lightning_efficient.lifecycle.recipe import Entry
 from lightning_efficient.lifecycle.state import attachment, set_zeroed
@@ -57,10 +58,16 @@ def cut(
 
     Raises:
         ValueError: As :func:`~lightning_efficient.functional.apply_slim` does; or a fit is running on several devices
-            or with a callback that keeps state of the weights' old size. Nothing is changed then.
+            or with a callback that keeps state of the weights' old size, or the module is sharded. Nothing is changed
+            then.
     """
     if trainer is not None and trainer.training:
         _refuse(trainer)
+    if any(map(is_cut, pl_module.parameters())):
+        raise ValueError(
+            f"{type(pl_module).__name__} is sharded over processes. Load its file into one with "
+            "`load_from_checkpoint` and cut that."
+        )
     planned = plan_slim(pl_module, keep, groups)
     copies = [] if trainer is None else list(averaged_copies(trainer, pl_module))
     change = replay_slim(pl_module, planned)

@@ -115,7 +115,7 @@ class UnitPruningCallback(WeightSpaceCallback):
             self._check_groups(pl_module)
         elif self._found_in() is not pl_module or self._shapes != shapes:
             find = partial(self._find, trainer)
-            self.groups, self._cost_data = asked(trainer, pl_module, first_batch(trainer), find)
+            self.groups, self._cost_data = asked(type(self).__name__, trainer, pl_module, first_batch(trainer), find)
         self._shapes, self._found_in = shapes, ref(pl_module)
         chosen = super()._choose(trainer, pl_module)
         if self.standing.resumed:

@@ -43,6 +43,7 @@ from lightning_efficient import CollapseMonitor, HESSOPruning, MagnitudePruning,
 from lightning_efficient.common.nests import tensors_in
 from lightning_efficient.common.shards import local, whole
 from lightning_efficient.functional import apply_sigma_reparam
+from lightning_efficient.lifecycle.cuts import cut
 from lightning_efficient.lifecycle.recipe import read
 from lightning_efficient.lifecycle.weights import WeightSpaceCallback
 from lightning_efficient.weightspace.mask import unpack_mask
@@ -172,6 +173,8 @@ def hesso() -> None:
     t = fit(Module("fsdp", inside=False), *IN_INIT["hesso"](), calls, distributed=True)
     assert calls.a_step == [0, 1, 0, 1, 0, 0], calls.a_step
     t.save_checkpoint(path)
+    with pytest.raises(ValueError, match=r"Module is sharded over processes.*`load_from_checkpoint` and cut that"):
+        cut(t.lightning_module, t.callbacks[0].keep, t.callbacks[0].groups)
     t.strategy._save_distributed_checkpoint = False
     compare(state(t), "hesso")
 
@@ -206,12 +209,14 @@ def refused() -> None:
         fit(Module("tp"), MagnitudePruning(criterion="wanda"), tp=2)
     with pytest.raises(ValueError, match=r"sharded in `configure_model` before any.*Build the network in `__init__`"):
         fit(Module("fsdp"), *IN_INIT["dyt"]())
-    for name in ("tau", "hesso"):
-        with pytest.raises(ValueError, match=r"sharded before it could be run: build the network in `__init__`"):
+    for name, who in (("tau", "TempScale"), ("hesso", "HESSOPruning")):
+        with pytest.raises(ValueError, match=f"^{who}: Module was sharded before .*Build the network in `__init__`"):
             fit(Module("fsdp"), *IN_INIT[name]())
     with torch.device("meta"):
         empty = Module("fsdp", inside=False)
-    with pytest.raises(ValueError, match=r"was on the meta device when it was sharded.*with its weights"):
+    with pytest.raises(
+        ValueError, match=r"^HESSOPruning: Module was on the meta device when it was sharded.*with its weights"
+    ):
         fit(empty, *IN_INIT["hesso"]())
     with pytest.raises(ValueError, match=r"cric=True\) does not support ModelParallelStrategy.*Use cric=False"):
         fit(Module("fsdp", inside=False), HESSOPruning(cric=True))
