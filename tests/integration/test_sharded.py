@@ -110,11 +110,11 @@ def test_more_processes(root: Path, processes: int) -> None:
 @pytest.mark.forks
 @pytest.mark.exhaustive
 def test_pruned_first(root: Path) -> None:
-    """The order that the error of structural methods names."""
+    """The order that the error of methods names that have to be first."""
     pruned = Module(inside=False)
     trainer(root, HESSOPruning(start=0.2, duration=0.6, periods=2)).fit(pruned, loader(), loader(1))
     net = export(pruned.net, (IMAGES[:2],)).train()
-    assert sum(p.numel() for p in net.parameters()) < 0.8 * sum(p.numel() for p in pruned.parameters())
+    assert sum(p.numel() for p in net.parameters()) < 0.9 * sum(p.numel() for p in pruned.parameters())
     torch.save(net, root / "small_net.pt")
     alone(root, "small", SigmaReparam(), module=Module(inside=False, net=lambda: net))
     passed(root, 2, "small")
