@@ -23,6 +23,8 @@ from lightning_efficient.lifecycle.methods import callback_class
 # As jsonargparse has put it since 4.39.
 _UNKNOWN_OPTION = re.compile(r"(?:does not accept option '|Option '|Key '|[Uu]nrecognized arguments: --)([\w.]+)")
 
+_NO_CLASS = re.compile(r"class_path 'lightning\.[\w.]*Lightning(?:Data)?Module'")
+
 _OPTION = re.compile(r"--([A-Za-z_][\w-]*)((?:\.[\w.+-]+)?)(=.*)?", re.DOTALL)
 
 
@@ -55,6 +57,11 @@ class EfficientArgumentParser(LightningArgumentParser):
             of_method = "" if any(name.startswith(f"{key}.") for name in known) else METHODS.near(key)
             of_argument = near(found[1], known)
             message += of_argument or of_method if argument else of_method or of_argument
+        if _NO_CLASS.search(message):  # arguments as a script with `LightningCLI(MyModel)` takes them
+            message += (
+                "\nNo class is named: write `model: {class_path: my_package.MyModel, init_args: {...}}`, and `data` "
+                "likewise, or run the script that names them."
+            )
         super().error(message, ex)
         raise AssertionError("unreachable")
 

@@ -253,3 +253,11 @@ def test_times(text: str, seconds: float) -> None:
 def test_what_is_no_time(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("ablate", "--methods", "temp_scale", f"--time-limit={text}") == 2
     assert "is no time" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
+def test_a_config_that_names_no_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a script with `LightningCLI(MyModel)` has it; the parser takes it for arguments of LightningModule."""
+    (tmp_path / "base.yaml").write_text("model: {width: 16}\n")
+    assert run("fit", "-c", str(tmp_path / "base.yaml")) == 2
+    assert "No class is named: write `model: {class_path:" in capsys.readouterr().err
