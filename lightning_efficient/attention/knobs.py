@@ -23,7 +23,7 @@ from lightning_efficient.weightspace import Block
 
 # A key with less weight than this (e^-57) counts as masked: the constant -100 of windowed attention is a mask.
 MASK_GAP = 57.0
-_PROJECTIONS = 4
+_PROJECTIONS = 2
 _LARGEST_SET = 5
 _MOST_SETS = 20_000
 _TOLERANCE = 1e-8
@@ -62,11 +62,13 @@ class Graph:
     names: list[str] = field(init=False)
     _inputs: list[Tensor] = field(init=False)
     _random: torch.Generator = field(init=False)
+    _behind: dict[Tensor, tuple[dict[str, Tensor], list[Tensor | None]]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.names = list(self.parameters)
         self._inputs = [*self.parameters.values(), *(leaf for leaf, _ in self.aliases)]
         self._random = torch.Generator().manual_seed(0)
+        self._behind: dict[Tensor, tuple[dict[str, Tensor], list[Tensor | None]]] = {}
 
     def cotangents(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Random projections of tensors, from an own generator."""
@@ -87,6 +89,16 @@ class Graph:
         own = {name: g for name, g in zip(self.names, found[:split], strict=True) if g is not None}
         return own, found[split:]
 
+    def behind(self, tensor: Tensor) -> tuple[dict[str, Tensor], list[Tensor | None]]:
+        """Gradients of a random projection, as :meth:`local`; the same ones until :meth:`forget`."""
+        if tensor not in self._behind:
+            self._behind[tensor] = self.local([tensor], self.cotangents([tensor]))
+        return self._behind[tensor]
+
+    def forget(self) -> None:
+        """Let go of what :meth:`behind` keeps, which is as large as the weights."""
+        self._behind.clear()
+
     def through(self, tensors: Sequence[Tensor], cotangents: Sequence[Tensor], stop: set[int]) -> dict[str, Tensor]:
         """Gradients by parameter, also through leaves into what they stand for, except those numbered in ``stop``."""
         total, leaves = self.local(tensors, cotangents)
@@ -99,8 +111,7 @@ class Graph:
 
 def reaches_weights(calls: Sequence[Seen], graph: Graph) -> bool:
     """Whether any parameter lies between the last cut and the queries or the keys."""
-    factors = [t for call in calls for t in (call.q, call.k) if t is not None]
-    return bool(graph.local(factors, graph.cotangents(factors))[0])
+    return any(graph.behind(t)[0] for call in calls for t in (call.q, call.k) if t is not None)
 
 
 def over_channels(calls: Sequence[Seen], graph: Graph, projections: Mapping[str, int]) -> bool:
@@ -114,13 +125,18 @@ def over_channels(calls: Sequence[Seen], graph: Graph, projections: Mapping[str,
     q = calls[0].q
     if q is None or q.shape[-2] < 2:
         return False
-    one, head = torch.zeros(q.shape).to(q), torch.zeros(q.shape).to(q)
-    one.view(-1, *q.shape[-2:])[0, 0], head.view(-1, *q.shape[-2:])[0] = 1.0, 1.0
-    touched = []
-    for mask in (one, head):
-        gradients = graph.local([q], [mask * graph.cotangents([q])[0]])[0]
-        touched.append({n: len(_indices(g, projections[n])) for n, g in gradients.items() if n in projections})
-    return any(rows == 1 < touched[1][name] for name, rows in touched[0].items())
+    (cotangent,) = graph.cotangents([q])
+
+    def touched(tokens: slice) -> dict[str, int]:
+        """Rows of the projections behind these queries of the first head."""
+        mask = torch.zeros(q.shape).to(q)
+        mask.view(-1, *q.shape[-2:])[0, tokens] = 1.0
+        gradients = graph.local([q], [mask * cotangent])[0]
+        return {n: len(_indices(g, projections[n])) for n, g in gradients.items() if n in projections}
+
+    single = [name for name, rows in touched(slice(1)).items() if rows == 1]
+    whole = touched(slice(None)) if single else {}
+    return any(whole[name] > 1 for name in single)
 
 
 def find_knobs(calls: Sequence[Seen], graph: Graph, heads: int | None = None, keys: bool = False) -> tuple[Knob, ...]:
@@ -154,10 +170,10 @@ def find_knobs(calls: Sequence[Seen], graph: Graph, heads: int | None = None, ke
 
 def _find(call: Seen, graph: Graph, heads: int | None, scaled: str, fixed: str) -> tuple[Knob, ...]:
     """Knobs of one call, among what makes its queries (or keys), and what is added to its logits."""
-    mine, theirs, values = ([] if (t := getattr(call, n)) is None else [t] for n in (scaled, fixed, "v"))
-    of_mine, my_leaves = graph.local(mine, graph.cotangents(mine))
-    of_theirs, their_leaves = graph.local(theirs, graph.cotangents(theirs))
-    of_v, _ = graph.local(values, graph.cotangents(values))
+    nothing: tuple[dict[str, Tensor], list[Tensor | None]] = {}, [None] * len(graph.aliases)
+    (of_mine, my_leaves), (of_theirs, their_leaves), (of_v, _) = (
+        nothing if (t := getattr(call, n)) is None else graph.behind(t) for n in (scaled, fixed, "v")
+    )
     # What feeds queries or keys is the sequence; what feeds only logits is a bias, whose parameters may be elsewhere.
     stop = {i for i, pair in enumerate(zip(my_leaves, their_leaves, strict=True)) if pair != (None, None)}
     counts = _counts(call.logits)

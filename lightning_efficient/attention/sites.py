@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,11 +151,12 @@ def find_attention(
     return _Search(twin, probe, by_head, by_keys).result()
 
 
-def perturbed(model: nn.Module) -> nn.Module:
+def perturbed(model: nn.Module, below: float = math.inf) -> nn.Module:
     """Add small random numbers, from an own generator, to every parameter, in place: a zero hides what it is for.
 
     Args:
         model: Statistics of batch norms are moved as well, upwards.
+        below: Only to numbers of at most this magnitude.
     """
     generator = torch.Generator().manual_seed(0)
     statistics = [
@@ -169,7 +171,8 @@ def perturbed(model: nn.Module) -> nn.Module:
             rows = _NOISE // max(tensor[:1].numel(), 1) if tensor.ndim else 0
             for part in torch.split(tensor, max(rows, 1)) if tensor.ndim else [tensor]:
                 noise = torch.randn(part.shape, generator=generator)
-                part.add_((noise if tensor.requires_grad else noise.abs()).to(part), alpha=0.02)
+                noise = torch.where(part.abs() <= below, noise.to(part), 0.0)
+                part.add_(noise if tensor.requires_grad else noise.abs(), alpha=0.02)
     return model
 
 
@@ -183,22 +186,35 @@ class _Search:
         self.parameters = {canonical_name(n): p for n, p in twin.named_parameters()}
         self.projections = _projections(twin)
         self.found: dict[str, AttentionSite] = {}
-        uncut = self._trace(())
-        # Not the trace itself, which holds the whole graph.
-        self.order, self.others, self.silent, self.unread = uncut.sites, uncut.others, uncut.silent, uncut.unread
-        del uncut
-        self._look()
+        self._look(self._guess() or self._trace(()))
 
-    def _trace(self, cut: Sequence[str]) -> Trace:
+    def _trace(self, cut: Collection[str]) -> Trace:
         with Trace(self.twin, cut=cut, products=True) as trace:
             run_float64(self.twin, self.probe)
         return trace
 
-    def _look(self) -> None:
-        """Try every site with the cut at its own module, then at its parent's, until there are weights behind it."""
+    def _guess(self) -> Trace | None:
+        """The trace cut at what says that it has heads, if that is what attends, and nothing else looks like it."""
+        heads = [canonical_name(name) for name, module in self.twin.named_modules() if name and head_count(module)]
+        inner = [name for name in heads if not any(other.startswith(f"{name}.") for other in heads)]
+        trace = self._trace(inner) if inner else None
+        if trace is None or set(trace.sites) != set(inner) or trace.others or trace.silent or trace.unread:
+            return None
+        return trace
+
+    def _look(self, trace: Trace) -> None:
+        """Try every site with the cut at its own module, then at its parent's, until there are weights behind it.
+
+        Args:
+            trace: The first one, cut anywhere; not kept, as it holds a whole graph.
+        """
+        self.order, self.others, self.silent, self.unread = trace.sites, trace.others, trace.silent, trace.unread
         cuts = {site: site for site in self.order}
         while cuts:
-            trace = self._trace([cut for cut in cuts.values() if cut not in (ROOT, "")])
+            wanted = {cut for cut in cuts.values() if cut not in (ROOT, "")}
+            if trace.cut != wanted:
+                del trace  # before there is another
+                trace = self._trace(wanted)
             graph = Graph(self.parameters, trace.aliases)
             again = {}
             for site, cut in cuts.items():
@@ -207,6 +223,7 @@ class _Search:
                     again[site] = cut.rpartition(".")[0]
                 else:
                     self.found[site] = self._judge(site, calls, graph)
+                graph.forget()
             cuts = again
         self.found = {site: self.found[site] for site in self.order}
 
@@ -269,6 +286,6 @@ def _is_cross(call: Seen, graph: Graph) -> bool | None:
     """Whether queries and keys reach no leaf in common."""
     if call.q is None or call.k is None:
         return None
-    leaves = [graph.local([t], graph.cotangents([t]))[1] for t in (call.q, call.k)]
+    leaves = [graph.behind(t)[1] for t in (call.q, call.k)]
     used = [{i for i, gradient in enumerate(found) if gradient is not None} for found in leaves]
     return used[0].isdisjoint(used[1]) if all(used) else None

@@ -5,7 +5,7 @@ For one small example on a copy of the model; ``AttentionProbe`` watches real ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -67,7 +67,7 @@ class Trace(TorchFunctionMode):
         self,
         model: nn.Module,
         laws: Mapping[str, Law] | None = None,
-        cut: Sequence[str] = (),
+        cut: Collection[str] = (),
         products: bool = False,
     ) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Trace(TorchFunctionMode):
         self.blind: dict[str, None] = {}  # sites with queries that see no key, whose results are zero here
         self.others: dict[str, set[tuple[int, ...]]] = {}  # softmax calls that are not attention, by site
         self.aliases: list[tuple[Tensor, Tensor]] = []  # (leaf, what it stands for)
-        self._laws, self._cut, self._products = dict(laws or {}), frozenset(cut), products
+        self._laws, self.cut, self._products = dict(laws or {}), frozenset(cut), products
         self._made: list[tuple[str, Tensor, Tensor, Tensor]] = []
         self._follower: Follower[Seen] = Follower()
         self._owners = Owners(model)
@@ -86,7 +86,7 @@ class Trace(TorchFunctionMode):
         self._exits.enter_context(uncompiled())
         self._exits.enter_context(self._owners)
         for name, module in self._owners.modules.items():
-            if name in self._cut:
+            if name in self.cut:
                 handle = module.register_forward_pre_hook(self._replace, with_kwargs=True)
                 self._exits.callback(handle.remove)
         super().__enter__()  # type: ignore[no-untyped-call]

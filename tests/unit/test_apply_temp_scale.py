@@ -316,6 +316,47 @@ def test_a_bias_that_is_zero_now_is_scaled_as_well() -> None:
     assert set(find_targets(model, x, TempScaleConfig(TAU)).factors) == {"q.weight", "q.bias"}
 
 
+def test_a_gate_that_is_shut_now_hides_no_other_reader_of_the_queries() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.kv, self.gate = nn.Linear(8, 8), nn.Linear(8, 16), nn.Parameter(torch.zeros(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, (k, v) = self.q(x), self.kv(x).chunk(2, -1)
+            return F.scaled_dot_product_attention(q, k, v) + self.gate * q
+
+    torch.manual_seed(0)
+    model, x = Gated(), torch.randn(2, 5, 8)
+    factors = find_targets(model, x, TempScaleConfig(TAU)).factors
+    assert {name: [(b.start, b.length) for b in blocks] for name, blocks in factors.items()} == {
+        "kv.weight": [(0, 8)], "kv.bias": [(0, 8)]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", [0.98, 1.001, 1.02])
+def test_a_clamp_that_holds_at_the_weights_as_they_are(scale: float) -> None:
+    """Where noise moves the scale off its bound it looks as if it could be divided; where it is, it cannot."""
+
+    class Clamped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.scale = nn.Linear(8, 24), nn.Parameter(torch.tensor([scale]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+            return torch.softmax((q @ k.mT).unsqueeze(1) * self.scale.clamp(min=1.0), -1).squeeze(1) @ v
+
+    torch.manual_seed(0)
+    model, x = Clamped(), torch.randn(2, 5, 8)
+    with torch.no_grad():
+        q, k, v = model.qkv(x).double().chunk(3, -1)
+        logits = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * max(scale, 1.0)
+        apply_temp_scale(model, TAU, x)
+        torch.testing.assert_close(model(x).double(), torch.softmax(logits / TAU, -1) @ v, rtol=1e-5, atol=1e-5)
+
+
 def test_cached_position_biases_are_forgotten() -> None:
     """timm's LeViT keeps its biases from one evaluation to the next."""
     torch.manual_seed(0)
