@@ -37,6 +37,7 @@ import torch
 from common import RESULTS, machine, markdown
 from torch import Tensor, nn
 from zoo_models import OWN, Build, Example, images, tokens
+from zoo_styles import STYLES
 
 from lightning_efficient.common.match import NoMatchError
 from lightning_efficient.common.nests import mapped, tensors_behind
@@ -128,6 +129,7 @@ _UNTIED = {"tie_word_embeddings": False}
 
 CASES: dict[str, tuple[Build, Example]] = {
     **OWN,
+    **STYLES,
     **{
         f"timm {name}": _timm(name, size)
         for name, size in {
@@ -242,7 +244,8 @@ def _run(model: nn.Module, example: Any) -> list[Tensor]:
         return value.to(next(p for p in model.parameters() if p.is_floating_point()).dtype) if real else value
 
     example = mapped(example, fresh)
-    out = model(**example) if isinstance(example, dict) else model(example)
+    named = example if isinstance(example, dict) else {}
+    out = model(**named) if named else model(*(example if isinstance(example, tuple) else (example,)))
     return [t for t in tensors_behind(out) if t.is_floating_point()]
 
 

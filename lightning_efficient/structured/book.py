@@ -46,6 +46,7 @@ class Book:
         read: Labels over which products of activations were summed altogether.
         mixed: Labels over all of which a norm or another reduction went, and its name.
         splits: Labels on axes that were split into several.
+        folded: Labels of weights on axes into which several were made.
         parts: Labels along the parts of an axis that was split in several.
         looked: Module → labels that it handled, for the modules that are asked for.
     """
@@ -61,6 +62,7 @@ class Book:
         self.read: list[Tensor] = []
         self.mixed: list[tuple[Tensor, str]] = []
         self.splits: list[Grid] = []
+        self.folded: list[Grid] = []
         self.parts: list[list[Tensor]] = []
         self.looked: dict[str, list[Tensor]] = {}
         self.known: Any = WeakTensorKeyDictionary()

@@ -95,12 +95,11 @@ def held_blocks(module: nn.Module) -> Iterator[tuple[str, Sequence[int]]]:
 
 
 def held_numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """Whole numbers of objects that a module holds and others may share, such as a config, each with its path."""
+    """Whole numbers of objects and dicts that a module holds and others may share, such as a config, with paths."""
     for holder, thing in vars(module).items():
-        if not holder.startswith("_") and _plain(thing):
-            for name, value in vars(thing).items():
-                if type(value) is int and not name.startswith("_"):
-                    yield f"{holder}.{name}", value
+        for name, value in _table(thing).items() if not holder.startswith("_") else ():
+            if type(value) is int and isinstance(name, str) and name.isidentifier() and not name.startswith("_"):
+                yield f"{holder}.{name}", value
 
 
 def numbers_of(module: nn.Module) -> dict[str, Any]:
@@ -128,13 +127,14 @@ def put_numbers(module: nn.Module, found: Mapping[str, Any]) -> None:
         found: From :func:`numbers_of` of another one of its kind.
     """
     for name, value in found.items():
-        for path, number in ((f"{name}.{n}", v) for n, v in vars(value).items()) if _plain(value) else ((name, value),):
+        inside = _table(value)
+        for path, number in {f"{name}.{n}": v for n, v in inside.items()}.items() if inside else ((name, value),):
             if number_at(module, path) != number:
                 put_number(module, path, number)
 
 
 def number_at(module: nn.Module | None, path: str) -> Any:
-    """An attribute of a module, or of an object or a list that it holds; None: there is none.
+    """An attribute of a module, or of an object, a dict or a list that it holds; None: there is none.
 
     Args:
         module: The module.
@@ -146,11 +146,11 @@ def number_at(module: nn.Module | None, path: str) -> Any:
     thing = None if module is None else vars(module).get(holder)
     if _listed(thing):
         return thing[int(name)] if name.isdecimal() and int(name) < len(thing) else None
-    return vars(thing).get(name) if _plain(thing) else None
+    return _table(thing).get(name)
 
 
 def put_number(module: nn.Module, path: str, value: Any) -> None:
-    """Set it; of an object or a list the module gets a copy, as others go on with theirs."""
+    """Set it; of an object, a dict or a list the module gets a copy, as others go on with theirs."""
     holder, dot, name = path.partition(".")
     if not dot:
         setattr(module, path, value)
@@ -161,7 +161,7 @@ def put_number(module: nn.Module, path: str, value: Any) -> None:
         thing = tuple(numbers) if isinstance(thing, tuple) else numbers
     else:
         thing = copy.copy(thing)
-        setattr(thing, name, value)
+        _table(thing)[name] = value
     setattr(module, holder, thing)
 
 
@@ -169,6 +169,9 @@ def _listed(thing: Any) -> TypeGuard[Sequence[Any]]:
     return type(thing) in (list, tuple)
 
 
-def _plain(thing: Any) -> bool:
-    """Whether something is an object with attributes of its own, and no more than that."""
-    return hasattr(thing, "__dict__") and not isinstance(thing, (nn.Module, Tensor, type)) and not callable(thing)
+def _table(thing: Any) -> dict[Any, Any]:
+    """The names and values of a dict, or of an object with attributes of its own and no more than that; else empty."""
+    if isinstance(thing, dict):
+        return thing
+    plain = hasattr(thing, "__dict__") and not isinstance(thing, (nn.Module, Tensor, type)) and not callable(thing)
+    return vars(thing) if plain else {}

@@ -27,6 +27,7 @@ from lightning_efficient.common.match import (
 from lightning_efficient.common.weights import check_weight
 from lightning_efficient.structured.cost import Cost
 from lightning_efficient.structured.groups import Groups, UnitGroup, check_rounding, rounded
+from lightning_efficient.structured.labels import INSIDE
 from lightning_efficient.structured.pretrained import calls_of
 from lightning_efficient.structured.trial import Trial
 from lightning_efficient.structured.twin import METHOD, Run, Twin
@@ -84,7 +85,8 @@ def find_groups(
         trial = Trial(twin.model, twin.run(twin.small), twin.tolerance, training, inexact)
         refused: dict[str, str] = {}
         found = trial.judge(_admitted(outer, bad, idle, refused, choice), refused)
-        if any(width.group.name in refused and width.doubtful for width in outer):
+        doubtful = {width.group.name for width in outer if width.doubtful or width.refused == INSIDE}
+        if doubtful - {group.name for group in found if group.exact}:
             # Another way to read what was refused: of axes that were split, the inner part goes.
             more = [w for w in tracer.widths(inner=True) if not _overlaps(w.group, found) and not _known(w, outer)]
             again = trial.judge(_admitted(more, bad, idle, {}, choice), {})

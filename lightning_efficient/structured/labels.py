@@ -18,6 +18,8 @@ from torch import Tensor
 Grid = Tensor
 # The label of what has none: constants, which take the size of what they meet.
 WILD = 0
+# Of an axis with two factors one keeps its size; with ``inner`` it is the other one.
+INSIDE = "it lies inside of heads or blocks that go as a whole"
 
 
 class Labels:
@@ -208,7 +210,7 @@ class Labels:
         else:
             if keep in second:
                 one, two, first = two, one, second
-            self.fix(two, "it lies inside of heads or blocks that go as a whole")
+            self.fix(two, INSIDE)
             both = self.tie(one, first - {keep})
         self.blocks.append(both)
         return [both, *others]
@@ -264,7 +266,7 @@ class Labels:
             elif not self.fixed(grid):
                 if self.inner:
                     have[hit], grid = grid, other
-                self.fix(grid, "it lies inside of heads or blocks that go as a whole")
+                self.fix(grid, INSIDE)
         return have
 
 

@@ -109,7 +109,15 @@ class Moves:
                 if len(support(new)) > len(support(grid)) and not label.pure and not self.labels.fixed(new):
                     self.book.splits.append(new)
                 grids += self.labels.apart_axes(new)
-        return [Label(self.labels.merged(grids), raw=raw) for grids in made]
+        return [Label(self._merged(grids, label.pure), raw=raw) for grids in made]
+
+    def _merged(self, grids: list[Grid], pure: bool) -> list[Grid]:
+        """See :meth:`Labels.merged`; of a weight, what lies along an axis with another factor may be read otherwise."""
+        free = [grid for grid in grids if not self.labels.fixed(grid)]
+        merged = self.labels.merged(grids)
+        if pure and any(self.labels.fixed(grid) for grid in free):
+            self.book.folded += merged
+        return merged
 
     def _moved(self, full: Tensor) -> Any:
         func = getattr(torch.ops.aten, "reshape" if "view" in self.name or self.name == "_reshape_alias" else self.name)

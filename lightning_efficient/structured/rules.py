@@ -122,6 +122,12 @@ class Rules(Moves):
     def _op_bmm(self) -> list[Grid]:
         return self._contract(self.labels_at(0), self.labels_at(1), (0, 1, 2), (0, 2, 3), 2)
 
+    def _op__cdist_forward(self) -> list[Grid]:
+        one, two = self.labels_at(0), self.labels_at(1)
+        if self.results[0].ndim == 2:
+            return self._contract(one, two, (0, 1), (2, 1), 1)
+        return self._contract(one, two, (0, 1, 2), (0, 3, 2), 2)
+
     def _op_mv(self) -> list[Grid]:
         return self._contract(self.labels_at(0), self.labels_at(1), (0, 1), (1,), 1)
 

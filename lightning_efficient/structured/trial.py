@@ -231,7 +231,7 @@ class Trial:
             refused[group.name] = broken(error)
             return None
 
-        if self._error([], self.run):  # it is used in another precision, under autocast
+        if not self._error(groups, self.run) or self._error([], self.run):  # or it is used under autocast only
             return groups
         return sifted(groups, lambda some: self._error(some, self.run), divided)
 

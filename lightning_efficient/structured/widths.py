@@ -149,7 +149,9 @@ class _Reader:
         self.made = {book.keys[i] for i in book.produced}
         roots = book.labels.roots
         self.attended = {r for grid in [*book.attended, *book.labels.blocks] for r in np.unique(roots(grid)).tolist()}
-        self.split = self.attended | {r for grid in book.splits for r in np.unique(roots(grid)).tolist()}
+        self.split = self.attended | {
+            r for grid in [*book.splits, *book.folded] for r in np.unique(roots(grid)).tolist()
+        }
         self.parts = [[roots(line) for line in lines] for lines in book.parts]
         self.read = {r for grid in book.read for r in np.unique(roots(grid)).tolist()}
         self.mixed = {r: name for grid, name in book.mixed for r in np.unique(roots(grid)).tolist()}
@@ -255,9 +257,10 @@ class _Reader:
 
     def _counts(self, group: UnitGroup, heads: bool, roots: Sequence[int]) -> Iterator[dict[str, dict[str, int]]]:
         """Ways in which integer attributes may count the units, the likeliest first."""
-        top = common_parent(part.name.rpartition(".")[0] for part in group.slices)
-        inside = f"{top}." if top else ""
         holders = {part.name.rpartition(".")[0] for part in group.slices}
+        top = common_parent(holders)
+        top = top.rpartition(".")[0] if holders == {top} else top  # as of queries and keys that one layer makes
+        inside = f"{top}." if top else ""
         near = [
             (name, module)
             for name, module in self.modules.items()
@@ -295,13 +298,14 @@ class _Reader:
                 for attribute in (a for a, value in lists.items() if list(value) == ends):
                     found["lists"].setdefault(name, {}).update({f"{attribute}.{i}": steps[i] for i in steps})
                 of_size = {ends[i]: step for i, step in steps.items()}
-                for attribute, value in vars(module).items():
-                    if type(value) is int and value in of_size and not attribute.startswith("_"):
-                        found["parts"].setdefault(name, {})[attribute] = of_size[value]
+                for path, value in (*vars(module).items(), *held_numbers(module)):
+                    if type(value) is int and value in of_size and path[0] != "_" and path not in LAYER_ATTRIBUTES:
+                        found["parts"].setdefault(name, {})[path] = of_size[value]
         sure = _joined(found["heads"], found["inner"], found["lists"])
         held = _joined(sure, found["held"])
         seen: list[dict[str, dict[str, int]]] = []
         ways = [_joined(sure, {}), _joined(sure, found["ambiguous"]), {}] if heads else [{}, sure]
+        ways = [sure, {}] if found["lists"] and not heads else ways  # without it, it does not run
         ways += [held, *(_joined(held, some) for some in _subsets(found["near"])), _joined(held, found["near"])]
         ways += [_joined(sure, some) for some in _subsets(found["parts"])] + [_joined(sure, found["parts"])]
         ways += [_joined(sure, some) for some in _subsets(found["any"])]
