@@ -121,3 +121,65 @@ def test_a_width_that_runs_in_float64_only_is_refused() -> None:
     groups = find_groups(model, torch.randn(3, 6))
     assert list(groups.found) == ["2"]
     assert "only widths of 24 are compiled in" in groups.refused["0"]
+
+
+class Keyed(nn.Module):
+    """Queries, keys and values of one projection, by sizes in a dict; nothing but it makes the queries' width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = {"query": 6, "key": 6, "value": 9}
+        self.project, self.out = nn.Linear(5, 21), nn.Linear(9, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x).split(list(self.sizes.values()), -1)
+        return self.out((q @ k.transpose(-1, -2)).tanh() @ v)
+
+
+class Experts(nn.Module):
+    """All experts in one product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(5, 3)
+        self.up, self.down = nn.Parameter(torch.randn(3, 5, 7)), nn.Parameter(torch.randn(3, 7, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.einsum("bni,eih->bneh", x, self.up).relu()
+        return torch.einsum("bneh,eho,bne->bno", hidden, self.down, self.gate(x).softmax(-1))
+
+
+@pytest.mark.parametrize(("kind", "units"), [(Keyed, [6, 9]), (Experts, [7])])
+def test_widths_of_one_tensor_are_found(kind: type[nn.Module], units: list[int]) -> None:
+    torch.manual_seed(0)
+    model, x = kind().double(), torch.randn(2, 4, 5, dtype=torch.float64)
+    groups = find_groups(model, x)
+    assert sorted(group.units for group in groups.found.values()) == units
+    zeroed = copy.deepcopy(model)
+    for group in groups.found.values():
+        group.zero(dict(zeroed.named_parameters()), [1, 2])
+    keep = {name: [u for u in range(group.units) if u not in (1, 2)] for name, group in groups.found.items()}
+    apply_slim(model, keep, groups)
+    torch.testing.assert_close(model(x), zeroed(x))
+
+
+class Codebook(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.code, self.decode = nn.Linear(5, 6), nn.Embedding(7, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.encode(x)
+        return self.decode(self.code(torch.cdist(z, self.code.weight).argmin(-1)) + z)
+
+
+def test_distances_to_a_codebook_lose_what_both_lose() -> None:
+    torch.manual_seed(0)
+    model, x = Codebook().double(), torch.randn(9, 5, dtype=torch.float64)
+    groups = find_groups(model, x)
+    (group,) = groups.found.values()
+    assert {part.name for part in group.slices} >= {"encode.weight", "code.weight", "decode.weight"}
+    zeroed = copy.deepcopy(model)
+    group.zero(dict(zeroed.named_parameters()), [0, 5])
+    apply_slim(model, {group.name: [1, 2, 3, 4]}, groups)
+    torch.testing.assert_close(model(x), zeroed(x))
