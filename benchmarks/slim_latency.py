@@ -9,7 +9,12 @@ round, with its 95 % interval (order statistics). "share" is the speed-up divide
 of multiply-accumulates: 1 means that every multiply-accumulate saved is time saved. Where the time goes is the
 profiler's: products with weights (convolutions, matrix products), norms, and the rest.
 
+``--profile`` explains what is missed: processor time of every kind of operation, dense and slim, beside a floor. The floor
+of an operation is the larger of its multiply-accumulates at the rate of a large matrix product and its bytes (inputs,
+weights, outputs) at that of a copy of 4 MiB, both measured in the same run.
+
     python benchmarks/slim_latency.py
+    python benchmarks/slim_latency.py --profile
     python benchmarks/slim_latency.py --only "resnet" --rounds 40 --threads 2
 """
 
@@ -18,12 +23,14 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import timm
 import torch
-from common import RESULTS, arguments, markdown, quiet, save
+from common import RESULTS, arguments, machine, markdown, quiet, save
+from slim_profile import COLUMNS as PROFILE
+from slim_profile import explained, rates
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
@@ -66,6 +73,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int, tuple[int, ...]]] = {
     "ViT (FFN and heads)": (_vit, 64, (1, 16)),
 }
 _LAST = torch.channels_last
+BEST = {"ViT (FFN and heads)": "round_to=8"}  # for the others, the last of those that are not compiled
 # Treatment → round_to of the cut, and what is done to both.
 TREATMENTS: dict[str, tuple[int, bool, bool, bool]] = {
     "none": (1, False, False, False),
@@ -75,6 +83,7 @@ TREATMENTS: dict[str, tuple[int, bool, bool, bool]] = {
     "fused, round_to=8": (8, True, False, False),
     "fused, round_to=16": (16, True, False, False),
     "fused, channels-last, round_to=8": (8, True, True, False),
+    "fused, channels-last, round_to=16": (16, True, True, False),
     "fused, compiled, round_to=8": (8, True, False, True),
 }
 
@@ -174,6 +183,27 @@ def run(name: str, rounds: int, compile_too: bool) -> list[dict[str, Any]]:
     return rows
 
 
+def profile(names: Sequence[str], rounds: int) -> None:
+    """Where the time of each model goes under its best treatment, written as a table."""
+    rows, speeds = [], rates()
+    for name in names:
+        build, size, batches = MODELS[name]
+        example, treatment = torch.randn(2, 3, size, size), BEST.get(name, "fused, channels-last, round_to=8")
+        dense, slim, macs = variants(build, example, False)[treatment]
+        x = torch.randn(batches[-1], 3, size, size)
+        x = x.contiguous(memory_format=_LAST) if "last" in treatment else x
+        rows += explained(
+            {"model": name, "treatment": treatment, "batch": batches[-1]}, dense, slim, macs, x, speeds, rounds
+        )
+    print(table := markdown(rows, PROFILE))
+    if len(names) == len(MODELS):
+        save("slim_profile", rows, rates=speeds)
+        head = (
+            f"`{machine()['command']}`: {speeds['macs'] / 1e9:.0f} GMAC/s, {speeds['bytes'] / 1e9:.0f} GB/s, one run."
+        )
+        (RESULTS / "slim_profile.md").write_text(f"{head}\n\n{table}\n")
+
+
 def main() -> None:
     """Measure every model and write the table."""
     parser = arguments(__doc__)
@@ -181,14 +211,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--treatments", nargs="*", default=[""], help="parts of names; untreated always")
+    parser.add_argument("--profile", action="store_true", help="where the time goes, and its floor")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     quiet()
+    for name in [name for name in TREATMENTS if not any(part in name for part in ["none", *args.treatments])]:
+        del TREATMENTS[name]
+    if args.profile:
+        profile([name for name in MODELS if any(part.lower() in name.lower() for part in args.only)], args.rounds)
+        return
     rows = []
     for name in MODELS:
         if any(part.lower() in name.lower() for part in args.only):
             rows += run(name, args.rounds, not args.no_compile)
-            if args.only == [""]:
+            if args.only == args.treatments == [""]:
                 save("slim_latency", rows)
                 (RESULTS / "slim_latency.md").write_text(markdown(rows, COLUMNS) + "\n")
     print(markdown(rows, COLUMNS))
