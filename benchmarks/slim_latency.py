@@ -9,7 +9,7 @@ round, with its 95 % interval (order statistics). "share" is the speed-up divide
 of multiply-accumulates: 1 means that every multiply-accumulate saved is time saved. Where the time goes is the
 profiler's: products with weights (convolutions, matrix products), norms, and the rest.
 
-``--profile`` explains what is missed: processor time of every kind of operation, dense and slim, beside a floor. The floor
+``--profile`` says what is missed: processor time of each kind of operation, dense and slim, beside a floor. The floor
 of an operation is the larger of its multiply-accumulates at the rate of a large matrix product and its bytes (inputs,
 weights, outputs) at that of a copy of 4 MiB, both measured in the same run.
 
@@ -30,7 +30,7 @@ import timm
 import torch
 from common import RESULTS, arguments, machine, markdown, quiet, save
 from slim_profile import COLUMNS as PROFILE
-from slim_profile import explained, rates
+from slim_profile import by_width, explained, rates
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
@@ -197,11 +197,12 @@ def profile(names: Sequence[str], rounds: int) -> None:
         )
     print(table := markdown(rows, PROFILE))
     if len(names) == len(MODELS):
-        save("slim_profile", rows, rates=speeds)
-        head = (
-            f"`{machine()['command']}`: {speeds['macs'] / 1e9:.0f} GMAC/s, {speeds['bytes'] / 1e9:.0f} GB/s, one run."
-        )
-        (RESULTS / "slim_profile.md").write_text(f"{head}\n\n{table}\n")
+        widths = by_width()
+        save("slim_profile", rows, rates=speeds, widths=widths)
+        measured = f"{speeds['macs'] / 1e9:.0f} GMAC/s, {speeds['bytes'] / 1e9:.0f} GB/s"
+        head = f"`{machine()['command']}`, batch {rows[0]['batch']}; in the same run {measured}."
+        low = markdown(widths, {"channels": "channels of a 3 × 3 convolution", "rate": "GMAC/s"})
+        (RESULTS / "slim_profile.md").write_text(f"{head}\n\n{table}\n\n{low}\n")
 
 
 def main() -> None:

@@ -74,6 +74,17 @@ def rates() -> dict[str, float]:
     }
 
 
+@torch.inference_mode()
+def by_width() -> list[dict[str, float]]:
+    """Rates of convolutions of 3 × 3 between as many channels, channels-last, at 16 × 16 pixels and batch 16."""
+    rows = []
+    for width in (24, 32, 40, 48, 56, 64, 80, 96, 112, 128):
+        layer = nn.Conv2d(width, width, 3, padding=1).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        x = torch.randn(16, width, 16, 16).contiguous(memory_format=torch.channels_last)
+        rows.append({"channels": width, "rate": 16**3 * width**2 * 9 / _least(lambda layer=layer, x=x: layer(x)) / 1e9})
+    return rows
+
+
 def _least(work: Any) -> float:
     times = []
     for _ in range(30):

@@ -19,6 +19,7 @@ Seconds and limits are processor time. A row says which state of ``lightning_eff
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import importlib
 import json
@@ -41,6 +42,7 @@ from zoo_styles import STYLES
 
 from lightning_efficient.common.match import NoMatchError
 from lightning_efficient.common.nests import mapped, tensors_behind
+from lightning_efficient.common.running import Float64
 from lightning_efficient.structured.cost import Cost
 from lightning_efficient.structured.graph import find_groups
 from lightning_efficient.structured.groups import Groups, UnitGroup
@@ -245,7 +247,9 @@ def _run(model: nn.Module, example: Any) -> list[Tensor]:
 
     example = mapped(example, fresh)
     named = example if isinstance(example, dict) else {}
-    out = model(**named) if named else model(*(example if isinstance(example, tuple) else (example,)))
+    double = next(p for p in model.parameters() if p.is_floating_point()).dtype is torch.float64
+    with Float64() if double else contextlib.nullcontext():
+        out = model(**named) if named else model(*(example if isinstance(example, tuple) else (example,)))
     return [t for t in tensors_behind(out) if t.is_floating_point()]
 
 
