@@ -1,6 +1,6 @@
 """From an empty process to the first step of ViT-Small: a plain Trainer, and one with methods.
 
-Arguments are the defaults, but for TempScale, whose temperature of 1 changes nothing and so looks at nothing.
+Arguments are the defaults, but for TempScale, whose temperature of 1 changes nothing: it has 0.9.
 
 Every run is a process of its own, the arms in turn; CPU time (wall time with ``--device cuda``) of the imports, and of
 everything up to the end of the first training step.

@@ -118,11 +118,6 @@ class TempScale(WeightSpaceCallback):
         still = self.options.mode == "constant" and not self.learnable and all(tau == 1 for tau in taus)
         return f"tau={self.options.tau} is the temperature that attention has" if still else ""
 
-    @property
-    def _idle(self) -> bool:
-        """Whether there is nothing to find and to prove; a list has to have the length of what is found."""
-        return bool(self.without_effect()) and isinstance(self.options.tau, float | int)
-
     def record(self) -> dict[str, Any]:
         """The arguments, and which weights hold which attention's temperature."""
         layout = None if self._targets is None else layout_of(self._targets)
@@ -133,7 +128,7 @@ class TempScale(WeightSpaceCallback):
     @property
     def needs_whole(self) -> bool:
         """To find what scales the logits, and to prove it."""
-        return not self._idle
+        return True
 
     def check_sharded(self, pl_module: LightningModule) -> None:
         """Refuse what no weight can hold."""
@@ -173,15 +168,14 @@ class TempScale(WeightSpaceCallback):
                 )
             self._steps = held.config["steps"]
             return targets_of(held.config["layout"], self.options)
-        if self._idle:
-            return Targets()
         trained = trained_by(*trainer.optimizers)
         fixed = {name for name, p in parameters_by_name(pl_module).items() if id(p) not in trained}
 
         def find(module: LightningModule, batch: Any) -> Targets:
             example = example_of(trainer, module, "fit", batch)
             targets = self._find(example, fixed)
-            check_gradients(example.model, example.args, targets)
+            if not self.without_effect():  # what is misspelt or missing is an error at 1 as well
+                check_gradients(example.model, example.args, targets)
             return targets
 
         return asked(type(self).__name__, trainer, pl_module, first_batch(trainer), find)
@@ -351,8 +345,6 @@ class TempScale(WeightSpaceCallback):
         held = attachment(pl_module).entry(METHOD)
         if held is not None:
             self._say_held(held.config)
-            return
-        if self._idle:
             return
         if is_sharded(trainer):
             raise ValueError(

@@ -184,7 +184,7 @@ class _Search:
         steps: dict[str, set[int | float]] = {}
         uneven: dict[int, str] = {}
         followed: set[Any] = set()
-        for path, value in numbers(self.owner.config):
+        for path, value in [*numbers(self.owner.config), *self._defaults({self.whole[key] for key in cut})]:
             moved = self._moved(path, value)
             followed |= moved
             if len(self._ratios(moved & cut)) > 1:
@@ -197,6 +197,12 @@ class _Search:
         if isinstance(found, str) and uneven:
             return f"`{uneven[min(uneven)]}` of its config is one number for layers that are not equally wide any more"
         return found
+
+    def _defaults(self, sizes: set[int]) -> Iterator[tuple[str, int]]:
+        """What the config leaves open (None) and a number of these would say as well."""
+        for path in _unset(self.owner.config):
+            if _built(self.owner, {path: 2 * max(sizes)}) != self.before:
+                yield from ((path, size) for size in sizes if _built(self.owner, {path: size}) == self.before)
 
     def _ratios(self, keys: set[Any]) -> set[Fraction]:
         return {Fraction(self.wanted[key]) / Fraction(self.before[key]) for key in keys}
@@ -303,17 +309,26 @@ def _print(model: nn.Module) -> dict[Any, Any]:
 # -- configs -----------------------------------------------------------------------------------------------------------
 
 
-def numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, int | float]]:
+def numbers(config: Any) -> Iterator[tuple[str, int | float]]:
     """The numbers of a config, those in its lists and in configs inside it too, each with its path."""
+    return ((path, value) for path, value in _entries(config) if type(value) in (int, float) and value > 0)
+
+
+def _unset(config: Any) -> Iterator[str]:
+    """Paths of what a config leaves to its class."""
+    return (path for path, value in _entries(config) if value is None)
+
+
+def _entries(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     items = enumerate(config) if isinstance(config, (list, tuple)) else vars(config).items()
     for key, value in items:
         path = f"{prefix}{key}"
         if path.rpartition(".")[2].startswith("_"):
             continue
-        if type(value) in (int, float) and value > 0:
+        if isinstance(value, (list, tuple)) or hasattr(value, "to_dict"):
+            yield from _entries(value, f"{path}.")
+        else:
             yield path, value
-        elif isinstance(value, (list, tuple)) or hasattr(value, "to_dict"):
-            yield from numbers(value, f"{path}.")
 
 
 def _changed(config: Any, fields: Mapping[str, int | float], copies: dict[int, Any] | None = None) -> Any:
@@ -337,8 +352,8 @@ def _put(holder: Any, path: list[str], value: Any) -> Any:
 
 def _set(owner: nn.Module, fields: Fields) -> bool:
     """Give a model, and all inside it, the config with other numbers, if its class builds its shapes from that."""
-    known = dict(numbers(owner.config))
-    if any(type(known.get(path)) is not type(value) for path, value in fields.items()):
+    known = dict(_entries(owner.config))
+    if any(path not in known or type(known[path]) not in (type(value), type(None)) for path, value in fields.items()):
         return False
     made = _build(owner, fields, "meta")
     if made is None or _sizes(_print(made)) != _sizes(_print(owner)):
@@ -347,8 +362,8 @@ def _set(owner: nn.Module, fields: Fields) -> bool:
     for name, module in modules_by_name(owner).items():
         mine, theirs = vars(module).get("config"), vars(built[name]).get("config")
         if hasattr(mine, "to_dict") and theirs is not None:
-            now = dict(numbers(theirs))
-            other = {path: now[path] for path, value in numbers(mine) if now.get(path, value) != value}
+            now, old = dict(numbers(theirs)), dict(_entries(mine))
+            other = {path: value for path, value in now.items() if path in old and old[path] != value}
             module.config = _changed(mine, other, copies)
     return True
 

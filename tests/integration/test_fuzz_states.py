@@ -36,7 +36,7 @@ from lightning_efficient import (
 from lightning_efficient.lifecycle.recipe import KEY
 from lightning_efficient.testing.case import ResumableLoader
 
-SEED, COUNT = os.environ.get("FUZZ_SEED", ""), int(os.environ.get("FUZZ_COUNT", "15"))
+SEED, COUNT = os.environ.get("FUZZ_SEED", ""), int(os.environ.get("FUZZ_COUNT", "10"))
 CASES = {name: (module, make) for name, (module, make, _) in METHODS.items() if make is not None} | {
     "norm_swap, guarded": (VIT, partial(PRepBN, hold=0, transition=6, guard="rollback", allow_causal=True)),
     "temp_scale, on its way": (VIT, partial(TempScale, tau=0.5, transition=5)),

@@ -394,7 +394,9 @@ def test_the_exported_model_loads_without_this_package(
         loaded(x, is_causal=True)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", ["norms", *(pytest.param(form, marks=pytest.mark.exhaustive) for form in ("grid", "pairs"))]
+)
 def test_programs_for_torch_export_and_onnx(form: str, tmp_path: Path) -> None:
     model, x = linear_vit(**FORMS[form], depth=1).eval(), seeded(3, 1, 8, 8)
     plain, other = export(model, x), seeded(3, 1, 8, 8, seed=1)

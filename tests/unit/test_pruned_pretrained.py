@@ -80,6 +80,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Mapping[str, Tensor], dict[str, 
                        num_hidden_layers=2, num_attention_heads=4),
         IMAGES, {"mlp_ratio": 1.0},
     ),
+    "a width that is left to a default": (
+        lambda: _model("GPTJModel", "GPTJ", n_embd=32, n_layer=2, n_head=4, rotary_dim=4, vocab_size=40,
+                       n_positions=16),
+        WORDS, {"n_inner": 64},
+    ),
     "encoder and decoder": (
         lambda: _model("T5Model", "T5", d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=40),
         WORDS | {"decoder_input_ids": TOKENS}, {"num_heads": 2, "d_ff": 24, "d_kv": 8},
@@ -94,9 +99,9 @@ def test_the_config_says_what_is_left(case: str, tmp_path: Path) -> None:
     groups = LF.find_groups(model, dict(example))
     before = sum(p.numel() for p in model.parameters())
     keep = _alike(groups, lambda name, units: units // 2)
-    if case == "a width that is a ratio":  # its heads are as wide as the input, divided by their number
+    if case in ("a width that is a ratio", "a width that is left to a default"):
+        # its heads are as wide as the input, divided by their number
         keep = {name: units for name, units in keep.items() if not groups.found[name].heads}
-        expected = {"mlp_ratio": 1}
     LF.apply_slim(model, keep, groups)
     again = _comes_back(model, tmp_path, example)
     assert sum(p.numel() for p in again.parameters()) < 0.9 * before
