@@ -167,7 +167,7 @@ def test_inputs_prepared_in_a_hook(tmp_path: Path, method: str, where: str) -> N
     assert differing(fitted(tmp_path, method, Task(where), data), expected) == []
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "64-true", "16-true"])
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true", pytest.param("16-true", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("method", METHODS)
 def test_in_true_precision(tmp_path: Path, method: str, precision: Any) -> None:
     """A loader of float32 is as good as one of what the precision plugin makes of it."""
