@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from importlib import import_module
+from inspect import unwrap
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -68,7 +69,7 @@ def on_page_content(html: str, **_: object) -> str:
 
 def _public_names(line: re.Match[str]) -> str:
     module = import_module(line[1])
-    public = [getattr(module, name) for name in sorted(module.__all__) if name != name.upper()]
+    public = [unwrap(getattr(module, name)) for name in sorted(module.__all__) if name != name.upper()]
     # By their home: a function may be hidden by the module of the same name that it lives in.
     return "\n\n".join(f"::: {item.__module__}.{item.__qualname__}" for item in public)
 

@@ -63,8 +63,8 @@ if TYPE_CHECKING:
 
     __version__: str
 
-# Public name -> where it lives. No module of the package has the name of a thing in it that is public here, so that
-# importing the one never hides the other.
+# Public name -> where it lives. No module of the package hides a thing of its name that is public here when it is
+# imported: `export`, the only one, is both.
 _HOMES = {
     "AdaptiveGradientModulation": "callbacks.adaptive_gradient_modulation",
     "BalancedDistributedBatchSampler": "companions.samplers",

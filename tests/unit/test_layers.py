@@ -16,15 +16,19 @@ PACKAGE = "lightning_efficient"
 ROOT = Path(lightning_efficient.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
-# The house, lowest room first: a room imports from those before it and from itself, never from one behind it. The four
-# modules at the top stand above the core (`functional`) or above all (the public names, the switch).
+# The house, lowest room first: a room imports from those before it and from itself, never from one behind it. The five
+# modules at the top stand above the core (`functional`), above `deploy` (`export`) or above all (the public names, the
+# switch).
 ROOMS = (
     "common", "metrics", "surgery", "weightspace", "folding", "norms", "attention", "pruning", "structured",
     "companions", "loops", "trainer", "lifecycle", "callbacks", "deploy", "comparison", "ablation", "tuning", "testing",
     "demo", "cli",
 )  # fmt: skip
 LEVEL = {name: level for level, name in enumerate(ROOMS)}
-ABOVE = {"functional": LEVEL["tuning"], "_switch": len(ROOMS), "__main__": len(ROOMS), "": len(ROOMS) + 1}
+ABOVE = {
+    "functional": LEVEL["tuning"], "export": LEVEL["comparison"], "_switch": len(ROOMS), "__main__": len(ROOMS),
+    "": len(ROOMS) + 1,
+}  # fmt: skip
 CORE = {*ROOMS[: ROOMS.index("trainer")], "functional"}  # torch only, never lightning
 LONGEST = 400
 PICKLERS = ("pickle", "cloudpickle", "dill", "marshal", "shelve")
@@ -78,7 +82,7 @@ def parse(path: Path) -> ast.Module:
 def test_every_room_is_on_the_list() -> None:
     rooms = {path.relative_to(ROOT).parts[0] for path in FILES if path.parent != ROOT}
     assert rooms == set(ROOMS)
-    assert {path.stem for path in FILES if path.parent == ROOT} == {"__init__", "__main__", "_switch", "functional"}
+    assert {path.stem for path in FILES if path.parent == ROOT} == {"__init__", *ABOVE} - {""}
     public = {cls for cls, home in lightning_efficient._HOMES.items() if home.startswith("callbacks.")}
     homes = {home for home in lightning_efficient._HOMES.values() if home.startswith("callbacks.")}
     files = {f"callbacks.{path.stem}" for path in FILES if path.parent == ROOT / "callbacks"}

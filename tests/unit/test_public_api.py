@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
+import subprocess
 import sys
 from importlib.metadata import version
 from types import ModuleType
@@ -16,11 +18,18 @@ import lightning_efficient
 @pytest.mark.parametrize("name", lightning_efficient.__all__)
 def test_every_name_resolves_and_is_documented(name: str) -> None:
     thing = getattr(lightning_efficient, name)
-    assert thing.__name__ == name
+    assert inspect.unwrap(thing).__name__ == name  # `export` is a module too, once that is imported
     assert thing.__doc__
     assert name in dir(lightning_efficient)
 
 
+FRESH = """
+from inspect import signature
+from types import ModuleType
+from torch import nn, ones
+from lightning_efficient.deploy.export import export as real
+given, wanted = (nn.Linear(2, 2), ones(1, 2)), signature(real)
+"""
 MODULES = [m.name for m in pkgutil.walk_packages(lightning_efficient.__path__, "lightning_efficient.")]
 
 
@@ -31,8 +40,15 @@ def test_importing_a_module_gives_the_module() -> None:
             importlib.import_module(name)
             parent, _, last = name.rpartition(".")
             assert isinstance(getattr(sys.modules[parent], last), ModuleType), name
-    assert callable(lightning_efficient.export)
-    assert lightning_efficient.export is importlib.import_module("lightning_efficient.deploy.export").export
+
+
+def test_export_is_a_module_and_the_function_whichever_is_imported_first() -> None:
+    """In a fresh interpreter each: an import leaves its mark on the package."""
+    module = "import lightning_efficient.export as E; assert isinstance(E, ModuleType) and E.export(*given)"
+    function = "from lightning_efficient import export; assert export(*given); assert signature(export) == wanted"
+    for lines in ([module, function, module], [function, module, function]):
+        code = "\n".join([FRESH, *lines])
+        subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
 
 
 def test_version_and_unknown_names() -> None:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = Path(lightning_efficient.__file__).parent
 PUBLIC = {
     name: importlib.import_module(f"lightning_efficient.{name}")
-    for name in ("demo", "functional", "metrics", "testing", "tuning")
+    for name in ("demo", "export", "functional", "metrics", "testing", "tuning")
 }
 ENTRY_POINTS = "lightning_efficient.methods"  # no module: the group in which other packages name theirs
 PAGES = sorted(
