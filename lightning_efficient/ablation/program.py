@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +12,11 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from lightning_efficient.ablation.asking import Asked
 from lightning_efficient.ablation.files import METHODS_FILE
 from lightning_efficient.ablation.job import error_lines
 from lightning_efficient.ablation.variants import CONFIG, Methods, methods_of, options_of
-from lightning_efficient.common.names import RUN_VARIABLE, VARIABLE
+from lightning_efficient.common.names import VARIABLE
 from lightning_efficient.common.registry import METHODS, near
 from lightning_efficient.lifecycle.methods import build_callback
 
@@ -79,13 +78,13 @@ class Program:
         return {VARIABLE: "" if self.methods_are_keys or not methods_of(methods) else str(folder / METHODS_FILE)}
 
 
-def find_program(script: str | os.PathLike[str] | None, arguments: Sequence[str], subcommand: str = "fit") -> Program:
+def find_program(script: str | os.PathLike[str] | None, arguments: Sequence[str], asked: Asked) -> Program:
     """Ask a script for its configuration, so that what is wrong with it is said once and before any run.
 
     Args:
         script: A file, or a module's import path. ``None``: ``lightning-efficient fit``.
         arguments: For every run, such as ``["--config=base.yaml", "--trainer.max_epochs=3"]``.
-        subcommand: Which one trains.
+        asked: Whoever asks it.
 
     Raises:
         FileNotFoundError: No such script.
@@ -93,17 +92,17 @@ def find_program(script: str | os.PathLike[str] | None, arguments: Sequence[str]
     """
     command = _command(script)
     failed = ""
-    for words in ([subcommand], []):
-        done = _probe([*command, *words, *arguments, "--print_config"])
+    for words in (["fit"], []):
+        done = asked.ask([*command, *words, *arguments, "--print_config"])
         if done.returncode == 0:
             config = _config(done.stdout, " ".join(command))
             keys = [config[method] for method in METHODS.with_callback if method in config]
             efficient = bool(keys) and all(isinstance(key, Mapping) and "enabled" in key for key in keys)
             return Program(command, tuple(arguments), bool(words), efficient, config)
         failed = failed or error_lines(done.stderr)
-        if f"arguments: {subcommand}" not in done.stderr:
+        if "arguments: fit" not in done.stderr:
             break
-    raise ValueError(f"`python {' '.join([*command, subcommand, *arguments])}` would not start:\n{failed}")
+    raise ValueError(f"`python {' '.join([*command, 'fit', *arguments])}` would not start:\n{failed}")
 
 
 def loggers(config: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
@@ -148,13 +147,6 @@ def _command(script: str | os.PathLike[str] | None) -> tuple[str, ...]:
     return ("-m", name)
 
 
-def _probe(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, VARIABLE: "", RUN_VARIABLE: json.dumps({"probe": True})}
-    return subprocess.run(
-        [sys.executable, *argv], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
-
-
 def _config(printed: str, command: str) -> dict[str, Any]:
     _, found, text = printed.partition(_HEADER)
     config = yaml.safe_load(_HEADER + text) if found else None
@@ -166,12 +158,13 @@ def _config(printed: str, command: str) -> dict[str, Any]:
     return config
 
 
-def check_variants(variants: Mapping[str, Methods], program: Program) -> list[str]:
+def check_variants(variants: Mapping[str, Methods], program: Program, asked: Asked) -> list[str]:
     """Put every variant together with the configuration that it changes, before the first run.
 
     Args:
         variants: Name → methods.
         program: What they train, with its configuration.
+        asked: Whoever asks it about a variant's ``"config"``.
 
     Returns:
         What to know before waiting for the runs: variants that train as the baseline does, and methods that change
@@ -187,7 +180,7 @@ def check_variants(variants: Mapping[str, Methods], program: Program) -> list[st
         methods = methods_of(changes)
         if options := options_of(changes):
             words = [*program.command, *(["fit"] if program.subcommands else []), *program.arguments, *options]
-            done = _probe([*words, "--print_config"])
+            done = asked.ask([*words, "--print_config"])
             if done.returncode:
                 raise ValueError(
                     f"variant {variant!r}: `python {' '.join(words)}` would not start:\n{error_lines(done.stderr)}"

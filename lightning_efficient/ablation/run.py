@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lightning_efficient.ablation.asking import Asked
 from lightning_efficient.ablation.engines import (
     ENGINES,
     Engine,
@@ -130,8 +131,9 @@ def ablate(
     found = read_variants(variants)
     if run_cost:
         found = {name: {**methods, "run_cost": methods.get("run_cost", _ON)} for name, methods in found.items()}
-    program = find_program(script, arguments)
-    remarks = check_variants(found, program)
+    with Asked() as asked:
+        program = find_program(script, arguments, asked)
+        remarks = check_variants(found, program, asked)
     if test and not program.subcommands:
         raise ValueError("`test` needs a script with subcommands: this one has LightningCLI(run=False).")
     folder = Path(out).resolve()

@@ -13,6 +13,7 @@ import runpy
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -69,10 +70,23 @@ def become(request: dict[str, Any]) -> None:
     os.chdir(request["cwd"])
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed()  # `random` does this by itself; torch starts from a constant
-    sys.path[0] = request["cwd"]
-    _, module, *arguments = request["argv"]
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    run_as_main(request["argv"])
+
+
+def run_as_main(argv: Sequence[str]) -> None:
+    """Run what ``python`` would run with these arguments, in this process.
+
+    Args:
+        argv: A script, or ``-m`` and a module, and what follows.
+    """
+    module = argv[0] == "-m"
+    sys.argv = list(argv[module:])
+    if not getattr(sys.flags, "safe_path", False):  # Python 3.11
+        sys.path[0] = os.getcwd() if module else os.path.dirname(os.path.realpath(argv[0]))
+    if module:
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":

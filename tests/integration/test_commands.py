@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from token_models import Callable, TokenData
 
 import lightning_efficient
 from lightning_efficient import MagnitudePruning, SigmaReparam, TempScale
+from lightning_efficient.ablation.asking import Asked
 from lightning_efficient.ablation.files import read_json
 from lightning_efficient.ablation.job import Job, run_job
 from lightning_efficient.ablation.program import Program, check_variants
@@ -182,40 +184,46 @@ def test_a_file_that_runs_code_needs_trust(checkpoint: str, tmp_path: Path, caps
 # -- ablate ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def asked() -> Iterator[Asked]:
+    with Asked() as one:
+        yield one
+
+
 def program(**keys: dict[str, Any]) -> Program:
     config = {name: {"enabled": False} for name in METHODS.with_callback} | keys
     return Program(("-m", "x"), (), True, True, {"trainer": {}, **config})
 
 
-def test_variants_are_checked_with_the_configuration_they_change() -> None:
+def test_variants_are_checked_with_the_configuration_they_change(asked: Asked) -> None:
     base = program(linear_attention={"enabled": True}, magnitude_pruning={"enabled": False, "amount": 0.25})
     with pytest.raises(ValueError, match=r"variant 'a' with the configuration: .*linear attention has no softmax"):
-        check_variants(read_variants({"a": {"TempScale": {"tau": 0.5}}}), base)
+        check_variants(read_variants({"a": {"TempScale": {"tau": 0.5}}}), base, asked)
     with pytest.raises(ValueError, match=r"variant 'b' with the configuration: .*more than a whole run"):
         check_variants(
-            read_variants({"b": {"hesso_pruning": {"duration": 0.8}}}), program(hesso_pruning={"start": 0.5})
+            read_variants({"b": {"hesso_pruning": {"duration": 0.8}}}), program(hesso_pruning={"start": 0.5}), asked
         )
 
 
-def test_options_that_the_program_refuses_stop_before_the_first_run(tmp_path: Path) -> None:
+def test_options_that_the_program_refuses_stop_before_the_first_run(tmp_path: Path, asked: Asked) -> None:
     script = tmp_path / "train.py"
     script.write_text("import sys\nsys.exit('error: no ' + sys.argv[3] if 'widht' in sys.argv[3] else 0)")
     base = Program((str(script),), ("--lr=1",), True, True, program().config)
     twice = read_variants({"a": {"config": {"width": 3}}, "b": {"config": {"width": 4}}})
-    assert check_variants(twice, base) == []
+    assert check_variants(twice, base, asked) == []
     with pytest.raises(
         ValueError, match=r"variant 'c': `python .*train\.py fit --lr=1 --widht=3` .*\nerror: no --widht=3"
     ):
-        check_variants(read_variants({"c": {"config": {"widht": 3}}}), base)
+        check_variants(read_variants({"c": {"config": {"widht": 3}}}), base, asked)
 
 
-def test_variants_that_change_nothing_are_named() -> None:
+def test_variants_that_change_nothing_are_named(asked: Asked) -> None:
     variants = {
         "still": {"temp_scale": {"tau": 1}}, "looks": {"sigma_reparam": {"monitor_only": True}},
         "none": {"magnitude_pruning": {"amount": 0.0}}, "moves": {"temp_scale": {"learnable": True}},
         "again": {"norm_swap": {"target": "dyt"}},
     }  # fmt: skip
-    said = check_variants(read_variants(variants), program(norm_swap={"enabled": True, "target": "dyt"}))
+    said = check_variants(read_variants(variants), program(norm_swap={"enabled": True, "target": "dyt"}), asked)
     assert [text.partition(":")[0].partition(" ")[0] for text in said] == ["still", "looks", "none", "again"]
     assert "TempScale changes nothing: tau=1" in said[0]
     assert "again trains exactly as baseline does" in said[3]

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from lightning_efficient.ablation.asking import Asked
 from lightning_efficient.ablation.engines import LocalEngine, gpus_of_a_run, make_slots
 from lightning_efficient.ablation.files import CHECKPOINT, LOG, PROGRESS, START, STATUS, read_json, write_json
 from lightning_efficient.ablation.job import Job, error_lines, run_job
@@ -275,7 +276,7 @@ def test_a_missing_script() -> None:
     with pytest.raises(
         FileNotFoundError, match=r"no script 'nowhere/train\.py': neither a file nor an importable module"
     ):
-        find_program("nowhere/train.py", [])
+        find_program("nowhere/train.py", [], Asked())
 
 
 @pytest.mark.parametrize(
@@ -290,8 +291,8 @@ def test_a_missing_script() -> None:
 )
 def test_scripts_that_are_refused(tmp_path: Path, script: str, message: str) -> None:
     (tmp_path / "train.py").write_text(script, encoding="utf-8")
-    with pytest.raises(ValueError, match=message):
-        find_program(tmp_path / "train.py", [])
+    with Asked() as asked, pytest.raises(ValueError, match=message):
+        find_program(tmp_path / "train.py", [], asked)
 
 
 def test_what_a_run_is_told(tmp_path: Path) -> None:
@@ -308,6 +309,7 @@ def test_what_a_run_is_told(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.forks
 def test_the_lock_is_held_by_children_of_a_killed_command(tmp_path: Path) -> None:
     with (
         locked(tmp_path),
@@ -315,14 +317,11 @@ def test_the_lock_is_held_by_children_of_a_killed_command(tmp_path: Path) -> Non
         locked(tmp_path),
     ):
         pass
-    code = (
-        "import subprocess, sys, os\nfrom pathlib import Path\nfrom lightning_efficient.ablation.plan import locked\n"
-    )
-    code += f"with locked(Path({str(tmp_path)!r})) as lock:\n"
-    code += (
-        "    subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1.5)'], pass_fds=[lock])\n    os._exit(0)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    if not (killed := os.fork()):
+        with locked(tmp_path) as lock:
+            subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1.5)"], pass_fds=[lock])
+            os._exit(0)
+    os.waitpid(killed, 0)
     started = time.monotonic()
     with locked(tmp_path):
         assert time.monotonic() - started > 0.5, "the child still held it"
