@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from lightning_efficient.ablation.asking import Asked
+from lightning_efficient.ablation.board import BOARD, board
 from lightning_efficient.ablation.engines import (
     ENGINES,
     Engine,
@@ -250,6 +251,9 @@ def _report(
             from lightning_efficient.comparison.html import to_html  # with jinja2 and matplotlib
 
             write_whole(folder / PAGE, to_html(comparison))
+        with shown_or_skipped("order of TensorBoard's table", console):
+            scalars = {name for run in comparison.runs for name in run.series}
+            write_whole(runs[0].folder / BOARD, board([run.folder for run in runs], scalars))
     for note in notes:
         console.print(printable_lines(note), **plain)
     if any(row.state == "failed" for row in rows):

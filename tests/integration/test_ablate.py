@@ -19,7 +19,10 @@ from typing import Any
 import pytest
 import yaml
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
 
+from lightning_efficient.ablation.board import BOARD
 from lightning_efficient.ablation.files import CHECKPOINT, LOG, STATUS, read_json
 from lightning_efficient.ablation.run import RESULT, Ablation, ablate
 from lightning_efficient.comparison import read_runs
@@ -50,7 +53,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def mtimes(folders: list[Path]) -> dict[Path, float]:
-    return {file: file.stat().st_mtime for folder in folders for file in sorted(folder.rglob("*")) if file.is_file()}
+    files = [file for folder in folders for file in sorted(folder.rglob("*")) if file.is_file() and file.name != BOARD]
+    return {file: file.stat().st_mtime for file in files}
 
 
 def in_state(state: str, out: Path) -> list[Path]:
@@ -149,6 +153,15 @@ def test_the_result(continued: tuple[Ablation, str, dict[str, Any]], project: Pa
     assert written["comparison"]["baseline"] == "baseline"
     assert (project / "out" / "curves.png").stat().st_size > 10_000
     assert "4 finished" in screen
+    (record,) = (project / "out").rglob(BOARD)
+    log = EventAccumulator(str(record.parent))
+    log.Reload()
+    content = log.summary_metadata["_hparams_/experiment"].plugin_data.content
+    shown = [info.name.tag for info in plugin_data_pb2.HParamsPluginData.FromString(content).experiment.metric_infos]
+    assert shown[:5] == ["batch", "epoch", "initial", "train_loss", "val_loss"], (
+        "the user's are the five that are shown"
+    )
+    assert "efficient/norm_swap/lam" in shown[5:], "of another run than this one"
 
 
 @pytest.mark.exhaustive
