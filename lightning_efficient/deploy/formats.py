@@ -65,8 +65,8 @@ def save_exported(
         ExportError: The model has diverged (see :func:`lightning_efficient.export`), or what was read back differs. No
             file is left behind, and an old one stays.
     """
+    check_path(path, opset=opset, output_names=output_names)
     target = Path(path)
-    check_path(target, opset=opset, output_names=output_names)
     if target.suffix in _PROGRAMS:
         if example_inputs is None:
             raise ValueError(f"a {target.suffix} file holds a traced program: pass `example_inputs`.")
@@ -93,6 +93,10 @@ def check_path(path: str | os.PathLike[str], **of_onnx: Any) -> None:
     Raises:
         ValueError: Another suffix, or one of these for another format.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(
+            f"`path` should name a file; got {type(path).__name__}: it is the last of model, example_inputs and path."
+        )
     suffix = Path(path).suffix
     if suffix not in (*_PROGRAMS, *_STATES):
         raise ValueError(f"`path` is {str(path)!r}; expected a suffix among {', '.join([*_PROGRAMS, *_STATES])}.")

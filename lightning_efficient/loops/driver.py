@@ -45,6 +45,7 @@ class Driver:
         self._arguments = {name: dict(given) for name, given in arguments.items()}
         self._step = 0
         self._begun = self._stepped = False
+        self._idle = 0  # steps that were told, and that the optimizer did not take
         self._handles: list[Any] = []
 
     @property
@@ -71,9 +72,21 @@ class Driver:
         """An optimizer step is over, and that of the schedulers: call it once after each.
 
         A step that a gradient scaler has skipped counts, as it does in a Trainer.
+
+        Warns:
+            UserWarning: There are more steps than ``total_steps``, some without a step of the optimizer.
         """
+        self._idle += not self._stepped
         self._begun = self._stepped = False
         self._step += 1
+        if self._idle and self._step - 1 == self.total_steps:
+            warnings.warn(
+                f"`driver.step()` was called more than total_steps={self.total_steps} times, {self._idle} times "
+                "without a step of the optimizer, so that schedules ended too soon: where gradients are accumulated, "
+                "call it only once they are complete (accelerate: `if accelerator.sync_gradients:`).",
+                UserWarning,
+                stacklevel=2,
+            )
         for part in self._parts.values():
             part.at(self._run, self._step)
 

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from lightning_efficient import EfficientTrainerCallback, attach
+from lightning_efficient import EfficientTrainerCallback, attach, export, save_exported
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 METHODS: dict[str, dict[str, Any]] = {
@@ -51,8 +53,6 @@ def equal(one: nn.Module, two: nn.Module) -> bool:
 
 
 def test_fabric() -> None:
-    from lightning.fabric import Fabric
-
     fabric, bare = Fabric(accelerator="cpu"), net()
     model, optimizer = fabric.setup(bare, torch.optim.AdamW(bare.parameters(), 1e-2))
     driver = attach(model, optimizer, METHODS, total_steps=6)
@@ -87,6 +87,61 @@ def test_accelerate(tmp_path: Path) -> None:
         optimizer.zero_grad()
         driver.step()
     assert equal(driver.finish(), whole)
+
+
+UNITS = {"hesso_pruning": {"target": 0.4, "start": 1, "duration": 3, "periods": 2}}
+IMAGES = [(torch.randn(4, 3, 32, 32), torch.arange(4)) for _ in range(5)]
+
+
+def smaller(door: str, folder: Path) -> nn.Module:
+    """A network with running statistics, residual sums and grouped widths; interrupted and gone on with, where that
+    is the door's business."""
+    torch.manual_seed(0)
+    bare = timm.create_model("test_resnet", num_classes=4)
+    model: Any = bare
+    optimizer: Any = torch.optim.AdamW(bare.parameters(), 1e-2)
+    backward: Any = Tensor.backward
+    if door == "fabric":
+        fabric = Fabric(accelerator="cpu")
+        model, optimizer = fabric.setup(bare, optimizer)
+        backward = fabric.backward
+    elif door == "accelerate":
+        accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
+        model, optimizer = accelerator.prepare(bare, optimizer)
+        backward = accelerator.backward
+    driver = attach(model, optimizer, UNITS, total_steps=5, example=IMAGES[0][0][:2])
+    if door == "accelerate":
+        accelerator.register_for_checkpointing(driver)
+
+    def train(batches: list[tuple[Tensor, Tensor]]) -> None:
+        for inputs, labels in batches:
+            backward(nn.functional.cross_entropy(model(inputs), labels))
+            optimizer.step()
+            optimizer.zero_grad()
+            driver.step()
+
+    train(IMAGES[:3])
+    if door == "accelerate":
+        accelerator.save_state(str(folder / "state"))
+        train(IMAGES[3:])
+        accelerator.load_state(str(folder / "state"))
+    train(IMAGES[3:])
+    assert driver.finish() is bare
+    return bare
+
+
+@pytest.mark.parametrize("door", ["fabric", "accelerate"])
+def test_units_go_as_in_a_plain_loop(door: str, tmp_path: Path) -> None:
+    small, reference = smaller(door, tmp_path), smaller("plain", tmp_path)
+    states = [model.state_dict() for model in (small, reference)]
+    assert sum(p.numel() for p in small.parameters()) < 0.7 * 373_076
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items()), "buffers, too"
+    inputs = IMAGES[0][0]
+    plain = export(small, inputs)
+    save_exported(plain, inputs, tmp_path / "small.pt2")
+    program = torch.export.load(tmp_path / "small.pt2").module()
+    torch.testing.assert_close(program(inputs), small.eval()(inputs))
 
 
 def test_a_step_that_the_scaler_skips() -> None:

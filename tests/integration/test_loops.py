@@ -285,6 +285,24 @@ def test_a_step_that_is_not_told() -> None:
         loop.optimizer.step()
 
 
+def test_steps_that_the_optimizer_does_not_take() -> None:
+    """Told at every batch, where gradients of three are accumulated."""
+    net, batches = nn.Linear(16, 4), [(torch.randn(8, 16), torch.randint(4, (8,))) for _ in range(6)]
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    driver = attach(net, optimizer, {"magnitude_pruning": {"amount": 0.5}}, total_steps=2)
+
+    def train() -> None:
+        for number, (inputs, labels) in enumerate(batches, 1):
+            nn.functional.cross_entropy(net(inputs), labels).backward()
+            if number % 3 == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+            driver.step()
+
+    with pytest.warns(UserWarning, match="more than total_steps=2 times, 2 times without a step of the optimizer"):
+        train()
+
+
 def broken(state: dict[str, Any], path: list[Any], value: Any) -> dict[str, Any]:
     state = copy.deepcopy(state)
     inside = state

@@ -96,6 +96,11 @@ def test_safetensors_holds_tied_weights_once(tmp_path: Path) -> None:
         assert torch.equal(a, b)
 
 
+def test_arguments_in_another_order() -> None:
+    with pytest.raises(TypeError, match="`path` should name a file; got Tensor: it is the last"):
+        save_exported(torch.nn.Linear(2, 2), "model.pt2", torch.zeros(1, 2))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("suffix", ["", ".bin", ".ckpt"])
 def test_unknown_suffix(suffix: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\.pt2, \.onnx, \.safetensors, \.pt, \.pth"):
