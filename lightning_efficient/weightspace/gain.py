@@ -42,7 +42,7 @@ class Gain:
     def pull(self, grad: Tensor) -> None:
         """Leave the gradient of the parameter in its ``grad``: ``∂L/∂γ``, or ``∂L/∂(log γ) = γ ∂L/∂γ``."""
         if self.parameter.requires_grad:
-            self.parameter.grad = grad * self.value if self.log else grad
+            self.parameter.grad = grad
 
     def begin(self) -> None:
         """The optimizer steps next."""

@@ -137,6 +137,7 @@ class SpectralTransform(Transform):
         self.left: list[Tensor] = []
         self.right: list[Tensor] = []
         self._scale = torch.ones(count)
+        self._scales = self._scale.unbind()
 
     def place(self, layout: Layout) -> None:
         """Work on the parts of the matrices that are here.
@@ -200,25 +201,29 @@ class SpectralTransform(Transform):
         if grad is not None:
             dots = [torch.dot(block.of(grad).reshape(-1), block.of(weight).reshape(-1)) for block in self._here]
             (products,) = yield self.layout.everyone, [torch.stack(dots)]
-            rates = products / (self._scale * self.sigma)
-            scales = self._scale.unbind()
-            for block, c, a, u, v in zip(self._here, scales, rates.unbind(), self.left, self.right, strict=True):
+            rates = self._rates(products)
+            parts = zip(self._here, self._scales, rates.unbind(), self.left, self.right, strict=True)
+            for block, c, a, u, v in parts:
                 g = block.of(grad)
                 if g.numel():
                     column = (a * u).view(-1, *[1] * (g.ndim - 1))
                     # Not `addr`: its scalars would have to leave the device.
                     g.addcmul_(column, v.view(1, *g.shape[1:]), value=-1).mul_(c)
-            self._gain.pull(rates)
-        for block, c in zip(self._here, self._scale.unbind(), strict=True):
+        for block, c in zip(self._here, self._scales, strict=True):
             block.of(weight).div_(c)
+
+    def _rates(self, products: Tensor) -> Tensor:
+        """``∂L/∂γ`` from ``⟨∂L/∂Ŵ, Ŵ⟩``; leaves the gradient of the gains' parameter."""
+        rates = products / (self._scale * self.sigma)
+        self._gain.pull(products if self._gain.log else rates)
+        return rates
 
     def _pull_stack(self, weight: Tensor, grad: Tensor | None) -> None:
         c = self._scale.view(-1, 1, 1)
         if grad is not None:
-            rates = (grad * weight).sum((1, 2)) / (self._scale * self.sigma)
+            rates = self._rates((grad * weight).sum((1, 2)))
             u, v = torch.stack(self.left), torch.stack(self.right)
             grad.addcmul_((rates[:, None] * u).unsqueeze(2), v.unsqueeze(1), value=-1).mul_(c)
-            self._gain.pull(rates)
         weight.div_(c)
 
     def _matrices(self, weight: Tensor) -> list[Tensor]:
@@ -276,7 +281,7 @@ class SpectralTransform(Transform):
         if self.stack:
             weight.mul_(self._scale.view(-1, 1, 1))
             return
-        for block, c in zip(self._here, self._scale.unbind(), strict=True):
+        for block, c in zip(self._here, self._scales, strict=True):
             block.of(weight).mul_(c)
 
     @summed
@@ -357,3 +362,4 @@ class SpectralTransform(Transform):
         sigma = self.sigma.clamp_min(torch.finfo(self.sigma.dtype).tiny)
         c = self.gain / sigma
         self._scale = torch.copysign(c.abs().clamp_min_(_SMALLEST_SCALE), c)
+        self._scales = self._scale.unbind()
