@@ -72,7 +72,7 @@ class Graph:
 
     def cotangents(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Random projections of tensors, from an own generator."""
-        return [torch.randn(t.shape, generator=self._random, dtype=torch.float64).to(t) for t in tensors]
+        return [torch.randn(t.shape, generator=self._random, dtype=torch.float32).to(t) for t in tensors]
 
     def local(
         self, tensors: Sequence[Tensor], cotangents: Sequence[Tensor]

@@ -48,7 +48,7 @@ class Call:
     def run(self, model: nn.Module) -> Any:
         """The model's output; the random state (CPU and the model's CUDA devices) is as before."""
         args, kwargs = self.on(model)
-        with torch.random.fork_rng(devices=_cuda_devices(model)), uncompiled():
+        with torch.random.fork_rng(devices=_cuda_devices([*model.parameters(), *model.buffers()])), uncompiled():
             return model(*args, **kwargs)
 
     def resized(self, batch: int) -> Call:
@@ -126,8 +126,7 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def _cuda_devices(model: nn.Module) -> list[int]:
-    tensors = (*model.parameters(), *model.buffers())
+def _cuda_devices(tensors: Iterable[Tensor]) -> list[int]:
     return sorted({t.device.index for t in tensors if t.device.type == "cuda" and t.device.index is not None})
 
 
@@ -173,7 +172,8 @@ def as_found(
     buffers = [(m, name, b, b.clone()) for m in owners for name, b in m._buffers.items() if b is not None]
     own = {id(v): v for m in modules for v in vars(m).values() if isinstance(v, torch.Generator)}
     generators = [(generator, generator.get_state()) for generator in own.values()]
-    devices = sorted({index for model in models for index in _cuda_devices(model)})
+    own_buffers = [b for module in modules for b in module._buffers.values() if b is not None]
+    devices = _cuda_devices([*params, *own_buffers])
     try:
         for p in params:
             p.grad = None

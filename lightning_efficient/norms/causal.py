@@ -33,7 +33,7 @@ from lightning_efficient.common.eager import uncompiled
 from lightning_efficient.common.nests import named_tensors
 from lightning_efficient.common.running import evaluating
 from lightning_efficient.norms.blend import blend_norms
-from lightning_efficient.norms.effects import Base, Effect, Key, Moved, Sketch, Watch, exchanged
+from lightning_efficient.norms.effects import Base, Effect, Key, Moved, Sketch, Watch
 
 # How far along its sorted values every value of an input moves.
 _SHARES = (1 / 2, 1 / 3, 3 / 4, 1 / 5)
@@ -86,10 +86,9 @@ def causal_norms(model: nn.Module, run: Callable[[Any], object], inputs: Any) ->
     with evaluating(model), _awake(model), uncompiled(), Watch(model, run) as watch:
         base = Base(watch, inputs)
         for name, tensor in named_tensors(inputs):
-            others = [other for share in _SHARES if (other := exchanged(tensor, share)) is not None]
-            if not others:
+            effects = [Effect(base, tensor, share) for share in _SHARES]
+            if effects[0].other is None:
                 continue
-            effects = [Effect(base, tensor, other) for other in others]
             moved = [key for key in effects[0].all() if key.module in norms]
             rows = {key: _rows(base.outputs[key], norms[key.module].spec.axis) for key in moved}
             for axis in range(tensor.dim()):

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -161,13 +161,18 @@ class Effect:
     Args:
         base: The inputs, and what comes out of them with nothing exchanged.
         tensor: One of them.
-        other: What its entries are exchanged for.
+        share: How far along its sorted values its entries are exchanged; see :func:`exchanged`.
     """
 
     base: Base
     tensor: Tensor
-    other: Tensor
+    share: float
     _known: dict[tuple[int, int, int], dict[Key, Sketch]] = field(default_factory=dict)
+
+    @cached_property
+    def other(self) -> Tensor | None:
+        """What the entries are exchanged for; None if they cannot be, whatever the share."""
+        return exchanged(self.tensor, self.share)
 
     def all(self) -> Moved:
         """Everything is exchanged."""
@@ -200,7 +205,7 @@ class Effect:
 
     def _run(self, places: tuple[slice, ...]) -> dict[Key, Sketch]:
         changed = self.tensor.clone()
-        changed[places] = self.other[places]
+        changed[places] = cast(Tensor, self.other)[places]
         inputs = apply_to_collection(self.base.inputs, Tensor, lambda t: changed if t is self.tensor else t)
         try:
             return self.base.watch.outputs(inputs)

@@ -23,6 +23,8 @@ from torchmetrics import Metric
 _CONTAINERS = (list, dict, set, tuple, deque, defaultdict, OrderedDict, Counter)
 # What draws numbers: a copy of its own goes on from the same state.
 _STATEFUL = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+# What logs or counts.
+_APART = {Metric, LightningModule}
 _Holder = TypeVar("_Holder", bound=nn.Module | LightningDataModule)
 
 
@@ -65,9 +67,10 @@ class _Builder:
         module = self.swapped.get(id(module), module)
         if id(module) in self._made:
             return self._made[id(module)]
-        if isinstance(module, Metric):
+        if Metric in type(module).__mro__:
             return self._made.setdefault(id(module), deepcopy(module))
-        if not any(isinstance(m, (Metric, LightningModule)) for m in module.modules()):
+        # Not `isinstance`: that asks every subclass of an abstract class, of which torchmetrics has hundreds.
+        if all(_APART.isdisjoint(type(m).__mro__) for m in module.modules()):
             return self._made.setdefault(id(module), module)
         twin = self._made[id(module)] = _bare(module)
         twin.__dict__.update(self.attributes(module))

@@ -55,28 +55,22 @@ def _leading_right(matrix: Tensor, seed: int) -> Tensor:
         return vector if n <= m else _normalize(torch.mv(matrix.t(), vector))[0]
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(n, generator=generator, dtype=matrix.dtype).to(matrix.device)
-    right = [_normalize(start)[0]]
-    left: list[Tensor] = []
-    alphas, betas = [], []
-    for _ in range(min(_LANCZOS_STEPS, m, n)):
-        u, alpha = _normalize(_orthogonalize(torch.mv(matrix, right[-1]), left))
-        left.append(u)
-        alphas.append(alpha)
-        v, beta = _normalize(_orthogonalize(torch.mv(matrix.t(), u), right))
-        right.append(v)
-        betas.append(beta)
-    k = len(alphas)
-    bidiagonal = torch.diag(torch.stack(alphas)) + torch.diag(torch.stack(betas[: k - 1]), 1)
-    vectors = torch.linalg.svd(bidiagonal).Vh[0]
-    return _normalize(torch.stack(right[:k], dim=1) @ vectors)[0]
+    k = min(_LANCZOS_STEPS, m, n)
+    left, right = matrix.new_empty(k, m), matrix.new_empty(k + 1, n)
+    alphas, betas = matrix.new_empty(k), matrix.new_empty(k)
+    right[0] = _normalize(start)[0]
+    for i in range(k):
+        left[i], alphas[i] = _normalize(_orthogonalize(torch.mv(matrix, right[i]), left[:i]))
+        right[i + 1], betas[i] = _normalize(_orthogonalize(torch.mv(matrix.t(), left[i]), right[: i + 1]))
+    bidiagonal = torch.diag(alphas) + torch.diag(betas[:-1], 1)
+    return _normalize(torch.linalg.svd(bidiagonal).Vh[0] @ right[:k])[0]
 
 
-def _orthogonalize(vector: Tensor, basis: Sequence[Tensor]) -> Tensor:
-    if not basis:
-        return vector
-    q = torch.stack(tuple(basis), dim=1)
-    vector = vector - q @ (q.t() @ vector)
-    return vector - q @ (q.t() @ vector)  # twice is enough (Kahan)
+def _orthogonalize(vector: Tensor, basis: Tensor) -> Tensor:
+    """``vector`` without what it has along the orthonormal rows of ``basis``."""
+    for _ in range(2):  # twice is enough (Kahan)
+        vector = torch.addmv(vector, basis.t(), torch.mv(basis, vector), alpha=-1)
+    return vector
 
 
 def _normalize(vector: Tensor) -> tuple[Tensor, Tensor]:
