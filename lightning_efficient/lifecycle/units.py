@@ -146,8 +146,8 @@ class UnitPruningCallback(WeightSpaceCallback):
         except ValueError as error:
             # A step that takes gradients or steps an optimizer itself cannot be followed. The calls that it makes of
             # the networks can: what one of them returns then counts as an output, and keeps its width.
-            example = example_of(trainer, pl_module, "fit", batch)
             try:
+                example = example_of(trainer, pl_module, "fit", batch)
                 groups = find(example.model, example.args)
             except ValueError:
                 raise error from None
@@ -155,11 +155,16 @@ class UnitPruningCallback(WeightSpaceCallback):
                 f"{type(self).__name__}: the steps of {type(pl_module).__name__} cannot be followed as a whole, so "
                 "widths between its networks are left alone."
             )
+        if steps.note:
+            groups = replace(groups, notes=(*groups.notes, steps.note))
         if is_sharded(trainer):
             groups = replace(groups, calls={})  # which only a model that can be cut here has a use for
         if not self.wants_macs():
             return groups, None
-        example = example_of(trainer, pl_module, "fit", batch)
+        try:
+            example = example_of(trainer, pl_module, "fit", batch)
+        except ValueError:  # it calls no network of its own, or runs in training mode only
+            example = steps
         cost = Cost.macs(example.model, groups.found, lambda: example.model(*example.args))
         return groups, {"amounts": cost.amounts, "fixed": cost.fixed}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -100,16 +100,6 @@ def _coprime(count: int) -> int:
     about = max(round(0.45 * count), 1)
     near = sorted(range(1, count), key=lambda c: abs(c - about))
     return next((c for c in near if c % 2 and math.gcd(c, count) == 1), about)
-
-
-def counted(counts: Mapping[str, Mapping[str, int]], group: UnitGroup, groups: Sequence[UnitGroup]) -> str:
-    """Why heads cannot go that something further out counts, and makes something of their number."""
-    others = ", ".join(repr(other.name) for other in groups if other is not group)
-    where = " and ".join(f"`{a}` of {repr(n) if n else 'the model'}" for n, steps in counts.items() for a in steps)
-    return (
-        f"its heads run without some only if those of {others} go along and {where} counts them, and the others then "
-        "compute something else: what is made of that number changes"
-    )
 
 
 def sifted(

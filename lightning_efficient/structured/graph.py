@@ -147,6 +147,7 @@ class _Tracer:
             handles = [
                 m.register_forward_pre_hook(lambda _, __, name=name: ran.add(name))
                 for name, m in modules_by_name(self.twin).items()
+                if not isinstance(m, torch.jit.ScriptModule)  # its parts are known by the parameters that are read
             ]
             try:
                 widths, read = find_widths(self.twin, self._both(), inner=inner)
@@ -183,7 +184,7 @@ def _unread(twin: nn.Module, ran: set[str], read: set[str]) -> dict[str, set[str
     """Module that ran → modules that it may have run, and did not."""
     unread: dict[str, set[str]] = {}
     for name, module in modules_by_name(twin).items():
-        own = [f"{name}.{n}" if name else n for n, p in module.named_parameters(recurse=False) if p.ndim > 1]
+        own = [f"{name}.{n}" if name else n for n, p in module.named_parameters(recurse=False) if p.numel() > 1]
         if own and name not in ran and not any(canonical_name(n) in read for n in own):
             caller = name
             while caller and caller not in ran:
@@ -288,11 +289,16 @@ def _bad_tensors(model: nn.Module) -> dict[str, str]:
                 bad[name], bad[other] = f"the same tensor as {other!r} (tied)", f"the same tensor as {name!r} (tied)"
     for name, module in modules_by_name(model).items():
         own = [f"{name}.{n}" if name else n for n, _ in module.named_parameters(recurse=False)]
+        if isinstance(module, torch.jit.ScriptModule):  # its backward keeps the sizes that it saw first
+            bad |= dict.fromkeys(own, "inside a scripted module (torch.jit)")
         if parametrize.is_parametrized(module):
-            parts = [n for n, _ in module.named_parameters()]
-            bad |= {f"{name}.{p}" if name else p: "parametrized (torch.nn.utils.parametrize)" for p in parts}
+            parts = [n for n, _ in module.named_parameters() if n.startswith("parametrizations.")]
+            why = "parametrized (`torch.nn.utils.parametrize.remove_parametrizations` makes it plain)"
+            bad |= {f"{name}.{p}" if name else p: why for p in parts}
         elif any(n.endswith(("_g", "_orig")) for n in own):
-            bad |= dict.fromkeys([*own, f"{name}.weight"], "recomputed at every forward by a hook")
+            parts = [n for n in own if n.endswith(("_g", "_v", "_orig"))]
+            why = "recomputed at every forward by a hook (such as `torch.nn.utils.remove_weight_norm` makes it plain)"
+            bad |= dict.fromkeys([*parts, f"{name}.weight"], why)
     for name, parameter in model.named_parameters():
         if (reason := _weight(name, parameter)) is not None:
             bad.setdefault(canonical_name(name), reason)

@@ -147,9 +147,9 @@ class Labels:
         """
         for axis in axes:
             if grid.shape[axis] > 1:
-                first = grid.narrow(axis, 0, 1)
-                self.unify(first, grid.narrow(axis, 1, grid.shape[axis] - 1))
-                grid = first
+                some = grid.amax(axis, keepdim=True)  # a label wherever there is one: the first may be that of padding
+                self.unify(some, grid)
+                grid = some
         return grid
 
     def fixed_axis(self, ndim: int, axis: int, size: int, reason: str = "it is an axis of fixed size") -> Grid:

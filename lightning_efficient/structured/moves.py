@@ -18,6 +18,7 @@ MOVES = frozenset((
     "alias", "detach", "flip", "roll", "repeat", "unfold", "as_strided", "constant_pad_nd", "pixel_shuffle",
     "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "diagonal", "lift_fresh", "_reshape_alias",
     "_to_copy", "im2col", "movedim", "index_select", "view_as_real",
+    "view_as_complex",
 ))  # fmt: skip
 # Of these the result is its operand, as far as labels go.
 _SAME = frozenset(("_to_copy", "clone", "contiguous", "alias", "detach", "lift_fresh"))
@@ -36,6 +37,7 @@ class Moves:
         shapes: Their shapes before it ran.
         before: What was known of them.
         results: The tensors it gave out.
+        run: The operation itself.
     """
 
     def __init__(
@@ -48,7 +50,9 @@ class Moves:
         shapes: list[torch.Size],
         before: list[Label],
         results: list[Tensor],
+        run: Any,
     ) -> None:
+        self.run = run
         self.book, self.labels, self.name, self.args, self.kwargs = book, book.labels, name, args, kwargs
         self.operands, self.shapes, self.before, self.results = operands, shapes, before, results
 
@@ -64,6 +68,8 @@ class Moves:
         return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
 
     def _mark(self, label: Label, role: set[int], axis: int | None = None, but: int | None = None) -> None:
+        if torch._C._current_graph_task_id() >= 0:  # in a backward a weight reads what it has made
+            return
         for grid in label.grids:
             if (axis is None or axis in support(grid)) and (but is None or but not in support(grid)):
                 role |= self.book.owners(grid)
@@ -96,20 +102,23 @@ class Moves:
         if self.name.endswith("channel_shuffle"):
             line = self._along(label, 1, shape[1])
             self.book.splits.append(line.view(int(self.args[1]), -1))
+        grids = label.grids
+        if self.name == "view_as_complex":  # two real numbers are one
+            grids = [self.labels.tie(grid, support(grid) & {len(shape) - 1}) for grid in grids]
         made: list[list[Grid]] = [[] for _ in self.results]
-        for grid in sorted(label.grids, key=lambda g: min(support(g))):
+        for grid in sorted((grid for grid in grids if support(grid)), key=lambda g: min(support(g))):
             moved = _as_list(self._moved(grid.expand(shape)))
             if self.name in _SPLITS:
                 self._tie_parts(moved)
                 lines = [compressed(part) for part in moved]
                 if self.name != "unbind" and not any(len(support(line)) > 1 for line in lines):
                     self.book.parts.append([line.flatten() for line in lines])
-            for grids, part in zip(made, moved, strict=True):
+            for mine, part in zip(made, moved, strict=True):
                 new = compressed(part)
                 if len(support(new)) > len(support(grid)) and not label.pure and not self.labels.fixed(new):
                     self.book.splits.append(new)
-                grids += self.labels.apart_axes(new)
-        return [Label(self._merged(grids, label.pure), raw=raw) for grids in made]
+                mine += self.labels.apart_axes(new)
+        return [Label(self._merged(mine, label.pure), raw=raw) for mine in made]
 
     def _merged(self, grids: list[Grid], pure: bool) -> list[Grid]:
         """See :meth:`Labels.merged`; of a weight, what lies along an axis with another factor may be read otherwise."""
@@ -124,6 +133,8 @@ class Moves:
         args = list(self.args)
         args[0] = full
         kwargs = {k: v for k, v in self.kwargs.items() if not isinstance(v, (torch.dtype, torch.layout, torch.device))}
+        if self.name == "view_as_complex":
+            return full.select(-1, 0)
         if self.name == "view_as_real":
             return full.unsqueeze(-1).expand(*full.shape, 2)
         if self.name == "as_strided":

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
+from lightning_efficient.common.nests import mapped, tensors_in
 from lightning_efficient.structured.book import Label
 from lightning_efficient.structured.labels import Grid, lifted, support
 from lightning_efficient.structured.moves import MOVES, Moves
@@ -257,14 +259,20 @@ class Rules(Moves):
             shape = self.args[1]
             dims = {shape % ndim} if isinstance(shape, int) else set(range(ndim - len(shape), ndim))
             self.book.mixed += [(g, self.name) for g in self.before[0].grids if support(g) <= dims]
+        if not out.ndim:  # such as a loss
+            every = [grid for label in self.before for grid in label.grids]
+            alike = len({tensor.shape for tensor in self.operands if tensor.ndim}) == 1
+            self.book.mixed += [(grid, self.name) for grid in (self.labels.meet(every) if alike else every)]
+            return []
         grids: list[Grid] = []
         changed: set[int] = set()
         for tensor, label in zip(self.operands, self.before, strict=True):
             if _broadcasts(tensor.shape, out.shape):
                 grids += [lifted(g, out.ndim) for g in label.grids]
                 continue
-            if tensor.ndim != out.ndim:
-                self._fix(label, f"{self.name!r} reads it, which cannot be followed")
+            if tensor.ndim != out.ndim or (len(self.operands) > 1 and not self.run._schema.is_mutable):
+                grids += self._across(tensor, label, out)
+                changed |= {a for a in range(out.ndim) if out.shape[a] > 1}
                 continue
             differ = {a for a in range(out.ndim) if tensor.shape[a] != out.shape[a]}
             changed |= {a for a in differ if out.shape[a] > 1}
@@ -273,7 +281,40 @@ class Rules(Moves):
                     self.labels.fix(grid, f"{self.name!r} changes its size")
                 else:
                     grids.append(self.labels.tie(grid, support(grid) & differ))
+        changed -= {a for grid in grids for a in support(grid)}  # another operand has that axis
         return self.labels.meet([*grids, *(self.labels.fixed_axis(out.ndim, a, out.shape[a]) for a in changed)])
+
+    def _across(self, tensor: Tensor, label: Label, out: Tensor) -> list[Grid]:
+        """Where the axes of an operand of another shape lie in the result: where does it change with an entry?"""
+        found = []
+        for grid in label.grids:
+            axes = sorted(support(grid))
+            ask = len(axes) == 1 and not self.run._schema.is_mutable  # which would work on the model's own
+            target = self._target(tensor, axes[0], out) if ask else None
+            if target is None:
+                self.labels.fix(grid, f"{self.name!r} reads it, which cannot be followed")
+            else:
+                found.append(grid.reshape([-1 if a == target else 1 for a in range(out.ndim)]))
+        return found
+
+    def _target(self, tensor: Tensor, axis: int, out: Tensor) -> int | None:
+        """The axis of the result of which each entry hangs on the same entry of an operand along one of its axes."""
+        if not tensor.is_floating_point():  # another position may lie outside: as a float of its shape
+            alike = [t for t in self.operands if t.shape == tensor.shape and t.is_floating_point()]
+            return self._target(alike[0], axis, out) if alike else None
+        size = tensor.shape[axis]
+        able = {a for a in range(out.ndim) if out.shape[a] == size}
+        for i in (0, size - 1) if able else ():
+            other = tensor.clone()
+            other.select(axis, i).mul_(1.5).add_(0.1)
+            args, kwargs = (self._replaced(given, tensor, other) for given in (self.args, self.kwargs))
+            moved = next(tensors_in(self.run(*args, **kwargs))) != out
+            where = {a: moved.movedim(a, 0).flatten(1).any(1).nonzero().flatten().tolist() for a in able}
+            able = {a for a, hit in where.items() if hit == [i]}
+        return able.pop() if len(able) == 1 else None
+
+    def _replaced(self, given: Any, tensor: Tensor, other: Tensor) -> Any:
+        return mapped(given, lambda leaf: other if leaf is tensor else leaf)
 
 
 def _broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:

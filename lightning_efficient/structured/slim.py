@@ -30,6 +30,11 @@ LAYER_ATTRIBUTES = (
     "normalized_shape", "num_parameters", "embedding_dim", "nx", "nf",
     "kdim", "vdim", "hidden_size", "input_size", "num_groups",
 )  # fmt: skip
+# The layers whose attributes of these names are set by the sizes of their tensors.
+LAYERS = (
+    _ConvNd, nn.Linear, nn.Embedding, _NormBase, nn.LayerNorm, nn.GroupNorm, nn.RNNBase, nn.MultiheadAttention,
+    nn.PReLU,
+)  # fmt: skip
 HEAD_ATTRIBUTES = (
     "num_heads", "n_heads", "num_attention_heads", "n_head", "nhead", "heads", "num_key_value_heads", "num_kv_heads",
     "n_kv_heads", "n_local_heads", "n_local_kv_heads",

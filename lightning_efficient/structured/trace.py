@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_efficient.common.nests import tensors_in
+from lightning_efficient.common.nests import tensors_behind, tensors_in
 from lightning_efficient.structured.book import Book, Label
 from lightning_efficient.structured.rules import Rules
 
@@ -46,7 +47,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not results:  # `.item()`, `equal`: a number that the model's code goes on with
             return out
         try:
-            made = Rules(self.book, name, args, kwargs, operands, shapes, before, results).made()
+            made = Rules(self.book, name, args, kwargs, operands, shapes, before, results, func).made()
         except Exception as error:  # a rule that does not fit a rare overload must not end the whole search
             for label in before:
                 for grid in label.grids:
@@ -63,16 +64,28 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def watch(model: nn.Module, trace: Trace, names: Callable[[nn.Module], str]) -> list[Any]:
-    """Keep the names of the modules whose forward is running on ``trace.stack``; the hooks are returned."""
+    """Keep the names of the modules whose forward is running on ``trace.stack``; the hooks are returned.
 
-    def enter(module: nn.Module, args: Any) -> None:
+    A module handles what it is given, what its operations make, and what the modules that it calls give back.
+    """
+
+    def handled(values: Any) -> None:
+        if trace.stack and trace.stack[-1] in trace.book.looked:
+            known = (trace.book.of(tensor) for tensor in tensors_behind(values))
+            trace.book.looked[trace.stack[-1]] += [grid for label in known if not label.pure for grid in label.grids]
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
         trace.stack.append(names(module))
+        handled((args, kwargs))
 
     def leave(module: nn.Module, args: Any, out: Any) -> None:
         trace.stack.pop()
+        handled(out)
 
     handles: list[Any] = []
     for module in model.modules():
-        handles.append(module.register_forward_pre_hook(enter))
+        if isinstance(module, torch.jit.ScriptModule):  # its forward does not run in Python
+            continue
+        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(module.register_forward_hook(leave, always_call=True))
     return handles

@@ -21,11 +21,12 @@ from lightning_efficient.common.comparing import largest_gap
 from lightning_efficient.common.match import modules_by_name
 from lightning_efficient.common.nests import outputs_in
 from lightning_efficient.common.running import forget
-from lightning_efficient.structured.cases import DIVISORS, KINDS, Case, broken, counted, next_running, sifted, subset
+from lightning_efficient.structured.cases import DIVISORS, KINDS, Case, broken, next_running, sifted, subset
+from lightning_efficient.structured.coupled import together
 from lightning_efficient.structured.cuts import tensors_by_name
 from lightning_efficient.structured.groups import Groups, UnitGroup
 from lightning_efficient.structured.slim import plan_slim, replay_slim
-from lightning_efficient.structured.widths import Width, counts_above
+from lightning_efficient.structured.widths import Width
 
 
 class Trial:
@@ -73,7 +74,7 @@ class Trial:
                 (pool if failure is None or self._another(case, 0, failure) else failed).append(case)
         pool, more = self._stand(pool, self._disagree, self._another, refused)
         loose = self._loose(failed + more, refused)
-        found = [case.group for case in pool] + self._coupled(failed + more, refused)
+        found = [case.group for case in pool] + together(failed + more, self._modules, self._fails, refused)
         found = self._trained(found + loose, refused) if self.inexact else self._trained(found, refused) + loose
         order = {case.width.group.name: i for i, case in enumerate(cases)}
         return sorted(found, key=lambda group: order[group.name])
@@ -151,31 +152,6 @@ class Trial:
                 return True
             failure = again
         return False
-
-    def _coupled(self, cases: Sequence[Case], refused: dict[str, str]) -> list[UnitGroup]:
-        """Groups of which none stands the trial alone, but all together do: a constant of as many heads joins them."""
-        alike: dict[Any, list[Case]] = {}
-        for case in cases:
-            if case.width.group.name in refused:
-                alike.setdefault((case.width.group.units, case.width.heads), []).append(case)
-        found = []
-        for members in alike.values():
-            groups = [case.width.versions()[0] for case in members]
-            slices = [part for group in groups for part in group.slices]
-            if len(groups) < 2 or len({(part.name, part.dim) for part in slices}) < len(slices):
-                continue
-            counts = {name: dict(steps) for group in groups for name, steps in group.counts.items()}
-            above = counts_above(self._modules, groups) if members[0].width.heads else {}
-            ways = (counts, counts | above) if above else (counts,)
-            divisor = math.lcm(*(group.divisor for group in groups))
-            joined = Case(Width(replace(groups[0], slices=tuple(slices), divisor=divisor), counts=ways), 0)
-            if not any(self._fails(joined, kind) for kind in range(len(KINDS))):
-                found.append(joined.group)
-                for group in groups:
-                    refused.pop(group.name, None)
-            elif joined.running and joined.running[-1].counts == counts | above != counts:
-                refused |= {group.name: counted(above, group, groups) for group in groups}
-        return found
 
     def _fails(self, case: Case, kind: int) -> bool:
         """Whether a case stands a kind of subset in no way that is left."""
@@ -319,16 +295,23 @@ class Trial:
     @contextmanager
     def _restored(self) -> Iterator[None]:
         """Tensors and attributes come back as they were."""
+        self._without_gradients()
         tensors = [(t, t.data) for t in self._tensors.values()]
         attributes = [(m, dict(vars(m))) for m in self._modules.values()]
         try:
             yield
         finally:
+            self._without_gradients()
             for tensor, data in tensors:
                 tensor.data = data
             for module, values in attributes:
                 vars(module).update(values)
             forget(self.model)
+
+    def _without_gradients(self) -> None:
+        """A step that takes gradients itself leaves some, as wide as the model was in that run."""
+        for tensor in self._tensors.values():
+            tensor.grad = None
 
     # -- reasons ---------------------------------------------------------------------------------------------------
 

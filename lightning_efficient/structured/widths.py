@@ -20,7 +20,7 @@ from lightning_efficient.structured.book import Book
 from lightning_efficient.structured.cuts import held_blocks, held_numbers
 from lightning_efficient.structured.groups import Slice, UnitGroup
 from lightning_efficient.structured.labels import Labels
-from lightning_efficient.structured.slim import HEAD_ATTRIBUTES, INNER_ATTRIBUTES, LAYER_ATTRIBUTES
+from lightning_efficient.structured.slim import HEAD_ATTRIBUTES, INNER_ATTRIBUTES, LAYER_ATTRIBUTES, LAYERS
 from lightning_efficient.structured.trace import Trace, watch
 
 Role = Literal["produce", "consume"]
@@ -132,11 +132,24 @@ def _keep_for_unread(book: Book, model: nn.Module, name: str, others: set[str]) 
     for grid in book.looked[name]:
         for root in np.unique(book.labels.roots(grid)).tolist():
             seen[root] |= set(grid.shape)
+    handled = {size for shapes in seen.values() for size in shapes if size > 1}
     for other in sorted(others):
-        sizes = {s for p in modules[other].parameters(recurse=False) for s in p.shape[:2] if s > 1}
-        why = f"{other!r} did not run on the example and may read it; pass an `example` that reaches it"
-        hit = [root for root, shapes in seen.items() if root and shapes & sizes]
-        book.labels.fix(torch.tensor(hit, dtype=torch.long), why)
+        read, made = _widths_of(modules[other])
+        if read & handled:
+            why = f"{other!r} did not run on the example and may read it; pass an `example` that reaches it"
+            hit = [root for root, shapes in seen.items() if root and shapes & (read | made)]
+            book.labels.fix(torch.tensor(hit, dtype=torch.long), why)
+
+
+def _widths_of(module: nn.Module) -> tuple[set[int], set[int]]:
+    """The widths that a module may read and make; of what is no layer of torch's, all that its weights have, both."""
+    weights = [p for p in module.parameters(recurse=False) if p.numel() > 1]
+    plain = type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    read, made = (
+        {p.shape[a] for p in weights for a in axes if p.ndim > a and p.shape[a] > 1}
+        for axes in (((1,), (0,)) if plain else ((0, 1), (0, 1)))
+    )
+    return read, made
 
 
 class _Reader:
@@ -147,6 +160,7 @@ class _Reader:
         self.modules = modules_by_name(model)
         self.parameters = {canonical_name(name) for name, _ in model.named_parameters()}
         self.made = {book.keys[i] for i in book.produced}
+        self.taken = {book.keys[i] for i in book.consumed}  # some do both, such as weights that are used both ways
         roots = book.labels.roots
         self.attended = {r for grid in [*book.attended, *book.labels.blocks] for r in np.unique(roots(grid)).tolist()}
         self.split = self.attended | {
@@ -225,12 +239,14 @@ class _Reader:
         multihead = any(self._multihead(name) for name, _ in keys)
         heads = not multihead and any(root in self.attended for root in roots)
         divisor = self._divisor(slices, len(roots))
-        group = UnitGroup(self._name(slices, heads), len(roots), tuple(slices), divisor, heads=heads)
+        group = UnitGroup(
+            self._name(slices, heads), len(roots), tuple(slices), divisor, heads=heads and not self.book.labels.inner
+        )
         mixed = next((self.mixed[r] for r in roots if r in self.mixed), "")
         refused = next((why for r in roots if (why := self.book.labels.why_fixed(r))), "")
         if not refused and len(roots) < 2:
             refused = "all its channels are coupled with each other, so none can go alone"
-        elif not refused and not group.consumed and not any(r in self.read for r in roots):
+        elif not (refused or group.consumed or self.taken & set(keys) or any(r in self.read for r in roots)):
             refused = "no layer that can be cut reads it"
         counts = tuple(self._counts(group, heads, roots)) if not refused else ({},)
         return Width(group, refused, heads, mixed, counts, any(r in self.split for r in roots))
@@ -272,6 +288,7 @@ class _Reader:
         kinds = ("heads", "inner", "lists", "parts", "ambiguous", "any", "held", "near")
         found: dict[str, dict[str, dict[str, int]]] = {kind: {} for kind in kinds}
         for name, module in near:
+            taken = LAYER_ATTRIBUTES if isinstance(module, LAYERS) else ()  # which go with the tensors
             for attribute, value in vars(module).items():
                 if type(value) is not int or value < 2 or value % group.units or attribute.startswith("_"):
                     continue
@@ -281,7 +298,7 @@ class _Reader:
                 elif equal and attribute in INNER_ATTRIBUTES:
                     kind = "ambiguous" if attribute in AMBIGUOUS else "inner"
                     found[kind].setdefault(name, {})[attribute] = step
-                elif (equal or heads) and attribute not in LAYER_ATTRIBUTES:
+                elif (equal or heads) and attribute not in taken:
                     found["any"].setdefault(name, {})[attribute] = step
             for path, value in held_numbers(module):
                 attribute = path.partition(".")[2]
@@ -299,7 +316,7 @@ class _Reader:
                     found["lists"].setdefault(name, {}).update({f"{attribute}.{i}": steps[i] for i in steps})
                 of_size = {ends[i]: step for i, step in steps.items()}
                 for path, value in (*vars(module).items(), *held_numbers(module)):
-                    if type(value) is int and value in of_size and path[0] != "_" and path not in LAYER_ATTRIBUTES:
+                    if type(value) is int and value in of_size and path[0] != "_" and path not in taken:
                         found["parts"].setdefault(name, {})[path] = of_size[value]
         sure = _joined(found["heads"], found["inner"], found["lists"])
         held = _joined(sure, found["held"])

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_efficient.common.match import canonical_name
+from lightning_efficient.common.nests import mapped, tensors_behind
 from lightning_efficient.structured.cuts import numbers_of, put_numbers
+from lightning_efficient.trainer.penalties import Penalties
 from lightning_efficient.trainer.replay import STEPS, EmptyLoaderError, Replay, Stage, own, run_step, silent
 from lightning_efficient.trainer.stand_in import stand_in
 
@@ -121,38 +123,68 @@ class WholeStep(ModuleView):
         Args:
             batch: As the step would get it.
         """
+        returned, _, logged = self._run(self._stage, batch)
+        return returned, logged
+
+    def _run(self, stage: Stage | Literal["forward"], batch: Any) -> tuple[Any, list[Tensor], dict[str, Any]]:
+        """What a step returns, the losses that it hands to ``manual_backward``, and what it logs."""
+        losses: list[Tensor] = []
         logged: dict[str, Any] = {}
         pl_module: LightningModule = self._whose.value
         twin = stand_in(pl_module, lambda name, value, *_, **__: logged.update({name: value}), self.swapped(pl_module))
         twin.training = self.training
+        backward = twin.manual_backward
+
+        def kept(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            losses.append(loss)
+            backward(loss, *args, **kwargs)
+
+        vars(twin)["manual_backward"] = kept
         put_numbers(twin, {name: vars(self)[name] for name in self._numbers})
         with self._precision(), silent(pl_module.trainer):
-            return run_step(twin, self._stage, batch), logged
+            returned = run_step(twin, stage, batch)
+        found = returned, list(losses), dict(logged)
+        losses.clear()  # the stand-in holds itself, and what it holds would keep the graph, with sizes of before a cut
+        logged.clear()
+        return found
 
 
 class AllSteps(WholeStep):
     """Several of a LightningModule's steps one after the other: a width that any of them reads is seen.
 
-    In training mode only the training step runs, as in a fit.
+    In training mode only the training step runs, as in a fit. What that logs beside its loss is not looked at, nor are
+    summands of losses that are made of weights alone: weight decay or a share of dead units may well be another number
+    without some units.
 
     Args:
         pl_module: The module, attached to a Trainer.
         stages: Whose steps; see :class:`WholeStep`.
+        apart: The training step runs in training mode only.
     """
 
-    def __init__(self, pl_module: LightningModule, stages: Sequence[Stage | Literal["forward"]]) -> None:
+    def __init__(
+        self, pl_module: LightningModule, stages: Sequence[Stage | Literal["forward"]], apart: bool = False
+    ) -> None:
         super().__init__(pl_module, stages[0])
-        self._stages = tuple(stages)
+        self._stages, self._apart = tuple(stages), apart
 
     def forward(self, *batches: Any) -> list[Any]:  # type: ignore[override]
-        """What each step returns and logs, on a batch of its own."""
-        results = []
+        """What each step computes, on a batch of its own: what it returns and logs; of the training step its losses."""
+        results: list[Any] = []
         for stage, batch in zip(self._stages, batches, strict=True):
-            if self.training and stage != "fit":
+            if stage != "fit" if self.training else (stage == "fit" and self._apart):
                 continue
-            self._stage = stage
-            with torch.set_grad_enabled(stage == "fit" or torch.is_grad_enabled()):  # a training step may ask for some
-                results.append(super().forward(batch))
+            gradients = stage == "fit" or torch.is_grad_enabled()  # a training step may ask for some
+            weights = (*self.parameters(), *self.buffers())
+            with torch.set_grad_enabled(gradients), Penalties(weights) as penalties:
+                returned, losses, logged = self._run(stage, batch)
+            if stage == "forward":
+                results.append(returned)
+                continue
+            trained: list[Any] = [returned, losses]
+            if stage != "fit" or next(tensors_behind(trained), None) is None:
+                trained.append(logged)
+            results.append(mapped(trained, penalties.without))
         return results
 
 
@@ -163,10 +195,12 @@ class Example:
     Args:
         model: Shares its modules, and their names, with the LightningModule.
         args: Positional arguments of its forward.
+        note: What it leaves out, for people.
     """
 
     model: ModuleView
     args: tuple[Any, ...]
+    note: str = ""
 
 
 def first_batch(trainer: Trainer) -> Any:
@@ -224,7 +258,12 @@ def example_of(trainer: Trainer, pl_module: LightningModule, stage: Stage, batch
 
 
 def whole_step_of(
-    trainer: Trainer, pl_module: LightningModule, stage: Stage | Literal["forward"], batch: Any, samples: int = 2
+    trainer: Trainer,
+    pl_module: LightningModule,
+    stage: Stage | Literal["forward"],
+    batch: Any,
+    samples: int = 2,
+    training: bool = False,
 ) -> Example:
     """The step of a stage on the first samples of a batch, as one module; tried once, and everything is as before.
 
@@ -234,6 +273,7 @@ def whole_step_of(
         stage: The stage; ``"forward"``: the module's forward, on the batch or the first of it.
         batch: As the step gets it.
         samples: Of the batch; where the step does not take a part of it, the whole batch is used.
+        training: Try it in training mode, not in evaluation mode.
 
     Raises:
         ValueError: The step fails.
@@ -243,7 +283,7 @@ def whole_step_of(
     def run(given: Any) -> Any:
         replay = Replay(trainer, pl_module, "fit" if stage == "forward" else stage)
         with replay.quiet(), torch.set_grad_enabled(stage == "fit"):
-            model(own(given))
+            model.train(training)(own(given))
         return own(given)
 
     return Example(model, (_on_part_or_whole(pl_module, stage, batch, samples, run),))
@@ -259,18 +299,26 @@ def all_steps_of(trainer: Trainer, pl_module: LightningModule, batch: Any, sampl
         samples: Of the batch; where a step does not take a part of it, the whole batch is used.
 
     Raises:
-        ValueError: The training step fails.
+        ValueError: The training step fails, or it runs in training mode only and neither of the others runs.
     """
-    args = [whole_step_of(trainer, pl_module, "fit", batch, samples).args[0]]
-    stages: list[Stage | Literal["forward"]] = ["fit"]
-    others: tuple[Stage | Literal["forward"], ...] = ("validate", "forward")
-    for stage in others:
+    found: dict[Stage | Literal["forward"], Any] = {}
+    failed: dict[Stage | Literal["forward"], ValueError] = {}
+    stages: tuple[Stage | Literal["forward"], ...] = ("fit", "validate", "forward")
+    for stage in stages:
         try:
-            args.append(whole_step_of(trainer, pl_module, stage, batch, samples).args[0])
-        except ValueError:  # it is not there, or takes something else than a training batch
-            continue
-        stages.append(stage)
-    return Example(AllSteps.of(pl_module, stages), tuple(args))
+            found[stage] = whole_step_of(trainer, pl_module, stage, batch, samples).args[0]
+        except ValueError as error:  # it is not there, or takes something else than a training batch
+            failed[stage] = error
+    if (first := failed.get("fit")) is None:
+        return Example(AllSteps.of(pl_module, list(found)), tuple(found.values()))
+    if not found:
+        raise first
+    try:  # such as with heads that a network has in training mode only
+        step = whole_step_of(trainer, pl_module, "fit", batch, samples, training=True).args[0]
+    except ValueError:
+        raise first from None
+    note = f"what only training computes was not compared, as {first.__cause__!r} comes up in evaluation mode"
+    return Example(AllSteps.of(pl_module, ["fit", *found], True), (step, *found.values()), note)
 
 
 def _on_part_or_whole(

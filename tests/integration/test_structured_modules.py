@@ -191,3 +191,100 @@ def test_numbers_held_beside_a_module_come_back_from_a_file(tmp_path: Path) -> N
     model.eval()
     with torch.no_grad():
         torch.testing.assert_close(small(x), model(x), rtol=0, atol=1e-5)
+
+
+class InTraining(Base):
+    """A network that returns a second output in training mode, which the training step takes apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(12, 16), nn.Linear(16, 14)
+        self.head, self.deep = nn.Linear(14, 3), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.one(x).relu()
+        y = self.head(self.two(h).relu())
+        return (y, self.deep(h)) if self.training else y
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        y, deep = self(batch[0])
+        return F.cross_entropy(y, batch[1]) + F.cross_entropy(deep, batch[1])
+
+
+class TwoOptimizers(LightningModule):
+    """Steps by itself, and returns and logs nothing; only its losses read some of its widths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.maker = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 12))
+        self.features = nn.Sequential(nn.Linear(12, 14), nn.ReLU(), nn.Linear(14, 10), nn.Sigmoid(), nn.Linear(10, 9))
+        self.judge = nn.Linear(9, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.maker(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        def score(x: Tensor) -> Tensor:
+            return self.judge(self.features(x).relu()).tanh().mean()
+
+        losses = (lambda: -score(self(batch[0])), lambda: score(self(batch[0]).detach()) - score(batch[0]))
+        for optimizer, loss in zip(self.optimizers(), losses, strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(loss())
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        judging = [*self.features.parameters(), *self.judge.parameters()]
+        return [torch.optim.Adam(params, 1e-3) for params in (self.maker.parameters(), judging)]
+
+
+class Decayed(Layers):
+    """Weight decay in the loss, and norms of weights and shares of dead units in the logs."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
+        hidden = self.layer_1(batch[0]).relu()
+        self.log("dead", (hidden == 0).float().mean())
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        decay = torch.zeros(())
+        for parameter in self.parameters():
+            decay = decay + parameter.norm() ** 2
+        self.log("train_loss", loss + 1e-3 * decay)
+        return {"loss": loss + 1e-3 * decay}
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.log("norm", self.layer_2.weight.norm())
+
+
+class Bare(Base):
+    """Parameters of its own and no network; a weight that is used both ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.shift, self.out = (nn.Parameter(torch.randn(*s) * 0.3) for s in ((14, 12), (14,), (3, 12)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(F.linear(x, self.down, self.shift).relu(), self.down.T).relu(), self.out)
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        (InTraining, {"one", "two"}), (TwoOptimizers, {"maker.0", "features.0", "features.4"}),
+        (Decayed, {"layer_1", "layer_2"}), (Bare, {"down"}),
+    ],
+)  # fmt: skip
+def test_steps_that_do_more_than_return_a_loss(kind: type[LightningModule], names: set[str]) -> None:
+    torch.manual_seed(0)
+    model, hesso = kind(), HESSOPruning(target=0.5, start=0.1, duration=0.5, periods=2)
+    options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    data = (_data(),) if kind is TwoOptimizers else (_data(), _data())
+    trainer = Trainer(max_epochs=3, callbacks=[hesso], enable_model_summary=False, accelerator="cpu", **options)
+    trainer.fit(model, *data)
+    assert set(hesso.groups.found) == names
+    assert any("only training" in note for note in hesso.groups.notes) == (kind is InTraining)
+    small = export(model, x := torch.randn(5, 12))
+    assert sum(p.numel() for p in small.parameters()) < 0.8 * sum(p.numel() for p in model.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), model.eval()(x), rtol=0, atol=1e-5)
