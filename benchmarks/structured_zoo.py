@@ -38,6 +38,7 @@ import torch
 from common import RESULTS, machine, markdown
 from torch import Tensor, nn
 from zoo_models import OWN, Build, Example, images, tokens
+from zoo_strangers import STRANGERS
 from zoo_styles import STYLES
 
 from lightning_efficient.common.match import NoMatchError
@@ -132,6 +133,7 @@ _UNTIED = {"tie_word_embeddings": False}
 CASES: dict[str, tuple[Build, Example]] = {
     **OWN,
     **STYLES,
+    **STRANGERS,
     **{
         f"timm {name}": _timm(name, size)
         for name, size in {
@@ -299,7 +301,8 @@ def ours(name: str) -> dict[str, Any]:
     row |= {"errors": errors, "error": max(errors.values())}
     keep = half(groups)
     cuts = plan_slim(model, keep, groups)
-    slim, again = copy.deepcopy(model), lively(build())
+    with torch.no_grad():  # or copies of scripted parts have a history
+        slim, again = copy.deepcopy(model), lively(build())
     replay_slim(slim, cuts)
     replay_slim(again, cuts)
     again.load_state_dict(slim.state_dict())
