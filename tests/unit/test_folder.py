@@ -79,6 +79,16 @@ def test_a_changed_form_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_widths_that_the_config_does_not_say_are_named(tmp_path: Path) -> None:
+    model: Any = bert()
+    layer = model.bert.encoder.layer[0]
+    layer.intermediate.dense = nn.Linear(layer.intermediate.dense.in_features, 5)
+    layer.output.dense = nn.Linear(5, layer.output.dense.out_features)
+    with pytest.raises(ExportError, match=r"does not build: \['bert\.encoder\.layer\.0\.intermediate\.dense\.bias'"):
+        save_pretrained(model.eval(), tmp_path / "model", TOKENS)
+    assert not list(tmp_path.iterdir())
+
+
 def test_other_models(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"Linear is a model of neither.*\.pt2"):
         save_pretrained(nn.Linear(2, 2), tmp_path / "model", torch.randn(1, 2))
