@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
+
+from lightning_efficient.common.escaping import write_whole
 
 INPUTS = "inputs.json"  # what the run was started with
 STATUS = "status.json"  # how far it is: written by whoever runs the process
@@ -36,10 +37,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write beside the file and rename: a reader, or a run killed here, never sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
-    os.replace(temporary, path)
+    """Whole or not at all: a reader, or a run killed here, never sees half of it.
+
+    Raises:
+        OSError: In one sentence, with the file and the reason.
+    """
+    write_whole(path, json.dumps(content, indent=1, default=str))
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -26,6 +26,7 @@ from lightning_efficient.ablation.files import (
     write_json,
 )
 from lightning_efficient.ablation.starters import FreshStarter, Process, Starter
+from lightning_efficient.common.escaping import cannot_write
 from lightning_efficient.common.names import RUN_VARIABLE
 
 _KILLED = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
@@ -147,9 +148,9 @@ def _run(
 ) -> tuple[int | None, str]:
     """Exit code, ``None`` if it was stopped, and what the process wrote to the end of the log."""
     with (folder / LOG).open("a+", encoding="utf-8", errors="replace") as log:
-        log.write(f"$ python {shlex.join(argv)}\n")
-        log.flush()
-        start = log.tell()
+        with cannot_write(folder / LOG):  # unbuffered: a buffer would fail once more as the file is closed
+            os.write(log.fileno(), f"$ python {shlex.join(argv)}\n".encode(errors="backslashreplace"))
+        start = log.seek(0, os.SEEK_END)
         process = starter.start(argv, folder / LOG, environment, cwd)
         try:
             while (code := process.poll()) is None:

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from lightning_efficient.ablation.files import (
 from lightning_efficient.ablation.job import Job
 from lightning_efficient.ablation.program import Program
 from lightning_efficient.ablation.variants import Methods, methods_of
+from lightning_efficient.common.escaping import cannot_write, write_whole
 
 _LOCK = ".lock"
 _WAIT = 30.0  # seconds for the processes of a killed `ablate` to end
@@ -146,8 +147,7 @@ def _left(run: Planned, program: Program, test: bool, retry_failed: bool) -> dic
 def _make_anew(run: Planned, program: Program) -> None:
     if run.folder.exists():
         shutil.rmtree(run.folder)  # checked: one of ours, or empty
-    run.folder.mkdir(parents=True)
-    (run.folder / METHODS_FILE).write_text(yaml.safe_dump(methods_of(run.methods), sort_keys=False), encoding="utf-8")
+    write_whole(run.folder / METHODS_FILE, yaml.safe_dump(methods_of(run.methods), sort_keys=False))
     write_json(run.folder / INPUTS, _inputs(run, program))
 
 
@@ -184,9 +184,12 @@ def locked(out: Path) -> Iterator[int]:
 
     Raises:
         ValueError: Another ``ablate`` works in it.
+        OSError: It cannot be written to: in one sentence, with the file and the reason.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / _LOCK).open("a+", encoding="utf-8") as file:
+    with ExitStack() as stack:
+        with cannot_write(out / _LOCK):
+            out.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((out / _LOCK).open("a+", encoding="utf-8"))
         deadline = time.monotonic() + _WAIT
         while not _try_lock(file.fileno()):
             file.seek(0)
@@ -196,9 +199,9 @@ def locked(out: Path) -> Iterator[int]:
                     f"another `ablate` (process {owner}) works in {out}: wait for it, or choose another `out`."
                 )
             time.sleep(0.2)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        with cannot_write(out / _LOCK):
+            file.truncate(0)
+            os.write(file.fileno(), str(os.getpid()).encode())  # a buffer would fail once more as the file is closed
         yield file.fileno()
 
 

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.profilers import PyTorchProfiler
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_efficient.common.escaping import write_whole
 from lightning_efficient.companions.timing import ModuleTime, Spans, mean_times, module_times, plot_times, times_table
 from lightning_efficient.lifecycle.base import EfficientCallback
 from lightning_efficient.trainer.showing import show_picture, show_text
@@ -138,9 +139,11 @@ class ModuleTimer(EfficientCallback):
         if not self._samples:
             return
         rows = self.rows
-        folder.mkdir(parents=True, exist_ok=True)
         content = {"steps": len(self._samples), "modules": [asdict(row) for row in rows]}
-        (folder / "module_timer.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+        try:
+            write_whole(folder / "module_timer.json", json.dumps(content, indent=1))
+        except OSError as error:  # no reason to end a script that has trained for hours
+            rank_zero_warn(f"ModuleTimer: {error}")
         from rich.console import Console
 
         if trainer.is_global_zero and trainer.loggers:

@@ -170,7 +170,7 @@ def run_schema(options: Namespace) -> None:
         if options.out is None:
             print(text, end="")
         else:
-            options.out.write_text(text, encoding="utf-8")
+            write_whole(options.out, text)
             print(f"{options.out}: name it in the first line of the YAML file, # yaml-language-server: $schema=...")
 
 
@@ -246,7 +246,8 @@ def run_completion(options: Namespace) -> None:
     """
     from lightning_efficient.cli.completion import script
 
-    print(script(options.shell, options.parser))
+    with short_errors():
+        print(script(options.shell, options.parser))
 
 
 def run_demo(options: Namespace) -> None:

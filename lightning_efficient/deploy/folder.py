@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import timm
 from torch import nn
 
 from lightning_efficient.common.comparing import Difference, ExportError, difference
+from lightning_efficient.common.escaping import cannot_write
 from lightning_efficient.common.running import Inputs, as_call, evaluating, first_line
 from lightning_efficient.deploy.diverged import check_weights
 
@@ -50,14 +52,20 @@ def save_pretrained(
         TypeError: The model is of neither library.
         ExportError: The library's loader cannot build the model (its form has changed), or it computes something else.
             The folder is as it was.
+        OSError: The folder cannot be written: in one sentence, with the reason.
     """
     check_weights(model)
     library = _library(model)
     target = Path(folder)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as draft:
+    with cannot_write(target), ExitStack() as stack:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = stack.enter_context(tempfile.TemporaryDirectory(dir=target.parent))
         try:
-            read = _write_timm(model, draft) if library == "timm" else _write_transformers(model, draft)
+            _write(model, library, draft)
+        except Exception as error:
+            raise OSError(first_line(error)) from error
+        try:
+            read = _read(model, library, draft)
         except Exception as error:
             raise ExportError(_changed(model, library, first_line(error))) from error
         call = as_call(example_inputs)
@@ -83,21 +91,24 @@ def _library(model: nn.Module) -> str:
     )
 
 
-def _write_transformers(model: Any, folder: str) -> nn.Module:
-    model.save_pretrained(folder)
+def _write(model: Any, library: str, folder: str) -> None:
+    if library == "timm":
+        timm.models.save_for_hf(model, folder, safe_serialization=True)
+    else:
+        model.save_pretrained(folder)
+
+
+def _read(model: Any, library: str, folder: str) -> nn.Module:
+    network: nn.Module
+    if library == "timm":
+        network = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        return network
     # Mismatched sizes are refused below, by name; the library's own error names an option of its loader.
-    read, told = type(model).from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True)
+    network, told = type(model).from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True)
     odd = [*told["missing_keys"], *told["unexpected_keys"], *(key[0] for key in told["mismatched_keys"])]
     if odd:
         raise ValueError(f"tensors that its config does not build: {sorted(odd)[:3]}")
-    network: nn.Module = read
     return network
-
-
-def _write_timm(model: nn.Module, folder: str) -> nn.Module:
-    timm.models.save_for_hf(model, folder, safe_serialization=True)
-    read: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    return read
 
 
 def _changed(model: nn.Module, library: str, why: str) -> str:

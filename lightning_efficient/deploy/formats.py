@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from lightning_efficient.common.comparing import Difference, ExportError, differ
 from lightning_efficient.common.escaping import cannot_write, umask
 from lightning_efficient.common.nests import named_tensors
 from lightning_efficient.common.registry import near
-from lightning_efficient.common.running import Call, Inputs, as_call, evaluating
+from lightning_efficient.common.running import Call, Inputs, as_call, evaluating, first_line
 from lightning_efficient.deploy.diverged import check_weights
 
 _PROGRAMS = (".pt2", ".onnx")
@@ -132,7 +133,7 @@ def to_torch_export(
     """
     with _draft(Path(path)) as draft, evaluating(model):
         free = _Free.of(model, as_call(example_inputs), dynamic_batch, dynamic_axes)
-        torch.export.save(_trace(model, free), draft)
+        draft.write_bytes(_in_memory(torch.export.save, _trace(model, free)))
         program = torch.export.load(draft).module()
         return _compare(model, program, free, tolerance, "the .pt2 program")
 
@@ -304,8 +305,15 @@ def _onnxruntime(path: Path) -> Callable[..., list[Tensor]]:
     return run
 
 
+def _in_memory(save: Callable[[Any, Any], None], content: Any) -> memoryview:
+    """First: torch's own writer ends the whole process on a full disk (``terminate``)."""
+    buffer = io.BytesIO()
+    save(content, buffer)
+    return buffer.getbuffer()
+
+
 def _save_state(model: nn.Module, path: Path) -> None:
-    torch.save(model.state_dict(), path)
+    path.write_bytes(_in_memory(torch.save, model.state_dict()))
     with _as_export_error("the state dict cannot be read back by torch.load(weights_only=True)"):
         read = torch.load(path, weights_only=True)
     _same_tensors(read, model)
@@ -313,10 +321,14 @@ def _save_state(model: nn.Module, path: Path) -> None:
 
 def _save_safetensors(model: nn.Module, path: Path) -> None:
     _require("safetensors")
+    from safetensors import SafetensorError
     from safetensors.torch import load_file, save_model
 
     with _as_export_error("safetensors cannot hold the state dict"):
-        save_model(model, str(path))
+        try:
+            save_model(model, str(path))
+        except SafetensorError as error:  # what it cannot hold is another error
+            raise OSError(first_line(error)) from error
     _same_tensors(load_file(path), model)
 
 
@@ -351,6 +363,8 @@ def _draft(target: Path) -> Iterator[Path]:
 def _as_export_error(what: str) -> Iterator[None]:
     try:
         yield
+    except OSError:  # of the file
+        raise
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ExportError(f"{what}: {type(error).__name__}: {lines[0] if lines else ''}") from error

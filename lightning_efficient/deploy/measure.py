@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_efficient.common.comparing import Difference, difference
-from lightning_efficient.common.escaping import rich_text
+from lightning_efficient.common.escaping import cannot_write, rich_text
 from lightning_efficient.common.match import canonical_name
 from lightning_efficient.common.names import EXPORTED
 from lightning_efficient.common.running import Call, Inputs, as_call, device_of, evaluating
@@ -269,6 +269,9 @@ class SlimReport:
 
         Returns:
             The path.
+
+        Raises:
+            OSError: In one sentence, with the file and the reason.
         """
         from matplotlib.figure import Figure
 
@@ -282,7 +285,8 @@ class SlimReport:
         axes.tick_params(axis="y", labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
         figure.legend(loc="outside upper right", ncols=2, frameon=False)
-        figure.savefig(path, dpi=150)
+        with cannot_write(path):
+            figure.savefig(path, dpi=150)
         return Path(path)
 
 

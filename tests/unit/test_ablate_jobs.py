@@ -116,10 +116,11 @@ def test_jobs_run_at_the_same_time_and_no_more_than_there_are_slots(tmp_path: Pa
 
 
 def test_an_error_of_our_own_is_raised(tmp_path: Path) -> None:
-    wrong = Job(str(tmp_path / "missing"), {"fit": ["-c", ""]}, {}, str(tmp_path), 0.0)
+    (tmp_path / "file").write_text("")
+    wrong = Job(str(tmp_path / "file" / "missing"), {"fit": ["-c", ""]}, {}, str(tmp_path), 0.0)
     engine = LocalEngine([{}])
     engine.start([wrong])
-    with pytest.raises(FileNotFoundError, match="missing"):
+    with pytest.raises(NotADirectoryError, match="missing"):
         engine.wait(10)
     engine.stop()
 
