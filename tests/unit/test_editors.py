@@ -78,4 +78,4 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads((tmp_path / "schema.json").read_text("utf-8")) == json_schema(alone=False)
     with pytest.raises(SystemExit, match="2"):
         main(["schema", "--out", str(tmp_path / "schema.json" / "below")])
-    assert "schema.json/below': Not a directory" in capsys.readouterr().err
+    assert "schema.json/below': File exists" in capsys.readouterr().err

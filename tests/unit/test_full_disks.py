@@ -81,7 +81,8 @@ def begun(path: Path) -> None:
 
 
 def drawn(path: Path) -> None:
-    slim_report(nn.Linear(2, 2), nn.Linear(2, 2), torch.zeros(1, 2), (1,), 1).draw(path)
+    before, after = (nn.Sequential(nn.Linear(2, width), nn.Linear(width, 2)) for width in (8, 4))
+    slim_report(before, after, torch.zeros(1, 2), None).draw(path)
 
 
 WRITERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
