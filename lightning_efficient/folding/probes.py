@@ -51,11 +51,32 @@ def capture(model: nn.Module, call: Callable[[], Any]) -> Probe:
     Raises:
         ValueError: ``call`` did not call the model, or not with tensors.
     """
-    seen: list[tuple[Any, Any]] = []
+    return captured(model, call)[0]
+
+
+def captured(model: nn.Module, call: Callable[[], Any]) -> list[Probe]:
+    """Run ``call`` once in evaluation mode, and keep the arguments of the ways in which it calls the model.
+
+    The first call is one way, and each later one of tensors and plain values alone that differs in more than the
+    tensors' sizes and values.
+
+    Raises:
+        ValueError: ``call`` did not call the model, or not with tensors.
+    """
+    seen: dict[str, tuple[Any, Any]] = {}
 
     def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not seen:
-            seen.append(mapped((args, dict(kwargs)), lambda v: v.detach().clone() if isinstance(v, Tensor) else v))
+        plain = True
+
+        def looks(value: Any) -> Any:
+            nonlocal plain
+            plain &= isinstance(value, Tensor | bool | int | float | str | None)
+            return (value.ndim, value.dtype) if isinstance(value, Tensor) else value
+
+        way = repr(mapped((args, dict(kwargs)), looks))
+        if not seen or plain:
+            fresh = mapped((args, dict(kwargs)), lambda v: v.detach().clone() if isinstance(v, Tensor) else v)
+            seen.setdefault(way, fresh)
 
     handle = model.register_forward_pre_hook(keep, with_kwargs=True)
     try:
@@ -63,9 +84,10 @@ def capture(model: nn.Module, call: Callable[[], Any]) -> Probe:
             call()
     finally:
         handle.remove()
-    if not seen or next(tensors_in(seen[0]), None) is None:
+    ways = [way for way in seen.values() if next(tensors_in(way), None) is not None]
+    if not ways:
         raise ValueError("`call` did not call the model with a tensor; expected something like `lambda: model(x)`.")
-    return Probe("the given input", *seen[0])
+    return [Probe("the given input", *way) for way in ways]
 
 
 def others(probe: Probe) -> Iterator[tuple[str, Probe]]:

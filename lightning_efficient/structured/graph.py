@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lightning_efficient.attention.sites import as_probe
 from lightning_efficient.common.match import (
     REFERENCE,
     Choice,
@@ -30,7 +29,7 @@ from lightning_efficient.structured.groups import Groups, UnitGroup, check_round
 from lightning_efficient.structured.labels import INSIDE
 from lightning_efficient.structured.pretrained import calls_of
 from lightning_efficient.structured.trial import Trial
-from lightning_efficient.structured.twin import METHOD, Run, Twin
+from lightning_efficient.structured.twin import METHOD, Run, Twin, all_ways
 from lightning_efficient.structured.widths import Role, Width, find_widths
 
 
@@ -52,8 +51,8 @@ def find_groups(
 
     Args:
         model: Any module, in any mode; not touched, nor is the random state.
-        example: A tensor, a tuple of positional or a dict of keyword arguments, or a function that calls the model. Two
-            samples do.
+        example: A tensor, a tuple of positional or a dict of keyword arguments, or a function that calls the model, in
+            all the ways that matter: ``lambda: [model(x, task) for task in tasks]``. Two samples do.
         include: Globs over names of modules: groups that are made by at least one of them. None: all.
         exclude: Globs over names of modules: groups that are made by none of them.
         inexact: Offer groups, too, whose units are not gone when they are zero: LayerNorm or GroupNorm over the width
@@ -71,8 +70,7 @@ def find_groups(
     check_rounding(round_to)
     choice, modules = Choice.of(model, include, exclude, METHOD), modules_by_name(model)
     bad, idle = _bad_tensors(model), references(model)
-    probe = as_probe(model, example)
-    twin = Twin.of(model, probe)
+    twin = Twin.of(model, all_ways(model, example))
     notes: list[str] = []
     with torch.random.fork_rng(devices=_devices(model)):
         tracer = _Tracer(twin)

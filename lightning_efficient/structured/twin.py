@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_efficient.attention.sites import perturbed, run_float64
+from lightning_efficient.attention.sites import as_probe, perturbed, run_float64
 from lightning_efficient.common.nests import mapped, tensors_in
 from lightning_efficient.common.running import float64_copy, forget
-from lightning_efficient.folding.probes import Probe
+from lightning_efficient.folding.probes import Probe, captured
 from lightning_efficient.structured.cuts import tensors_by_name
 
 METHOD = "structured pruning"
 # Images are tried at this size, where a model takes it: 32 halvings and more still leave something.
 _PIXELS = 64
+# The label of a probe that holds the arguments of several calls.
+_SEVERAL = "several calls"
 Run = Callable[[], Any]
 
 
@@ -61,7 +63,7 @@ class Twin:
             raise ValueError(f"{METHOD}: {type(model).__name__} cannot be copied to be tried on: {why}") from why
 
         def run(probe: Probe) -> Run:
-            return lambda: run_float64(twin, probe)
+            return lambda: [run_float64(twin, way) for way in _ways(probe)]
 
         try:
             return cls(twin, run, 1e-9, *_smallest(probe, run))
@@ -94,7 +96,31 @@ def _plain(model: nn.Module) -> Callable[[Probe], Run]:
     def fresh(value: Any) -> Any:
         return value.detach().clone() if isinstance(value, Tensor) else value
 
-    return lambda probe: lambda: model(*mapped(probe.args, fresh), **mapped(probe.kwargs, fresh))
+    def once(probe: Probe) -> Any:
+        return model(*mapped(probe.args, fresh), **mapped(probe.kwargs, fresh))
+
+    return lambda probe: lambda: [once(way) for way in _ways(probe)]
+
+
+def all_ways(model: nn.Module, example: Any) -> Probe:
+    """An example as one probe; of a function, all the ways in which it calls the model.
+
+    Args:
+        model: The model.
+        example: See :func:`~lightning_efficient.attention.sites.as_probe`.
+
+    Raises:
+        ValueError: The function did not call the model, or not with tensors.
+    """
+    if not callable(example):
+        return as_probe(model, example)
+    ways = captured(model, example)
+    return ways[0] if len(ways) == 1 else Probe(_SEVERAL, tuple((way.args, way.kwargs) for way in ways), {})
+
+
+def _ways(probe: Probe) -> list[Probe]:
+    """The calls that a probe stands for."""
+    return [Probe("", *way) for way in probe.args] if probe.label == _SEVERAL else [probe]
 
 
 def _small(probe: Probe, samples: int) -> Probe:

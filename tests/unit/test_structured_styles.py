@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_efficient.common.match import NoMatchError
 from lightning_efficient.structured.graph import find_groups
+from lightning_efficient.structured.groups import Groups
 from lightning_efficient.structured.slim import apply_slim
 from tests.slim_models import lively
 from tests.unit.test_structured_layers import check
@@ -39,6 +41,35 @@ def test_what_a_layer_of_another_key_may_read_stays(kind: Callable[[int], nn.Mod
     assert "'parts.old' did not run on the example" in groups.refused["body.2"]
     apply_slim(model, {"body.0": [1, 4]}, groups)
     assert model(torch.randn(4, 5), "old").shape == (4, 2)
+
+
+@pytest.mark.parametrize("kind", [lambda n: nn.Linear(n, n), nn.BatchNorm1d], ids=["layers", "norms"])
+def test_an_example_may_call_the_model_in_several_ways(kind: Callable[[int], nn.Module]) -> None:
+    model, x = lively(ByKey(kind)).double().eval(), torch.randn(4, 5).double()
+    groups = find_groups(model, lambda: [model(x, "young"), model(x=x, key="old")])
+    assert {"body.0", "body.2"} <= set(groups.found)
+    for key in ("young", "old"):
+        check(_With(model, key), x, _renamed(groups))
+
+
+class _With(nn.Module):
+    """A model with the rest of its arguments."""
+
+    def __init__(self, model: nn.Module, *args: Any) -> None:
+        super().__init__()
+        self.model, self.args = model, args
+
+    def forward(self, x: Tensor) -> Any:
+        return self.model(x, *self.args)
+
+
+def _renamed(groups: Groups) -> Groups:
+    """The same groups of a model that is inside another."""
+    found = {}
+    for name, group in groups.found.items():
+        slices = tuple(replace(part, name=f"model.{part.name}") for part in group.slices)
+        found[name] = replace(group, slices=slices)
+    return Groups(found)
 
 
 class Padded(nn.Module):
