@@ -15,6 +15,7 @@ weights, outputs) at that of a copy of 4 MiB, both measured in the same run.
 
     python benchmarks/slim_latency.py
     python benchmarks/slim_latency.py --profile
+    python benchmarks/slim_latency.py --compiled --rounds 16
     python benchmarks/slim_latency.py --only "resnet" --rounds 40 --threads 2
 """
 
@@ -113,7 +114,7 @@ def variants(build: Callable[[], nn.Module], example: Tensor, compile_too: bool)
             if fuse:
                 fused[key] = one = fused.get(key) or export(one, example, fuse_norms=True)
             one = copy.deepcopy(one).to(memory_format=_LAST) if last else one  # type: ignore[call-overload]
-            both.append(torch.compile(one) if compiled and compile_too else one)
+            both.append(torch.compile(one, dynamic=False) if compiled and compile_too else one)
         if not compiled or compile_too:
             found[name] = (*both, count_macs(model, call) / count_macs(slims[round_to], call))
     return found
@@ -161,7 +162,7 @@ def run(name: str, rounds: int, compile_too: bool) -> list[dict[str, Any]]:
     build, size, batches = MODELS[name]
     example = torch.randn(2, 3, size, size)
     found = variants(build, example, compile_too)
-    if name == "ResNet-18":
+    if name == "ResNet-18" and len(found) > 2:
         dense, slim, _ = found["none"]
         RESULTS.mkdir(exist_ok=True)
         slim_report(dense, slim, example, (1,), 20).draw(RESULTS / "slim_widths.png")
@@ -212,12 +213,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile beside untreated, a table of its own")
     parser.add_argument("--treatments", nargs="*", default=[""], help="parts of names; untreated always")
     parser.add_argument("--profile", action="store_true", help="where the time goes, and its floor")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     quiet()
-    for name in [name for name in TREATMENTS if not any(part in name for part in ["none", *args.treatments])]:
+    whole = args.only == args.treatments == [""]
+    treatments = ["none", "compiled"] if args.compiled else ["none", *args.treatments]
+    for name in [name for name in TREATMENTS if not any(part in name for part in treatments)]:
         del TREATMENTS[name]
     if args.profile:
         profile([name for name in MODELS if any(part.lower() in name.lower() for part in args.only)], args.rounds)
@@ -226,9 +230,10 @@ def main() -> None:
     for name in MODELS:
         if any(part.lower() in name.lower() for part in args.only):
             rows += run(name, args.rounds, not args.no_compile)
-            if args.only == args.treatments == [""]:
-                save("slim_latency", rows)
-                (RESULTS / "slim_latency.md").write_text(markdown(rows, COLUMNS) + "\n")
+            if whole:
+                table = "slim_compiled" if args.compiled else "slim_latency"
+                save(table, rows)
+                (RESULTS / f"{table}.md").write_text(markdown(rows, COLUMNS) + "\n")
     print(markdown(rows, COLUMNS))
 
 
