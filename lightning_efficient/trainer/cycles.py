@@ -150,9 +150,11 @@ class Cycles:
     ) -> None:
         """The loss on one batch without a part of the units of each group, as a ratio to that of the whole network.
 
-        In evaluation mode, so that neither dropout nor batch statistics come in between; nothing is logged or counted.
+        In evaluation mode, so that neither dropout nor batch statistics come in between; where the step does not run
+        in that, as it is in training, with the same random numbers each time. Nothing is logged or counted.
         """
         replay = Replay(trainer, pl_module, "fit")
+        modes = [(module, module.training) for module in pl_module.modules()]
 
         def loss() -> float:
             self.forwards += 1
@@ -160,7 +162,12 @@ class Cycles:
                 return _loss_of(replay.step(own(batch)))
 
         with replay.quiet():
-            whole = loss()
+            try:
+                whole = loss()
+            except Exception:  # such as with heads that a network has in training mode only
+                for module, training in (*modes, (replay.twin, True)):
+                    module.training = training
+                whole = loss()
             for name, group in groups.found.items():
                 names = {part.name for part in group.produced if part.name in params}
                 kept = {n: params[n].detach().clone() for n in names}

@@ -268,6 +268,18 @@ class Bare(Base):
         return F.linear(F.linear(F.linear(x, self.down, self.shift).relu(), self.down.T).relu(), self.out)
 
 
+def test_cycles_probe_a_step_that_runs_in_training_mode_only() -> None:
+    torch.manual_seed(0)
+    model, hesso = InTraining(), HESSOPruning(target=0.5, start=0.1, duration=0.5, periods=2, cric=True)
+    options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    Trainer(max_epochs=3, callbacks=[hesso], enable_model_summary=False, accelerator="cpu", **options).fit(
+        model, _data(), _data()
+    )
+    assert model.training
+    small = export(model, torch.randn(5, 12))
+    assert sum(p.numel() for p in small.parameters()) < 0.8 * sum(p.numel() for p in model.parameters())
+
+
 @pytest.mark.parametrize(
     ("kind", "names"),
     [
