@@ -117,6 +117,36 @@ class Book:
             keep = (max if self.labels.inner else min)(varying)
             self.labels.tie(grid, [a for a in varying if a != keep])
 
+    def written(self, part: Tensor, whole: Tensor) -> None:
+        """A tensor has the labels of what was written into a part of it, such as a step of a loop.
+
+        Args:
+            part: A view.
+            whole: Of which.
+        """
+        before, new = self.of(whole), self.of(part)
+        grids = []
+        for grid in new.grids:
+            line = self._line(grid, part, whole) if len(support(grid)) == 1 else None
+            if line is None:
+                self.labels.fix(grid, "it is written into a part of a tensor in a way that cannot be followed")
+            else:
+                grids.append(line)
+        pure = before.pure and new.pure
+        self.known[whole] = Label(self.labels.meet([*before.grids, *grids]), pure, before.raw and new.raw)
+
+    def _line(self, grid: Grid, part: Tensor, whole: Tensor) -> Grid | None:
+        """Labels along an axis of a view as labels along the same axis of its whole."""
+        (axis,) = support(grid)
+        step = part.stride(axis)
+        places = [a for a in range(whole.ndim) if whole.shape[a] > 1 and whole.stride(a) == step]
+        if len(places) != 1:
+            return None
+        line = torch.full((whole.shape[places[0]],), 0)
+        start = (part.storage_offset() - whole.storage_offset()) // step % len(line)
+        line[start : start + part.shape[axis]] = grid.flatten()
+        return line.view([-1 if a == places[0] else 1 for a in range(whole.ndim)])
+
     def of(self, tensor: Tensor) -> Label:
         """What is known of a tensor; a constant's axes take any size."""
         label: Label | None = self.known.get(tensor)

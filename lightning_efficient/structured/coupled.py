@@ -55,10 +55,11 @@ def together(
 
 
 def _candidates(cases: Sequence[Case]) -> Iterator[list[Case]]:
-    """Cases of as many units that may be one: those that share the axis of a tensor, then all of them."""
+    """Cases of as many units that may be one: those that share the axis of a tensor, all heads or others, all."""
     alike: dict[tuple[int, bool], list[Case]] = {}
     for case in cases:
         alike.setdefault((case.width.group.units, case.width.heads), []).append(case)
+    tried: list[list[Case]] = []
     for members in alike.values():
         sets: list[tuple[set[tuple[str, int]], list[Case]]] = []
         for case in members:
@@ -66,10 +67,12 @@ def _candidates(cases: Sequence[Case]) -> Iterator[list[Case]]:
             hit = [one for one in sets if one[0] & axes]
             sets = [one for one in sets if not one[0] & axes]
             sets.append((axes.union(*(a for a, _ in hit)), [*itertools.chain(*(c for _, c in hit)), case]))
-        several = [some for _, some in sets if len(some) > 1]
-        yield from several
-        if len(members) > 1 and members not in several:
-            yield members
+        tried += [some for _, some in sets]
+    tried += alike.values()
+    tried += [
+        [case for case in cases if case.width.group.units == units] for units in dict.fromkeys(u for u, _ in alike)
+    ]
+    yield from (some for i, some in enumerate(tried) if len(some) > 1 and some not in tried[:i])
 
 
 def _united(groups: Sequence[UnitGroup]) -> dict[str, dict[str, int]]:

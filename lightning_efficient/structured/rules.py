@@ -240,6 +240,7 @@ class Rules(Moves):
             mine = support(grid)
             if mine <= dims:
                 self.book.mixed.append((grid, self.name))
+                self.book.read.append(grid)  # a sum of products may be written so
                 continue
             grid = self.labels.tie(grid, mine & dims)
             made.append(grid if keepdim else grid.squeeze(tuple(dims)))

@@ -58,6 +58,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor, label in zip(results, made, strict=True):
             label.pure, label.raw = pure, label.raw or linear
             self.book.known[tensor] = label
+            if func._schema.is_mutable and (whole := tensor._base) is not None:
+                self.book.written(tensor, whole)
             if self.stack and not pure and self.stack[-1] in self.book.looked:
                 self.book.looked[self.stack[-1]] += label.grids
         return out

@@ -178,6 +178,51 @@ class BothWays(nn.Module):
         return F.linear(F.linear(x, self.weight, self.shift).relu(), self.weight.T)
 
 
+class Written(nn.Module):
+    """Steps of a loop, written one by one into a tensor for all of them; channels, likewise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.beside, self.out = nn.GRUCell(5, 6), nn.Linear(5, 3), nn.Linear(9, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, width = x.new_zeros(len(x), self.cell.hidden_size), self.cell.hidden_size
+        y = x.new_zeros(*x.shape[:2], width + self.beside.out_features)
+        for step in range(x.shape[1]):
+            h = self.cell(x[:, step], h)
+            y[:, step, :width] = h
+        y[..., width:] = self.beside(x)
+        return self.out(y.relu())
+
+
+class Ragged(nn.Module):
+    """Sequences of several lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.out = nn.GRU(5, 6, batch_first=True), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([2, 4]), batch_first=True, enforce_sorted=False)
+        return self.out(nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)[0])
+
+
+class Summed(nn.Module):
+    """Queries and keys that are multiplied and summed by hand, over the width that came in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(5, 6), nn.Linear(6, 2)
+        self.q, self.k, self.v = (nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        *ends, width = x.shape
+        q, k, v = (layer(x).view(*ends, width, 1) for layer in (self.q, self.k, self.v))
+        weight = (q[:, :, None] * k[:, None]).sum(-2).softmax(2)
+        return self.out((weight * v.squeeze(-1)[:, None]).sum(2) + x)
+
+
 def images() -> Tensor:
     return torch.randn(2, 3, 8, 8).double()
 
@@ -193,6 +238,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], dict[str, 
     "sizes of its own": (lambda: nn.Sequential(Sized(5, 6), nn.Tanh(), nn.Linear(6, 2)), sequences, {"0": 6}),
     "halves by size": (Sliced, sequences, {"wide.0": 6, "deep.0": 6, "wide.1": 6, "deep.1": 6}),
     "heads of one count": (OneCount, sequences, {"one": 3}),
+    "written in parts": (Written, sequences, {"cell": 6, "beside": 3}),
+    "ragged": (Ragged, sequences, {"rnn": 6}),
+    "summed by hand": (Summed, sequences, {"q": 6}),
     "used both ways": (BothWays, sequences, {"weight": 9}),
 }
 
