@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import textwrap
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,6 +67,18 @@ def picture_text(text: object, longest: int = 60) -> str:
     """
     line = printable(text, longest).replace("$", r"\$")
     return f" {line}" if line.startswith("_") else line
+
+
+def picture_lines(text: object, width: int, longest: int = 90) -> str:
+    """For matplotlib, in lines of so many characters.
+
+    Args:
+        text: What a user or a file named something, and words of ours.
+        width: Of a line.
+        longest: More characters than this are cut in the middle.
+    """
+    lines = textwrap.wrap(printable(text, longest), width)
+    return "\n".join(picture_text(line, width) for line in lines)
 
 
 @contextmanager

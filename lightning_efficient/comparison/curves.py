@@ -12,13 +12,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from lightning_efficient.common.escaping import picture_text
+from lightning_efficient.common.escaping import picture_lines, picture_text
 from lightning_efficient.comparison.logs import Run, Series
 
 # Okabe and Ito's palette (jfly.uni-koeln.de/color) without yellow, which is too light for lines on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "<", "*")  # as many as colours and one: the next variant differs in it
+WIDTH = 42  # characters over a picture of 3.7 inches
 _FEW_POINTS = 25
 _BETTER = {"min": " (lower is better)", "max": " (higher is better)", None: ""}
 
@@ -51,7 +52,7 @@ def learning_curves(
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, metric in zip(panels, metrics, strict=False):
         _panel(axes, variants, metric)
-        axes.set_title(picture_text((titles or {}).get(metric, title_of(metric, better))), fontsize=10)
+        axes.set_title(picture_lines((titles or {}).get(metric, title_of(metric, better)), WIDTH), fontsize=10)
     for axes in panels[len(metrics) :]:
         axes.remove()
     figure.legend(
@@ -76,7 +77,7 @@ def single(variants: Mapping[str, Sequence[Run]], metric: str, title: str) -> Fi
     figure = Figure(figsize=(3.7, 2.6), layout="constrained", dpi=150)
     axes = figure.subplots()
     _panel(axes, variants, metric)
-    axes.set_title(picture_text(title), fontsize=10)
+    figure.suptitle(picture_lines(title, WIDTH), fontsize=10)
     return figure
 
 
@@ -110,7 +111,7 @@ def _panel(axes: Axes, variants: Mapping[str, Sequence[Run]], metric: str) -> No
     if finite and min(finite) > 0 and max(finite) > 100 * min(finite):
         axes.set_yscale("log")
     # Without its groups; a slash in brackets is of a unit.
-    axes.set_ylabel(picture_text(re.split(r"/(?![^\[(]*[\])])", metric)[-1], 30), fontsize=9)
+    axes.set_ylabel(picture_text(re.split(r"/(?![^\[(]*[\])])", metric)[-1], 26), fontsize=9)
     axes.set_xlabel("training step", fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.tick_params(labelsize=8)

@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lightning_efficient.common.escaping import picture_text
-from lightning_efficient.comparison.curves import COLOURS, MARKERS
+from lightning_efficient.common.escaping import picture_lines, picture_text
+from lightning_efficient.comparison.curves import COLOURS, MARKERS, WIDTH
 from lightning_efficient.comparison.quantities import Quantity
 
 if TYPE_CHECKING:
@@ -70,8 +70,8 @@ def _pareto_panel(axes: Axes, comparison: Comparison, cost: Quantity) -> None:
             *zip(*front(points, headline.better), strict=True), color="#888888", linestyle="--", linewidth=1, zorder=0
         )
     axes.margins(0.12, 0.12)
-    axes.set_xlabel(picture_text(f"{cost.name} (lower is better)"), fontsize=9)
-    axes.set_ylabel(picture_text(headline.name, 40), fontsize=9)
+    axes.set_xlabel(picture_lines(f"{cost.name} (lower is better)", WIDTH - 6), fontsize=9)
+    axes.set_ylabel(picture_lines(headline.name, 26, 52), fontsize=9)
     _tidy(axes)
 
 
@@ -112,8 +112,9 @@ def differences(comparison: Comparison) -> Figure | None:
     axes.set_yticks(range(len(shown)), [picture_text(name, 30) for name in shown])
     axes.set_ylim(len(shown) - 0.5, -0.5)
     way = {"min": " (left is better)", "max": " (right is better)"}.get(headline.better or "", "")
-    axes.set_title(picture_text(headline.name), fontsize=10)
-    axes.set_xlabel(picture_text(f"difference to {comparison.baseline}{way}"), fontsize=9)
+    # Over and under the whole picture: beside long names little is left of it.
+    figure.suptitle(picture_lines(headline.name, WIDTH), fontsize=10)
+    figure.supxlabel(picture_lines(f"difference to {comparison.baseline}{way}", WIDTH), fontsize=9)
     _tidy(axes)
     return figure
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text as Drawn
 from rich.console import Console
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -26,10 +28,11 @@ from lightning_efficient.cli import main
 from lightning_efficient.common.escaping import picture_text, printable, printable_lines, rich_text, write_whole
 from lightning_efficient.comparison import compare
 from lightning_efficient.comparison.comparison import Comparison
+from lightning_efficient.comparison.curves import single, title_of
 from lightning_efficient.comparison.estimate import Difference
 from lightning_efficient.comparison.html import to_html
 from lightning_efficient.comparison.logs import Run, Series, read_runs
-from lightning_efficient.comparison.pictures import png
+from lightning_efficient.comparison.pictures import differences, pareto, png
 from lightning_efficient.comparison.verdict import gain_of
 from lightning_efficient.metrics.heatmap import heatmap
 
@@ -53,6 +56,7 @@ VALUES: dict[str, list[float]] = {
     "huge": [1e308, -1e308, 1e300], "tiny": [5e-324, 1e-300, 1e-310], "negative": [-1.0, -2.0, -3.0], "zero": [0.0] * 3,
     "one": [7.0],
 }  # fmt: skip
+COST = "efficient/export/latency_ms_batch_1"
 ACTS = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b\u202a-\u202e\ud800-\udfff]")
 
 
@@ -125,6 +129,34 @@ def test_any_name_goes_through_the_table_of_runs_and_heatmaps(case: str) -> None
     assert image.dtype == torch.uint8
     assert image.shape[1] < 4000
     assert image.shape[2] < 4000
+
+
+LONG = {
+    "word": "x" * 100,
+    "words": "accuracy of the second head on domains that it has not seen, macro average over classes",
+    "money": "$cost_{$" * 9,
+}
+
+
+@pytest.mark.parametrize("case", LONG)
+def test_text_stays_inside_its_picture(case: str) -> None:
+    name = LONG[case]
+    series = [{name: Series([0, 1], [1.0, 0.5 + seed]), COST: Series([1], [1.0 + seed])} for seed in range(3)]
+    variants = (name, f"{name} 2", "short")
+    runs = [Run(Path("x"), called, f"seed_{seed}", s) for called in variants for seed, s in enumerate(series)]
+    found = Comparison(runs, [name], name, {name: "min"})
+    cost = next(quantity for quantity in found.quantities if quantity.ratio)
+    pictures = [differences(found), pareto(found, [cost]), single(found.variants, name, title_of(name, found.better))]
+    for figure in (*pictures, found.figure()):
+        assert figure is not None
+        FigureCanvasAgg(figure).draw()
+        words = [text for text in figure.findobj(Drawn) if re.search("[a-z]{4}", text.get_text().replace("math", ""))]
+        assert len(words) >= 2
+        for text in words:
+            (left, low), (right, high) = text.get_window_extent().get_points()
+            assert min(left, low) >= 0, text.get_text()
+            assert right <= figure.bbox.width, text.get_text()
+            assert high <= figure.bbox.height, text.get_text()
 
 
 def test_escapes() -> None:
