@@ -93,7 +93,16 @@ class Standing:
         """
         length = self.length(trainer)
         if self.schedule is None:
-            schedule, self.total = _resolved(trainer, who, resolve, length)
+            try:
+                schedule, self.total = _resolved(trainer, who, resolve, length)
+            except ValueError as error:
+                if not self.start:
+                    raise
+                raise ValueError(
+                    f"{error} This Trainer had done {self.start} steps before this fit, whose schedule is of the steps "
+                    "that are left. To go on with a fit that was interrupted: `trainer.save_checkpoint(path)`, then "
+                    "`trainer.fit(model, ckpt_path=path)`."
+                ) from None
             self.schedule = tuple(schedule)
             self._end = end(self.schedule)
             return self.schedule

@@ -225,6 +225,41 @@ def test_an_unfinished_schedule_is_reported(tmp_path: Path, method: str) -> None
         trainer(tmp_path, make(), stop, max_steps=20).fit(Classifier(net), loader(20), loader(1))
 
 
+class Interrupts(Callback):
+    """Stands for Ctrl-C in a notebook, once."""
+
+    def __init__(self, at: int) -> None:
+        self.at: int | None = at
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.at:
+            self.at = None
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_fit_run_once_more(tmp_path: Path) -> None:
+    """The same callbacks and the same Trainer; and bit for bit where the state is saved first."""
+
+    def hesso() -> HESSOPruning:
+        return HESSOPruning(target=0.3, periods=2, start=2, duration=6)
+
+    whole = Mlp()
+    trainer(tmp_path, hesso(), max_steps=12).fit(whole, loader(6), loader(1))
+    module = Mlp()
+    t = trainer(tmp_path, hesso(), Interrupts(6), max_steps=12)
+    with pytest.raises(SystemExit):
+        t.fit(module, loader(6), loader(1))
+    t.save_checkpoint(tmp_path / "now.ckpt")
+    t.fit(module, loader(6), loader(1), ckpt_path=tmp_path / "now.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), module.parameters(), strict=True))
+
+    t = trainer(tmp_path, hesso(), Interrupts(9), max_steps=12)
+    with pytest.raises(SystemExit):
+        t.fit(Mlp(), loader(6), loader(1))
+    with pytest.raises(ValueError, match=r"the run has 3 steps.*This Trainer had done 9 steps before.*save_checkpoint"):
+        t.fit(module, loader(6), loader(1))
+
+
 def test_a_run_of_no_steps_leaves_the_trainer_as_it_was(tmp_path: Path) -> None:
     for make in (SigmaReparam, PRepBN, MagnitudePruning):
         t = trainer(tmp_path, make(), max_steps=0)
