@@ -15,14 +15,16 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_efficient.common.arguments import require, schema_of
 from lightning_efficient.common.method import Method
 from lightning_efficient.common.registry import METHODS, near
+from lightning_efficient.common.schema import Flag
 from lightning_efficient.lifecycle.base import EfficientCallback
 from lightning_efficient.lifecycle.structural import StructuralCallback
 
@@ -214,7 +216,12 @@ def build_callback(method: str, arguments: Any) -> EfficientCallback:
     try:
         parsed = parser.parse_object({name: given})
     except ArgumentError as error:
+        hints = get_type_hints(cls.__init__)
+        for argument in given:
+            if f'"{name}.{argument}"' in str(error):  # in words of YAML, where its own are Python's types
+                require(name, argument, given[argument], schema_of(hints[argument]))
         raise ValueError(" ".join(str(error).split())) from None
+    require(name, "enabled", parsed[name]["enabled"], Flag())
     return cls(**parsed[name].as_dict())
 
 
