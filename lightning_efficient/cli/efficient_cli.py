@@ -18,10 +18,12 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning_efficient.common.names import VARIABLE
 from lightning_efficient.common.registry import METHODS, near
 from lightning_efficient.lifecycle.files import ShardedCheckpointError, check_checkpoint
-from lightning_efficient.lifecycle.methods import callback_class
+from lightning_efficient.lifecycle.methods import callback_class, check_doubles
 
 # As jsonargparse has put it since 4.39.
 _UNKNOWN_OPTION = re.compile(r"(?:does not accept option '|Option '|Key '|[Uu]nrecognized arguments: --)([\w.]+)")
+
+_GROUP = re.compile(r"Group '(\w+)' does not accept")
 
 _NO_CLASS = re.compile(r"class_path 'lightning\.[\w.]*Lightning(?:Data)?Module'")
 
@@ -52,7 +54,12 @@ class EfficientArgumentParser(LightningArgumentParser):
         """
         if (found := _UNKNOWN_OPTION.search(message)) is not None:
             parser: Any = getattr(ex, "subcommand_parser", None) or self
+            group = _GROUP.search(message)
+            if group and parser is self and self._commands:  # a file of options for a command
+                parser = next(iter(self._commands.values()))
             known = list(parser.get_defaults().keys())
+            if group:  # its options are named without it
+                known = [name.removeprefix(f"{group[1]}.") for name in known if name.startswith(f"{group[1]}.")]
             key, argument = found[1].partition(".")[::2]
             of_method = "" if any(name.startswith(f"{key}.") for name in known) else METHODS.near(key)
             of_argument = near(found[1], known)
@@ -104,6 +111,8 @@ class EfficientArgumentParser(LightningArgumentParser):
             loaded = get_loader(self.parser_mode)(content)
             if isinstance(loaded, str):  # a key without a value: the loader takes it for a text
                 loaded = yaml.safe_load(content)
+        if isinstance(loaded, dict):
+            check_doubles(content)
         if isinstance(loaded, dict) and (spelled := self._config(loaded)) != loaded:
             content = yaml.safe_dump(spelled, sort_keys=False)
         return super().parse_string(content, *rest, **kwargs)
@@ -143,8 +152,10 @@ class EfficientArgumentParser(LightningArgumentParser):
             elif value is None or isinstance(value, bool | Mapping):
                 found[method] = value if isinstance(value, Mapping) else {"enabled": value is not False}
                 self._said.add(method)
-            else:
+            elif isinstance(value, str):
                 found[method] = value  # the path of a file with its arguments
+            else:
+                raise TypeError(f"`{key}` should be true, false or a mapping of arguments; got {value!r}.")
         return found
 
     def _options(self, options: list[str]) -> list[str]:

@@ -155,6 +155,27 @@ def read_yaml(path: str | PathLike[str]) -> Any:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
 
 
+def check_doubles(text: str) -> None:
+    """Refuse YAML in which a key is twice, whatever else is in it.
+
+    Args:
+        text: The YAML.
+
+    Raises:
+        TypeError: There is one; says where.
+    """
+    try:
+        yaml.load(text, _NoDoubles)
+    except _DoubleError as error:
+        raise TypeError(str(error)) from None
+    except yaml.YAMLError:  # for whoever reads it
+        pass
+
+
+class _DoubleError(yaml.constructor.ConstructorError):  # type: ignore[misc]
+    pass
+
+
 class _NoDoubles(yaml.SafeLoader):  # type: ignore[misc]
     """YAML of which nothing is lost: of a key that is there twice the first value would be."""
 
@@ -162,7 +183,7 @@ class _NoDoubles(yaml.SafeLoader):  # type: ignore[misc]
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         for key, (mark, _) in zip(keys, node.value, strict=False):
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", mark.start_mark)
+                raise _DoubleError(None, None, f"the key {key!r} is there twice", mark.start_mark)
         made: dict[Any, Any] = super().construct_mapping(node, deep)
         return made
 

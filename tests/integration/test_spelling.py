@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -194,10 +195,28 @@ def test_a_part_of_a_word_is_answered_with_the_whole(key: str, meant: str) -> No
     assert METHODS.near("pruning").count(" or ") == 3
 
 
+@pytest.mark.parametrize("place", ["methods file", "YAML"])
 @pytest.mark.parametrize("text", ["temp_scale: {tau: 0.5, tau: 0.9}", "norm_swap: true\nnorm_swap: {target: dyt}"])
-def test_a_key_that_is_there_twice_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"m.yaml is not valid YAML: the key '(tau|norm_swap)' is there twice"):
-        of_file(text)
+def test_a_key_that_is_there_twice_is_refused(place: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises((ValueError, SystemExit)) as caught:
+        PLACES[place](text)
+    said = str(caught.value) + capsys.readouterr().err
+    assert re.search(r"the key '(tau|norm_swap)' is there twice", said)
+
+
+@pytest.mark.parametrize("place", ["methods file", "YAML", "variant"])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("hesso_pruning: 1", "`hesso_pruning` should be true, false or a mapping of arguments; got 1"),
+        ("sap_pruning: [p, q]", "`sap_pruning` should be true, false or a mapping of arguments; got ['p', 'q']"),
+        ("norm_swap: {transision: 0.5}", "'transision' (did you mean 'transition'?)"),
+    ],
+)
+def test_what_is_no_mapping_and_no_argument(place: str, text: str, said: str, capsys: Any) -> None:
+    with pytest.raises((ValueError, SystemExit)) as caught:
+        PLACES[place](text)
+    assert said in str(caught.value) + capsys.readouterr().err
 
 
 def test_a_merged_key_may_be_given_again() -> None:
