@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from lightning_efficient.common.escaping import rich_text
+from lightning_efficient.common.escaping import printable, rich_text
 from lightning_efficient.comparison.estimate import Difference, Estimate, json_number
 from lightning_efficient.comparison.logs import Run, direction, read_runs
 from lightning_efficient.comparison.quantities import ENTROPY, ENTROPY_NAME, Quantity, quantities
@@ -254,6 +254,7 @@ def compare(
         raise ValueError(f"`judge` is {judge!r}; expected 'final' or 'best'.")
     runs = read_runs([paths] if isinstance(paths, (str, os.PathLike)) else paths)
     variants = {run.variant for run in runs}
+    baseline = None if baseline is None else printable(baseline)  # as runs and metrics are, which come from outside
     if baseline is not None and baseline not in variants:
         near = _near(baseline, variants)
         raise ValueError(f"`baseline` is {baseline!r}, but the variants are {sorted(variants)}.{near}")
@@ -270,6 +271,7 @@ def _chosen(runs: Sequence[Run], metrics: Sequence[str] | None) -> dict[str, str
         chosen: dict[str, str | None] = {}
         for asked in [metrics] if isinstance(metrics, str) else metrics:
             pattern, way = _split_direction(asked)
+            pattern = printable(pattern)
             matched = [name for name in names if name == pattern or fnmatchcase(name, pattern)]
             if not matched:
                 raise ValueError(f"no run has the metric {pattern!r}.{_near(pattern, names)} Logged: {sorted(names)}.")

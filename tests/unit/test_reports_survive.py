@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import math
 import os
@@ -157,6 +158,18 @@ def test_text_stays_inside_its_picture(case: str) -> None:
             assert min(left, low) >= 0, text.get_text()
             assert right <= figure.bbox.width, text.get_text()
             assert high <= figure.bbox.height, text.get_text()
+
+
+@pytest.mark.parametrize("case", ["newlines", "escape code", "brackets", "long", "right to left", "percent"])
+def test_names_are_asked_for_as_they_are(case: str, tmp_path: Path) -> None:
+    """Also names that are shown otherwise, of metrics and of folders; and as they are shown."""
+    name = NAMES[case]
+    folder = name.replace("/", "-")[:100]
+    for variant, seed in itertools.product((folder, "other"), range(2)):
+        write_events(tmp_path / variant / f"seed_{seed}", [(1, 0.5, 1.0), (2, 0.25 + seed, 2.0)], name)
+    for metric, baseline in ((f"{name}:min", folder), (printable(name), printable(folder))):
+        found = compare(tmp_path, [metric], baseline)
+        assert (found.metrics, found.baseline) == ([printable(name)], printable(folder))
 
 
 def test_escapes() -> None:
