@@ -225,6 +225,32 @@ def test_an_unfinished_schedule_is_reported(tmp_path: Path, method: str) -> None
         trainer(tmp_path, make(), stop, max_steps=20).fit(Classifier(net), loader(20), loader(1))
 
 
+FRESH: dict[str, Callable[[], list[Callback]]] = {
+    "weights": lambda: [SigmaReparam(), MagnitudePruning(amount=0.5)],
+    "norms": lambda: [PRepBN(hold=1)],
+    "units": lambda: [HESSOPruning(target=0.3, periods=2, start=1, duration=4)],
+}
+
+
+@pytest.mark.parametrize("file", ["missing", "empty", "of something else"])
+@pytest.mark.parametrize("case", FRESH)
+def test_a_wrong_ckpt_path_leaves_no_trace(case: str, file: str, tmp_path: Path) -> None:
+    """Lightning says what is wrong with the file; the same objects then train as if it had not been named."""
+    path = tmp_path / "some.ckpt"
+    if file != "missing":
+        torch.save({"a": 1}, path) if file != "empty" else path.write_bytes(b"")
+    modules = [Mlp(), Mlp()]
+    t = trainer(tmp_path, *FRESH[case]())
+    with pytest.raises((FileNotFoundError, EOFError, KeyError)):
+        t.fit(modules[0], loader(6), loader(1), ckpt_path=path)
+    t.fit(modules[0], loader(6), loader(1))
+    trainer(tmp_path, *FRESH[case]()).fit(modules[1], loader(6), loader(1))
+    tensors = [{**dict(module.named_parameters()), **dict(module.named_buffers())} for module in modules]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())
+    assert t.enable_autolog_hparams
+
+
 class Interrupts(Callback):
     """Stands for Ctrl-C in a notebook, once."""
 
