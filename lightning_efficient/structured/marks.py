@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_efficient.common.match import parameters_by_name
+from lightning_efficient.common.match import NoMatchError, parameters_by_name
 from lightning_efficient.common.weights import trained_by
 from lightning_efficient.structured.groups import Groups, UnitGroup
+from lightning_efficient.structured.twin import METHOD
 from lightning_efficient.weightspace.unit_mask import UnitMask
 
 
@@ -22,6 +23,9 @@ def without_idle(groups: Groups, model: nn.Module, optimizers: Iterable[Optimize
         groups: Of the model.
         model: The model.
         optimizers: Its optimizers.
+
+    Raises:
+        NoMatchError: None is left.
     """
     trained = trained_by(*optimizers)
     params = parameters_by_name(model)
@@ -31,7 +35,11 @@ def without_idle(groups: Groups, model: nn.Module, optimizers: Iterable[Optimize
         if still:
             idle[name] = f"{still[0]} is in no optimizer"
     found = {name: group for name, group in groups.found.items() if name not in idle}
-    return replace(groups, found=found, refused=groups.refused | idle)
+    refused = groups.refused | idle
+    if not found:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:5])
+        raise NoMatchError(f"{METHOD}: nothing that is trained can be cut. {reasons}")
+    return replace(groups, found=found, refused=refused)
 
 
 def parameters_of(groups: Groups, model: nn.Module) -> dict[str, nn.Parameter]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_efficient import HESSOPruning, export, load_from_checkpoint
+from lightning_efficient.common.match import NoMatchError
 from lightning_efficient.structured.graph import find_groups
 from lightning_efficient.structured.groups import Groups
 
@@ -300,3 +301,28 @@ def test_steps_that_do_more_than_return_a_loss(kind: type[LightningModule], name
     assert sum(p.numel() for p in small.parameters()) < 0.8 * sum(p.numel() for p in model.parameters())
     with torch.no_grad():
         torch.testing.assert_close(small(x), model.eval()(x), rtol=0, atol=1e-5)
+
+
+class Followed(Layers):
+    """A copy that training takes over from time to time, such as a target network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.target = nn.ModuleList([nn.Linear(12, 16), nn.Linear(16, 20), nn.Linear(20, 3)])
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        for mine, theirs in zip((self.layer_1, self.layer_2, self.layer_3), self.target, strict=True):
+            theirs.load_state_dict(mine.state_dict())
+        first, second, third = self.target
+        return F.mse_loss(self(batch[0]), third(second(first(batch[0]).relu()).relu()).detach() + 1)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for n, p in self.named_parameters() if "target" not in n], 1e-2)
+
+
+def test_widths_that_hang_on_what_nothing_trains_are_an_error() -> None:
+    hesso = HESSOPruning(target=0.3, start=0.1, duration=0.5, periods=2)
+    options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_epochs=1, callbacks=[hesso], enable_model_summary=False, accelerator="cpu", **options)
+    with pytest.raises(NoMatchError, match=r"nothing that is trained .*: target\.0\.weight is in no optimizer"):
+        trainer.fit(Followed(), _data(), _data())
