@@ -8,13 +8,14 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import get_loader
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from lightning_efficient.common.arguments import schema_of
 from lightning_efficient.common.names import VARIABLE
 from lightning_efficient.common.registry import METHODS, near
 from lightning_efficient.lifecycle.files import ShardedCheckpointError, check_checkpoint
@@ -24,6 +25,8 @@ from lightning_efficient.lifecycle.methods import callback_class, check_doubles
 _UNKNOWN_OPTION = re.compile(r"(?:does not accept option '|Option '|Key '|[Uu]nrecognized arguments: --)([\w.]+)")
 
 _GROUP = re.compile(r"Group '(\w+)' does not accept")
+
+_VALUE = re.compile(r'Parser key "(\w+)\.(\w+)"')
 
 _NO_CLASS = re.compile(r"class_path 'lightning\.[\w.]*Lightning(?:Data)?Module'")
 
@@ -64,6 +67,10 @@ class EfficientArgumentParser(LightningArgumentParser):
             of_method = "" if any(name.startswith(f"{key}.") for name in known) else METHODS.near(key)
             of_argument = near(found[1], known)
             message += of_argument or of_method if argument else of_method or of_argument
+        if (wrong := _VALUE.search(message)) is not None and self._method(wrong[1]) == wrong[1]:
+            hints = get_type_hints(callback_class(wrong[1]).__init__)
+            if wrong[2] in hints:  # beside Python's types
+                message = f"{message.rstrip()}\n`{wrong[2]}` must be {schema_of(hints[wrong[2]])}."
         if _NO_CLASS.search(message):  # arguments as a script with `LightningCLI(MyModel)` takes them
             message += (
                 "\nNo class is named: write `model: {class_path: my_package.MyModel, init_args: {...}}`, and `data` "

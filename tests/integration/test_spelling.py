@@ -210,6 +210,8 @@ def test_a_key_that_is_there_twice_is_refused(place: str, text: str, capsys: pyt
     [
         ("hesso_pruning: 1", "`hesso_pruning` should be true, false or a mapping of arguments; got 1"),
         ("sap_pruning: [p, q]", "`sap_pruning` should be true, false or a mapping of arguments; got ['p', 'q']"),
+        ("temp_scale: {exclude: head}", "`exclude` must be null or a list, each item a string"),
+        ("pagcp_pruning: {budgets: [val_loss]}", "`budgets` must be null or a mapping, each key a string"),
         ("norm_swap: {transision: 0.5}", "'transision' (did you mean 'transition'?)"),
     ],
 )
