@@ -29,8 +29,8 @@ training`, except `fewer layers`, which had both fits in one. 500 test samples a
 points; the intervals are of seeds, not of samples. `gone`: share of the multiply-accumulates, for masks of the
 weights, that the arm was asked to take from the encoder's layers. `weights`: what is left of their weights. `latency`:
 processor time of a batch of 32 ÷ the dense network's, first seed, in turns, with quartiles; masks make nothing faster.
-`CPU s`: of the cell on a machine shared with others, export and test included. {count} of {all} cells are run; the
-script goes on with the others. Not found inside a registry package: a transformer for speech.
+`CPU s`: of the cell on a machine shared with others, export and test included. {count} of {all} cells are run.
+Not found inside a registry package: a transformer for speech.
 
 {tables}
 
