@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 LEVEL = 0.05
+_ROUNDING = 1e-6  # of what is logged, which is float32, relative to its size
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,10 @@ class Difference:
 
     @property
     def constant(self) -> bool:
-        """Whether runs do not vary: every pair has the same difference, or every group a single value."""
-        if self.paired:
-            return len(set(self.values)) <= 1
-        return len(set(self.before)) <= 1 and len(set(self.after)) <= 1
+        """Whether runs do not vary, but for rounding: one difference for all pairs, or one value for each group."""
+        groups = (self.values,) if self.paired else (self.before, self.after)
+        size = 1.0 if self.ratio and self.paired else max(map(abs, (*self.before, *self.after)), default=0.0)
+        return all(not group or max(group) - min(group) <= _ROUNDING * size for group in groups)
 
     @property
     def vague(self) -> bool:
@@ -141,6 +142,8 @@ class Difference:
         """For people."""
         if not math.isfinite(self.mean):
             return "nan"
+        if self.constant and self.mean and self.seeds > 1 and not self.ratio:
+            return f"{self.mean:+.4g}, " + ("in every pair" if self.paired else "no run varies")
         if not self.ratio:
             return plus_minus(self.mean, self.half_width, "+")
         if self.interval is None or self.constant:
@@ -178,12 +181,13 @@ class Difference:
         centre = statistics.fmean(after) - statistics.fmean(before)
         if self.seeds < 2:
             return centre, math.nan, 0.0
+        if self.constant:
+            return centre, 0.0, self.seeds - 1.0
         if self.paired:
             gaps = [b - a for a, b in zip(before, after, strict=True)]
             return centre, statistics.stdev(gaps) / math.sqrt(len(gaps)), len(gaps) - 1.0
         squares = [statistics.variance(group) / len(group) for group in (before, after)]
-        if not (total := sum(squares)):
-            return centre, 0.0, len(before) + len(after) - 2.0
+        total = sum(squares)
         # Welch and Satterthwaite
         freedom = total**2 / sum(s**2 / (len(g) - 1) for s, g in zip(squares, (before, after), strict=True))
         return centre, math.sqrt(total), freedom

@@ -161,10 +161,10 @@ def _open(quantity: Quantity, baseline: str, difference: Difference | None) -> s
             f"with {MIN_SEEDS} or more."
         )
     if difference.constant and difference.mean:
-        return (
-            f"No verdict: {quantity.name} {difference.mean:+.4g}, the same for every one of {_seeds(difference)}. The "
-            "seed does not seem to change anything in these runs."
-        )
+        measured = f"{quantity.name} {difference.mean:+.4g}, the same for every one of {_seeds(difference)}"
+        if len(set(difference.before)) == 1:
+            return f"No verdict: {measured}. The seed does not seem to change anything in these runs."
+        return f"No verdict: {measured}. It moves in steps that are too coarse for an interval; more seeds tell more."
     return None
 
 

@@ -143,7 +143,7 @@ def test_differences_pair_equal_seeds_only(tmp_path: Path) -> None:
             log(tmp_path / variant / f"seed_{seed}", {"val_loss": [1.0 + seed**2 + (variant == "b")]})
     found = compare(tmp_path)
     assert gap(found, "val_loss, final", "b").values == pytest.approx((1.0, 1.0))
-    assert "+1 ± 0 (2 pairs)" in text_of(found)
+    assert "+1, in every pair (2 pairs)" in text_of(found)
     unpaired = gap(found, "val_loss, final", "c")  # no seed in common: two independent groups
     assert (unpaired.paired, unpaired.values) == (False, ())
     assert "(unpaired)" in text_of(found)

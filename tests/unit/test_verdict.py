@@ -110,6 +110,8 @@ def test_a_real_difference_is_called() -> None:
         (seeds(0.5, 0.6), seeds(0.8, 0.9001), "open", "No verdict from 2 seeds"),
         (seeds(0.5, 0.6, 0.7), seeds(0.5, math.nan, 0.7), "open", "1 of 3 runs ended in nan or infinity (baseline: 0"),
         (seeds(0.5, 0.5, 0.5), seeds(0.6, 0.6, 0.6), "open", "The seed does not seem to change anything"),
+        (seeds(0.75, 0.5, 0.625), seeds(0.875, 0.625, 0.75), "open", "in steps that are too coarse"),
+        (seeds(0.924, 0.952, 0.936), seeds(0.92, 0.948, 0.932), "open", "in steps that are too coarse"),
         (seeds(0.5, 0.6, 0.7), seeds(0.5, 0.6, 0.7), "none", "Equal to baseline to the last digit, with 3 seeds"),
         (seeds(0.5, 0.6, 0.7), seeds(0.6, 0.6, 0.7), "none", "No evidence of a difference with 3 seeds: val_acc"),
         (seeds(0.5, 0.6, 0.7), {7: 0.6, 8: 0.6, 9: 0.7}, "none", "difference with 3 and 3 unpaired runs"),
@@ -119,6 +121,12 @@ def test_what_cannot_be_told_is_not(before: dict[int, float], after: dict[int, f
     (verdict,) = comparison({"baseline": before, "a": after}).verdicts()
     assert verdict.call == call
     assert text in verdict.text
+
+
+def test_a_difference_that_is_the_same_for_every_seed_has_no_interval() -> None:
+    found = comparison({"baseline": seeds(0.75, 0.5, 0.625), "a": seeds(0.875, 0.625, 0.75)})
+    shown = [row.difference.show() for row in found.rows() if row.difference is not None]
+    assert shown[0] == "+0.125, in every pair"
 
 
 def test_correction_is_said_where_it_changes_the_call() -> None:
