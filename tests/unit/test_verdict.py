@@ -111,7 +111,7 @@ def test_a_real_difference_is_called() -> None:
         (seeds(0.5, 0.6, 0.7), seeds(0.5, math.nan, 0.7), "open", "1 of 3 runs ended in nan or infinity (baseline: 0"),
         (seeds(0.5, 0.5, 0.5), seeds(0.6, 0.6, 0.6), "open", "The seed does not seem to change anything"),
         (seeds(0.75, 0.5, 0.625), seeds(0.875, 0.625, 0.75), "open", "in steps that are too coarse"),
-        (seeds(0.924, 0.952, 0.936), seeds(0.92, 0.948, 0.932), "open", "in steps that are too coarse"),
+        (seeds(0.90, 0.95, 0.93), seeds(0.91, 0.96, 0.94), "open", "in steps that are too coarse"),  # p was 1e-29
         (seeds(0.5, 0.6, 0.7), seeds(0.5, 0.6, 0.7), "none", "Equal to baseline to the last digit, with 3 seeds"),
         (seeds(0.5, 0.6, 0.7), seeds(0.6, 0.6, 0.7), "none", "No evidence of a difference with 3 seeds: val_acc"),
         (seeds(0.5, 0.6, 0.7), {7: 0.6, 8: 0.6, 9: 0.7}, "none", "difference with 3 and 3 unpaired runs"),
