@@ -39,10 +39,15 @@ class Gain:
         """Give the gains new values, all above zero if the logarithm is trained."""
         self.parameter.data = value.log() if self.log else value.clone()
 
-    def pull(self, grad: Tensor) -> None:
-        """Leave the gradient of the parameter in its ``grad``: ``∂L/∂γ``, or ``∂L/∂(log γ) = γ ∂L/∂γ``."""
+    def pull(self, rates: Tensor, products: Tensor) -> None:
+        """Leave the gradient of the parameter in its ``grad``.
+
+        Args:
+            rates: ``∂L/∂γ``.
+            products: ``∂L/∂(log γ) = γ ∂L/∂γ``, which whoever calls has had before the other.
+        """
         if self.parameter.requires_grad:
-            self.parameter.grad = grad
+            self.parameter.grad = products if self.log else rates
 
     def begin(self) -> None:
         """The optimizer steps next."""

@@ -209,7 +209,7 @@ class SpectralTransform(Transform):
     def _rates(self, products: Tensor) -> Tensor:
         """``∂L/∂γ`` from ``⟨∂L/∂Ŵ, Ŵ⟩``; leaves the gradient of the gains' parameter."""
         rates = products / (self._scale * self.sigma)
-        self._gain.pull(products if self._gain.log else rates)
+        self._gain.pull(rates, products)
         return rates
 
     def _pull_stack(self, weight: Tensor, grad: Tensor | None) -> None:
