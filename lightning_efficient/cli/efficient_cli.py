@@ -19,7 +19,7 @@ from lightning_efficient.common.arguments import schema_of
 from lightning_efficient.common.names import VARIABLE
 from lightning_efficient.common.registry import METHODS, near
 from lightning_efficient.lifecycle.files import ShardedCheckpointError, check_checkpoint
-from lightning_efficient.lifecycle.methods import callback_class, check_doubles
+from lightning_efficient.lifecycle.methods import callback_class, check_doubles, nested, switch
 
 # As jsonargparse has put it since 4.39.
 _UNKNOWN_OPTION = re.compile(r"(?:does not accept option '|Option '|Key '|[Uu]nrecognized arguments: --)([\w.]+)")
@@ -147,6 +147,10 @@ class EfficientArgumentParser(LightningArgumentParser):
     def _config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The configuration with one spelling; a method that is named, and not switched off, is on."""
         found: dict[str, Any] = {}
+        try:
+            config = nested(config, lambda key: str(key) if key in self._commands else self._method(str(key)))
+        except ValueError as error:
+            raise TypeError(str(error)) from None
         for key, value in config.items():
             if key in self._commands and isinstance(value, Mapping):
                 found[key] = self._commands[key]._config(value)
@@ -179,8 +183,8 @@ class EfficientArgumentParser(LightningArgumentParser):
             argument, value = parts[2], parts[3]
             if not argument and value is None:
                 value = f"={options.pop(0)}" if options and not options[0].startswith("-") else "=true"
-            if not argument and str(value).lower() in ("=true", "=false"):
-                argument = ".enabled"
+            if not argument and isinstance(on := switch(str(value)[1:]), bool):
+                argument, value = ".enabled", f"={str(on).lower()}"
             (self._said.add if argument == ".enabled" else named.append)(method)
             found.append(f"--{method}{argument}{value or ''}")
         # The weakest of all, so first: a file may say otherwise.

@@ -188,19 +188,58 @@ class _NoDoubles(yaml.SafeLoader):  # type: ignore[misc]
         return made
 
 
+def nested(content: Mapping[Any, Any], named: Callable[[object], str | None] = METHODS.named) -> dict[Any, Any]:
+    """With ``method: {argument: value}`` for ``method.argument: value``, and true for ``"true"``.
+
+    Args:
+        content: What some YAML says, of methods or of anything else.
+        named: The name that the part of a key before its first dot stands for, if it is a method's.
+
+    Raises:
+        ValueError: An argument is there twice, or beside something that holds no arguments.
+    """
+    found: dict[Any, Any] = {}
+    dotted: dict[str, dict[str, Any]] = {}
+    for key, value in content.items():
+        head, _, argument = str(key).partition(".")
+        if argument and (name := named(head)) is not None:
+            dotted.setdefault(name, {})[argument] = value
+        else:
+            found[key] = switch(value) if named(key) is not None else value
+    for name, arguments in dotted.items():
+        key = next((key for key in found if named(key) == name), name)
+        beside = found.get(key)
+        given = {"enabled": beside} if isinstance(beside, bool) else beside or {}
+        if not isinstance(given, Mapping) or (arguments.keys() & given.keys()):
+            raise ValueError(f"`{name}.{next(iter(arguments))}` stands beside `{key}: {beside}`: merge them into one.")
+        found[key] = {**given, **arguments}
+    return found
+
+
+def switch(value: Any) -> Any:
+    """A text that YAML would read as true or false without its quotation marks, as that.
+
+    Args:
+        value: Of a method's key.
+    """
+    words = yaml.SafeLoader.bool_values
+    return words.get(value.lower(), value) if isinstance(value, str) else value
+
+
 def spelled(content: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
     """What some YAML says of methods, as names and arguments with ``enabled`` among them.
 
     Args:
         content: Method, by any of its spellings (:meth:`Registry.named`), to its arguments; ``True``, ``False`` and
-            ``None`` are short for ``{enabled: true}``, ``{enabled: false}`` and ``{}``.
+            ``None`` are short for ``{enabled: true}``, ``{enabled: false}`` and ``{}``. A key may also be that of one
+            argument, ``sigma_reparam.init``.
 
     Raises:
         ValueError: A method is unknown or named twice, or is given something else than arguments.
     """
     found: dict[str, dict[str, Any]] = {}
     keys: dict[str, Any] = {}
-    for key, arguments in content.items():
+    for key, arguments in nested(content).items():
         method = METHODS.named(key)
         if method is None:
             known = ", ".join(METHODS.with_callback)

@@ -89,6 +89,10 @@ SAID: dict[str, tuple[str, str, bool]] = {
     "arguments": ("temp_scale: {tau: 0.5}", "temp_scale", True),
     "the defaults as arguments": ("temp_scale: {tau: 1.0}", "temp_scale", True),
     "switched off": ("Temp_Scale: false", "temp_scale", False),
+    "one argument": ("temp_scale.tau: 0.5", "temp_scale", True),
+    "one argument of a class": ("TempScale.tau: 0.5", "temp_scale", True),
+    "one argument, and switched off": ("temp_scale.tau: 0.5\ntemp_scale: false", "temp_scale", False),
+    "a text": ("temp_scale: 'Yes'", "temp_scale", True),
     "arguments, and switched off": ("TempScale: {tau: 0.5, enabled: false}", "temp_scale", False),
 }
 
