@@ -24,7 +24,7 @@ def board(folders: Iterable[Path], metrics: Iterable[str]) -> bytes:
 
     Args:
         folders: Of the runs, whose hyper-parameters are read off their own event files.
-        metrics: Names of scalars; the user's come first, ``efficient/...`` after them.
+        metrics: Names of scalars as in the logs; the user's come first, ``efficient/...`` after them.
     """
     from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped]
     from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2  # type: ignore[import-untyped]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from lightning_efficient.ablation.asking import Asked
 from lightning_efficient.ablation.board import BOARD, board
@@ -233,32 +234,39 @@ def _report(
         notes.append(f"No comparison: {error}")
     ablation = Ablation(folder, rows, comparison, notes)
     write_json(folder / RESULT, ablation.to_dict())
+    written, left_out = [RESULT], list[Text]()
+    if comparison is not None:  # files first: whoever reads what is printed may go away (`| head`)
+        with shown_or_skipped("picture", left_out.append):
+            from lightning_efficient.comparison.pictures import png  # with matplotlib
+
+            write_whole(folder / PICTURE, png(comparison.figure()))
+            written.append(PICTURE)
+        with shown_or_skipped("page", left_out.append):
+            from lightning_efficient.comparison.html import to_html  # with jinja2 and matplotlib
+
+            write_whole(folder / PAGE, to_html(comparison))
+            written.append(PAGE)
+        with shown_or_skipped("order of TensorBoard's table", left_out.append):
+            write_whole(
+                runs[0].folder / BOARD,
+                board([run.folder for run in runs], {tag for run in comparison.runs for tag in run.tags}),
+            )
     plain: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
     console.print(table(rows, shown_metric(rows, metrics)))
     for text in errors(rows):
         console.print(printable_lines(text), style="red", **plain)
     if comparison is not None:
-        with shown_or_skipped("comparison", console):
+        with shown_or_skipped("comparison", console.print):
             console.print(comparison.table())
         for verdict in comparison.verdicts():
             for text in filter(None, (verdict.text, verdict.cost)):
                 console.print(printable_lines(f"{verdict.variant}  {text}"), **plain)
-        with shown_or_skipped("picture", console):
-            from lightning_efficient.comparison.pictures import png  # with matplotlib
-
-            write_whole(folder / PICTURE, png(comparison.figure()))
-        with shown_or_skipped("page", console):
-            from lightning_efficient.comparison.html import to_html  # with jinja2 and matplotlib
-
-            write_whole(folder / PAGE, to_html(comparison))
-        with shown_or_skipped("order of TensorBoard's table", console):
-            scalars = {name for run in comparison.runs for name in run.series}
-            write_whole(runs[0].folder / BOARD, board([run.folder for run in runs], scalars))
+    for line in left_out:
+        console.print(line)
     for note in notes:
         console.print(printable_lines(note), **plain)
     if any(row.state == "failed" for row in rows):
         console.print("Failed runs are kept as they are: --retry-failed trains them anew.", **plain)
-    files = [RESULT, *([PICTURE, PAGE] if comparison is not None else [])]
-    console.print(f"written   {', '.join(str(folder / file) for file in files)}", **plain)
+    console.print(f"written   {', '.join(str(folder / file) for file in written)}", **plain)
     console.print(f"curves    tensorboard --logdir {folder}", **plain)
     return ablation

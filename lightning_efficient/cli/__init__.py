@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from lightning_efficient.cli.output import standard_output
+
 _TRAINER = {
     "fit": "train a model",
     "validate": "evaluate on the validation data",
@@ -33,6 +35,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: With code 2 and one message for wrong arguments or refused input.
     """
+    with standard_output():
+        _run(argv)
+
+
+def _run(argv: Sequence[str] | None) -> None:
     args = list(sys.argv[1:] if argv is None else argv)
     command = args[0] if args else ""
     if command not in (*_TRAINER, "targets", "tune-temperature"):

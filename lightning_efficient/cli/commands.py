@@ -186,26 +186,26 @@ def run_compare(options: Namespace) -> None:
 
     with short_errors():
         comparison = compare(options.logdir, options.metrics, options.baseline, options.judge)
-        console = Console()
+        # Files first: whoever reads what is printed may go away (`| head`).
+        console, of_files = Console(), list[Text]()
         if options.json is not None:
             write_whole(options.json, json.dumps(comparison.to_dict(), indent=1))
-        with shown_or_skipped("table", console):
+            of_files.append(Text(str(options.json)))
+        if options.png is not None:
+            with shown_or_skipped("picture", of_files.append):
+                write_whole(options.png, png(comparison.figure()))
+                of_files.append(Text(str(options.png)))
+        if options.html is not None:
+            with shown_or_skipped("page", of_files.append):
+                write_whole(options.html, to_html(comparison))
+                of_files.append(Text(str(options.html)))
+        with shown_or_skipped("table", console.print):
             console.print(comparison.table())
         for verdict in comparison.verdicts():
             for text in filter(None, (verdict.text, verdict.cost)):
                 console.print(Text.assemble((printable(verdict.variant), "bold"), "  ", printable_lines(text)))
-        if options.png is not None:
-            with shown_or_skipped("picture", console):
-                picture = png(comparison.figure())
-                write_whole(options.png, picture)
-                print(options.png)
-        if options.html is not None:
-            with shown_or_skipped("page", console):
-                page = to_html(comparison)
-                write_whole(options.html, page)
-                print(options.html)
-        if options.json is not None:
-            print(options.json)
+        for line in of_files:
+            console.print(line, soft_wrap=True)
 
 
 def run_ablate(options: Namespace) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dis
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from types import TracebackType
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_efficient.cli.output import standard_output
 from lightning_efficient.common.escaping import printable_lines
 
 _PACKAGE = __name__.partition(".")[0]
@@ -34,32 +34,17 @@ def short_errors() -> Iterator[None]:
         SystemExit: Code 2, after the message; 1 if nobody reads what is printed any more.
     """
     try:
-        yield
-        sys.stdout.flush()
+        with standard_output():
+            yield
     except Exception as error:
         if refused(error):
             print(f"error: {printable_lines(error)}", file=sys.stderr)
-            raise SystemExit(2) from error
-        if isinstance(error, OSError) and error.filename is None and (why := _not_printed()):
-            if isinstance(why, BrokenPipeError):  # `| head`
-                raise SystemExit(1) from error
-            print(f"error: cannot write to the standard output: {why.strerror}.", file=sys.stderr)
             raise SystemExit(2) from error
         if hasattr(error, "add_note"):  # Python 3.11
             error.add_note(_UNEXPECTED)
         else:
             print(_UNEXPECTED, file=sys.stderr)
         raise
-
-
-def _not_printed() -> OSError | None:
-    """Why nothing can be printed; what is left is thrown away then, or the interpreter would try again as it ends."""
-    try:
-        print(flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return error
-    return None
 
 
 def refused(error: BaseException) -> bool:

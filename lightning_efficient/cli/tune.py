@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from rich.console import Console
+from rich.text import Text
 
 from lightning_efficient.callbacks.temp_scale import TempScale
 from lightning_efficient.cli.efficient_cli import EfficientCLI, check_path
@@ -91,15 +92,17 @@ def tune(args: Sequence[str], console: Console | None = None) -> None:
         maximize=None if options["mode"] is None else options["mode"] == "max",
         include=ours.include, exclude=ours.exclude, resamples=options["resamples"],
     )  # fmt: skip
-    console = console or Console()
+    # Files first: whoever reads what is printed may go away (`| head`).
+    console, of_files = console or Console(), list[Text]()
     if options["json"] is not None:
         write_whole(options["json"], json.dumps(found.to_dict(), indent=1))
-    with shown_or_skipped("table", console):
+        of_files.append(Text(options["json"]))
+    if options["png"] is not None:
+        with shown_or_skipped("picture", of_files.append):
+            write_whole(options["png"], png(found.figure()))
+            of_files.append(Text(options["png"]))
+    with shown_or_skipped("table", console.print):
         console.print(found.table())
     console.print(printable_lines(found.verdict), highlight=False, markup=False, soft_wrap=True)
-    if options["png"] is not None:
-        with shown_or_skipped("picture", console):
-            write_whole(options["png"], png(found.figure()))
-            print(options["png"])
-    if options["json"] is not None:
-        print(options["json"])
+    for line in of_files:
+        console.print(line, soft_wrap=True)

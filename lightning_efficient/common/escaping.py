@@ -10,13 +10,12 @@ import os
 import tempfile
 import textwrap
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.text import Text
 
 _LONGEST = 200
@@ -82,12 +81,13 @@ def picture_lines(text: object, width: int, longest: int = 90) -> str:
 
 
 @contextmanager
-def shown_or_skipped(what: str, console: Console) -> Iterator[None]:
+def shown_or_skipped(what: str, say: Callable[[Text], object]) -> Iterator[None]:
     """Something to look at, which is not worth the end of a command: if it fails there is one line instead.
 
     Args:
         what: Such as ``"picture"``.
-        console: Where to say so.
+        say: Takes that line: ``console.print``; of a file, which is written before anything is printed, a list's
+            ``append``.
 
     Raises:
         OSError: A file cannot be written; that is for the user to know.
@@ -98,7 +98,7 @@ def shown_or_skipped(what: str, console: Console) -> Iterator[None]:
         raise
     except Exception as error:
         why = printable(str(error).partition("\n")[0])
-        console.print(rich_text(f"The {what} is left out: {type(error).__name__}: {why}"))
+        say(rich_text(f"The {what} is left out: {type(error).__name__}: {why}"))
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:

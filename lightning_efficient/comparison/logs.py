@@ -67,6 +67,7 @@ class Run:
         replica: The part of the path that tells the runs of a variant apart; empty if there is one run only.
         series: Name → what was logged under it.
         noted_seed: What ``config.yaml`` or ``hparams.yaml`` beside the log say; ``None``: nothing.
+        tags: The names as they are in the log; those of ``series`` have nothing in them that acts on a terminal.
     """
 
     path: Path
@@ -74,6 +75,7 @@ class Run:
     replica: str
     series: dict[str, Series]
     noted_seed: int | None = None
+    tags: frozenset[str] = frozenset()
 
     @property
     def seed(self) -> int | None:
@@ -129,10 +131,14 @@ def read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Run]:
         warnings.warn(f"no scalars logged in {', '.join(empty)}: left out.", stacklevel=2)
     variants = _variants([folder for folder in folders if series[folder]])
     runs = [
-        Run(f, printable(variant), printable(replica), series[f], _noted_seed(f))
+        Run(f, printable(variant), printable(replica), _printable(series[f]), _noted_seed(f), frozenset(series[f]))
         for f, (variant, replica) in variants.items()
     ]
     return sorted(_last_version_of_each_seed(runs), key=lambda run: (run.variant, _natural(run.replica)))
+
+
+def _printable(series: dict[str, Series]) -> dict[str, Series]:
+    return {printable(name): logged for name, logged in series.items()}
 
 
 def _log_folders(roots: Iterable[Path]) -> list[Path]:
@@ -164,7 +170,7 @@ def _read(folder: Path) -> dict[str, Series]:
         raise ValueError(broken[0])
     for text in broken:
         warnings.warn(f"{text} It is skipped.", stacklevel=3)
-    return {printable(n): _series(rows) for n, rows in points.items() if rows and n not in _NOT_LOGGED_BY_THE_USER}
+    return {n: _series(rows) for n, rows in points.items() if rows and n not in _NOT_LOGGED_BY_THE_USER}
 
 
 def _files(folder: Path, pattern: str, below: bool = False) -> list[Path]:

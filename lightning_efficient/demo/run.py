@@ -66,12 +66,14 @@ def run(
     )
     with _quiet():
         exported = export_all(done)
+        picture = None if done.comparison is None else draw(done.comparison, exported)
+        if picture is not None:
+            write_whole(done.folder / PICTURE, png(picture))
         console.print(table(exported))
         for text in claims(done):
             console.print(printable_lines(text), highlight=False, markup=False, soft_wrap=True)
     files = {"page": "report.html", "models": "exported"}
-    if done.comparison is not None and (picture := draw(done.comparison, exported)) is not None:
-        write_whole(done.folder / PICTURE, png(picture))
+    if picture is not None:
         files["picture"] = PICTURE
     for name, file in files.items():
         console.print(f"{name:<9} {done.folder / file}", highlight=False, soft_wrap=True)

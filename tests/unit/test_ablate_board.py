@@ -20,7 +20,7 @@ RUNS = {
     "baseline/seed_1": {"lr": 0.2, "deep": True, "efficient": {"norm_swap": False}, "mixed": "auto"},
     "swap/seed_0": {"lr": 0.1, "deep": True, "efficient": {"norm_swap": True}, "mixed": 3, "only here": "x"},
 }
-LOGGED = ["val_acc", "efficient/run_cost/step_ms", "Acc@[1]", "zeta"]
+LOGGED = ["val_acc", "efficient/run_cost/step_ms", "Acc@[1]", "zeta", "val\x1b[1mf1", "wörd\u202e ✓", "tab\tloss\n"]
 
 
 def experiment(logs: Path):
@@ -48,12 +48,14 @@ def test_the_users_metrics_come_first_and_no_key_is_lost(tmp_path: Path) -> None
     assert before.metric_infos[1].name.tag.startswith("efficient/"), "as TensorBoard sorts them"
 
     runs = read_runs([tmp_path])
-    record = board([tmp_path / run for run in RUNS], {name for run in runs for name in run.series})
+    record = board([tmp_path / run for run in RUNS], {tag for run in runs for tag in run.tags})
     (tmp_path / "baseline" / "seed_1" / BOARD).write_bytes(record)
     after = experiment(tmp_path)
-    assert [metric.name.tag for metric in after.metric_infos] == [
-        "Acc@[1]", "val_acc", "zeta", "efficient/norm_swap/lambda", "efficient/run_cost/step_ms"
-    ]  # fmt: skip
+    tags = [metric.name.tag for metric in after.metric_infos]
+    users, ours = sorted(name for name in LOGGED if "efficient" not in name), tags[-2:]
+    assert tags == [*users, *ours]
+    assert ours == ["efficient/norm_swap/lambda", "efficient/run_cost/step_ms"]
+    assert sorted(tags) == sorted(metric.name.tag for metric in before.metric_infos), "no column is empty"
     assert columns(after) == columns(before)
     assert {run.variant: run.series.keys() for run in read_runs([tmp_path])} == {
         run.variant: run.series.keys() for run in runs

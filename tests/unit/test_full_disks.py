@@ -123,3 +123,43 @@ def test_what_cannot_be_printed(out: str, monkeypatch: pytest.MonkeyPatch, capsy
         assert (end.value.code, said) == (2, "error: cannot write to the standard output: No space left on device.\n")
     else:
         assert (end.value.code, said) == (1, ""), "as other commands before `| head`"
+
+
+def test_the_files_of_a_comparison_do_not_wait_for_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    (logs / "metrics.csv").write_text("step,val_rate [/s]\n0,1\n1,2\n")
+    files = [tmp_path / f"found.{kind}" for kind in ("html", "png", "json")]
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit, match="1"):
+            main(["compare", str(logs), *(f"--{file.suffix[1:]}={file}" for file in files)])
+        monkeypatch.undo()
+    assert [file.name for file in files if not file.is_file()] == []
+
+
+def test_an_error_is_said_though_nobody_reads_the_output(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit, match="2"):
+            main(["compare", "nowhere"])
+        monkeypatch.undo()
+    assert capsys.readouterr().err.startswith("error: no such folder")
+
+
+@pytest.mark.parametrize("args", [["--version"], ["ablate", "--help"], ["schema"]])
+def test_a_full_disk_is_said_by_every_command(args: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    with Path("/dev/full").open("w") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        with pytest.raises(SystemExit, match="2"):
+            main(args)
+        monkeypatch.undo()
+    assert capsys.readouterr().err == "error: cannot write to the standard output: No space left on device.\n"
