@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from lightning_efficient.common.comparing import ExportError
+
 # Their own way to a file, which knows nothing of what has been done to the model.
 SAVE = "save_pretrained"
 
@@ -26,9 +28,9 @@ class RefusedSave:
         """Refuse.
 
         Raises:
-            RuntimeError: Always.
+            ExportError: Always.
         """
-        raise RuntimeError(" ".join(dict.fromkeys(f"{SAVE} {why}" for _, why in self.holders)))
+        raise ExportError(" ".join(dict.fromkeys(f"{SAVE} {why}" for _, why in self.holders)))
 
 
 def refuse_saving(model: nn.Module, holder: Any, why: str, of: Sequence[nn.Module] | None = None) -> None:

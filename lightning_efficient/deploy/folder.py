@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,11 @@ def save_pretrained(
     with cannot_write(target), ExitStack() as stack:
         target.parent.mkdir(parents=True, exist_ok=True)
         draft = stack.enter_context(tempfile.TemporaryDirectory(dir=target.parent))
+        stack.enter_context(_silent(library))
         try:
             _write(model, library, draft)
+        except ExportError:
+            raise
         except Exception as error:
             raise OSError(first_line(error)) from error
         try:
@@ -96,6 +100,18 @@ def _write(model: Any, library: str, folder: str) -> None:
         timm.models.save_for_hf(model, folder, safe_serialization=True)
     else:
         model.save_pretrained(folder)
+
+
+@contextmanager
+def _silent(library: str) -> Iterator[None]:
+    """Its loader logs a table of what does not fit; what comes of that is said here."""
+    logger = logging.getLogger(library)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _read(model: Any, library: str, folder: str) -> nn.Module:

@@ -147,10 +147,9 @@ def put_configs(model: nn.Module, cuts: Cuts, reasons: Mapping[str, str] | None 
 
 def _refusal(reason: str) -> str:
     return (
-        f"would write a model that from_pretrained cannot build: units were cut out of it, and {reason}. Save a "
-        "Trainer's checkpoint and read it by lightning_efficient.load_from_checkpoint, or the program by "
-        "lightning_efficient.save_exported; or prune with `uniform=True`, which "
-        "leaves equal widths equal."
+        f"would write a model that from_pretrained cannot build: units were cut out of it, and {reason}. Prune with "
+        "`uniform=True`, which keeps equal widths equal; or write a program, lightning_efficient.save_exported; or "
+        "keep a Trainer's checkpoint, for lightning_efficient.load_from_checkpoint."
     )
 
 

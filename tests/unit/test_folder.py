@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from lightning_efficient import attach, export, save_pretrained
 from lightning_efficient.common.comparing import ExportError
+from lightning_efficient.common.saving import refuse_saving
 
 TOKENS = {"input_ids": torch.arange(3, 17).view(2, 7)}
 IMAGES = torch.randn(2, 3, 32, 32)
@@ -79,13 +81,25 @@ def test_a_changed_form_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_widths_that_the_config_does_not_say_are_named(tmp_path: Path) -> None:
+def test_widths_that_the_config_does_not_say_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model: Any = bert()
     layer = model.bert.encoder.layer[0]
     layer.intermediate.dense = nn.Linear(layer.intermediate.dense.in_features, 5)
     layer.output.dense = nn.Linear(5, layer.output.dense.out_features)
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
     with pytest.raises(ExportError, match=r"does not build: \['bert\.encoder\.layer\.0\.intermediate\.dense\.bias'"):
         save_pretrained(model.eval(), tmp_path / "model", TOKENS)
+    assert not list(tmp_path.iterdir())
+    logger.removeHandler(caplog.handler)
+    assert caplog.messages == [], "the loader's report"
+
+
+def test_a_model_that_refuses_by_itself_says_why_in_its_own_words(tmp_path: Path) -> None:
+    model = bert().eval()
+    refuse_saving(model, "cut", "would lose a cut.", of=[model])
+    with pytest.raises(ExportError, match=r"^save_pretrained would lose a cut\.$"):
+        save_pretrained(model, tmp_path / "model", TOKENS)
     assert not list(tmp_path.iterdir())
 
 
