@@ -17,6 +17,7 @@ from contextlib import ExitStack, suppress
 from tempfile import TemporaryFile
 from typing import IO
 
+from lightning_efficient.ablation.starters import Warm, end
 from lightning_efficient.ablation.warm import run_as_main
 from lightning_efficient.common.names import RUN_VARIABLE, VARIABLE
 
@@ -24,9 +25,14 @@ _END = 5.0  # seconds for a process that nobody asks any more to end by itself
 
 
 class Asked:
-    """Runs command lines to their end, one after the other, and keeps what they print. A context manager."""
+    """Runs command lines to their end, one after the other, and keeps what they print. A context manager.
 
-    def __init__(self) -> None:
+    Args:
+        warm: Forked for each, as our own command allows; ``None``: a process of its own answers them.
+    """
+
+    def __init__(self, warm: Warm | None = None) -> None:
+        self._warm = warm
         self._process: _Process | None = None
 
     def __enter__(self) -> Asked:
@@ -43,12 +49,28 @@ class Asked:
         Args:
             argv: A script, or ``-m`` and a module, and what follows.
         """
+        if self._warm is not None:
+            return _ask(self._warm, argv)
         if self._process is not None:
             if self._process.alive() and not (done := self._process.ask(argv)).returncode:
                 return done
             self._process.close()
         self._process = _Process()
         return self._process.ask(argv)
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, VARIABLE: "", RUN_VARIABLE: json.dumps({"probe": True})}
+
+
+def _ask(warm: Warm, argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    with TemporaryFile() as out, TemporaryFile() as err:
+        process = warm.fork(argv, (out.fileno(), err.fileno()), _environment(), os.getcwd())
+        try:
+            code = process.wait()
+        finally:
+            end(process)
+        return subprocess.CompletedProcess(list(argv), code, _from(out, 0), _from(err, 0))
 
 
 class _Process:
@@ -61,7 +83,7 @@ class _Process:
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, str(reply_to)], stdin=subprocess.PIPE, stdout=self._out,
             stderr=self._err, pass_fds=[reply_to], bufsize=0,
-            env={**os.environ, VARIABLE: "", RUN_VARIABLE: json.dumps({"probe": True})},
+            env=_environment(),
         )  # fmt: skip
         os.close(reply_to)
 

@@ -10,7 +10,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
 from lightning_efficient.ablation.job import Job, run_job
-from lightning_efficient.ablation.starters import FreshStarter, Starter, WarmStarter
+from lightning_efficient.ablation.starters import Starter
 
 ENGINES = ("local", "ray")
 _DEVICES = "CUDA_VISIBLE_DEVICES"
@@ -34,19 +34,14 @@ class LocalEngine:
 
     Args:
         slots: Environment of each job that runs at the same time, such as its devices.
-        inherited: File descriptors for the processes to keep open.
-        imports: Import this module once for all runs of a slot, and fork (``WarmStarter``). ``None``: start afresh.
+        starter: How their processes begin; ``None``: afresh.
     """
 
-    def __init__(
-        self, slots: Sequence[Mapping[str, str]], inherited: Sequence[int] = (), imports: str | None = None
-    ) -> None:
-        self._slots: queue.SimpleQueue[tuple[Mapping[str, str], Starter]] = queue.SimpleQueue()
-        self._starters: list[Starter] = []
+    def __init__(self, slots: Sequence[Mapping[str, str]], starter: Starter | None = None) -> None:
+        self._slots: queue.SimpleQueue[Mapping[str, str]] = queue.SimpleQueue()
         for slot in slots:
-            starter = FreshStarter(inherited) if imports is None else WarmStarter(imports, slot, inherited)
-            self._starters.append(starter)
-            self._slots.put((slot, starter))
+            self._slots.put(slot)
+        self._starter = starter
         self._stopped = threading.Event()
         self._pool = ThreadPoolExecutor(max(1, len(slots)), thread_name_prefix="ablate")
         self._futures: list[Future[None]] = []
@@ -56,11 +51,11 @@ class LocalEngine:
         self._futures = [self._pool.submit(self._run, job) for job in jobs]
 
     def _run(self, job: Job) -> None:
-        slot, starter = self._slots.get()
+        slot = self._slots.get()
         try:
-            run_job(job, self._stopped.is_set, slot, starter)
+            run_job(job, self._stopped.is_set, slot, self._starter)
         finally:
-            self._slots.put((slot, starter))
+            self._slots.put(slot)
 
     def wait(self, seconds: float) -> bool:
         """Whether all jobs have ended, after this long at most. Raises what a job raised."""
@@ -73,8 +68,6 @@ class LocalEngine:
         """End what runs and give everything back; what has ended stays as it is."""
         self._stopped.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
-        for starter in self._starters:
-            starter.close()
 
 
 class RayEngine:

@@ -8,10 +8,8 @@ import platform
 import re
 import shlex
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -25,12 +23,11 @@ from lightning_efficient.ablation.files import (
     read_json,
     write_json,
 )
-from lightning_efficient.ablation.starters import FreshStarter, Process, Starter
+from lightning_efficient.ablation.starters import FreshStarter, Starter, end
 from lightning_efficient.common.escaping import cannot_write
 from lightning_efficient.common.names import RUN_VARIABLE
 
 _KILLED = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
-_GRACE = 5.0  # seconds between asking a process to end and ending it
 _POLL = 0.1
 _KEPT_YAML = ("methods.yaml", "hparams.yaml")
 
@@ -158,24 +155,13 @@ def _run(
                     return None, ""
                 time.sleep(_POLL)
         finally:
-            _end(process)
+            end(process)
         return code, _from(log, start)
 
 
 def _from(log: IO[str], start: int) -> str:
     log.seek(start)
     return log.read()
-
-
-def _end(process: Process) -> None:
-    """End a process and everything it started: data loading workers, DDP ranks."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(_GRACE)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 _TRACEBACK = "Traceback (most recent call last):\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from lightning_efficient.ablation.files import EXPORT, read_json, write_json
 from lightning_efficient.ablation.pairing import started_alike
 from lightning_efficient.ablation.plan import Planned, check, jobs, locked, plan
 from lightning_efficient.ablation.program import check_variants, find_program
+from lightning_efficient.ablation.starters import FreshStarter, Warm, WarmStarter, warm_process
 from lightning_efficient.ablation.variants import BASELINE, VariantsLike, read_variants
 from lightning_efficient.ablation.view import RunRow, View, errors, row_of, shown_metric, table
 from lightning_efficient.common.escaping import printable_lines, shown_or_skipped, write_whole
@@ -37,7 +38,6 @@ RESULT = "ablation.json"
 PICTURE = "curves.png"
 PAGE = "report.html"
 _ON: dict[str, Any] = {"enabled": True}
-_IMPORTS = "lightning_efficient.cli.preload"
 _LOOK = 0.5  # seconds between two looks at the runs' files
 
 
@@ -87,6 +87,7 @@ def ablate(
     checkpoint_every: float = 30.0,
     time_limit: float | None = None,
     console: Console | None = None,
+    warm: Warm | None = None,
 ) -> Ablation:
     """Train one configuration with and without methods, over seeds, and compare.
 
@@ -116,6 +117,7 @@ def ablate(
         checkpoint_every: Least number of seconds between two points to resume from; written between epochs.
         time_limit: Seconds that a run may take, over all attempts; it is then ended and kept as failed. ``None``: any.
         console: Where to report; ``None``: the terminal.
+        warm: A process that is importing already, and is forked into the runs; ``None``: one is started if they can be.
 
     Returns:
         The runs and their comparison, also written to ``<out>/ablation.json``.
@@ -133,38 +135,39 @@ def ablate(
     found = read_variants(variants)
     if run_cost:
         found = {name: {**methods, "run_cost": methods.get("run_cost", _ON)} for name, methods in found.items()}
-    with Asked() as asked:
-        program = find_program(script, arguments, asked)
-        remarks = check_variants(found, program, asked)
-    if test and not program.subcommands:
-        raise ValueError("`test` needs a script with subcommands: this one has LightningCLI(run=False).")
-    folder = Path(out).resolve()
-    runs = plan(found, list(seeds), folder)
-    check(runs, program)
-    with locked(folder) as lock:
-        slots = make_slots(program.config, n_jobs, threads, gpus := visible_gpus())
-        alone = len(slots) == 1
-        left = jobs(runs, program, test, retry_failed, checkpoint_every, export, alone, time_limit)
-        slots = slots[: max(1, len(left))]
-        if export and not alone:
-            remarks.append("Exported models' latency is not measured while other runs share the machine: n_jobs=1.")
-        console.print(
-            f"[bold]lightning-efficient ablate[/]  {len(found)} variants × {len(seeds)} seeds, {len(left)} of "
-            f"{len(runs)} runs to do, {len(slots)} at a time → {folder}", highlight=False, soft_wrap=True,
-        )  # fmt: skip
-        for remark in remarks:
-            console.print(f"note: {remark}", style="yellow", highlight=False, markup=False, soft_wrap=True)
-        if left:
-            each = gpus_of_a_run(program.config, len(gpus))
-            # A user's script may set variables before its imports, and a fork cannot use a GPU that its parent opened.
-            imports = _IMPORTS if script is None and not each and sys.platform == "linux" else None
-            local = engine == "local"
-            with _stopped(
-                LocalEngine(slots, [lock], imports) if local else RayEngine(slots, address, threads, each)
-            ) as started:
-                started.start(left)
-                _watch(started, runs, View(console, metrics))
-        return _report(folder, runs, metrics, console, remarks)
+    with warm_process(script, threads) if warm is None else nullcontext(warm) as warm:
+        with Asked(warm) as asked:
+            program = find_program(script, arguments, asked)
+            remarks = check_variants(found, program, asked)
+        if test and not program.subcommands:
+            raise ValueError("`test` needs a script with subcommands: this one has LightningCLI(run=False).")
+        folder = Path(out).resolve()
+        runs = plan(found, list(seeds), folder)
+        check(runs, program)
+        with locked(folder) as lock:
+            slots = make_slots(program.config, n_jobs, threads, gpus := visible_gpus())
+            alone = len(slots) == 1
+            left = jobs(runs, program, test, retry_failed, checkpoint_every, export, alone, time_limit)
+            slots = slots[: max(1, len(left))]
+            if export and not alone:
+                remarks.append("Exported models' latency is not measured while other runs share the machine: n_jobs=1.")
+            console.print(
+                f"[bold]lightning-efficient ablate[/]  {len(found)} variants × {len(seeds)} seeds, {len(left)} of "
+                f"{len(runs)} runs to do, {len(slots)} at a time → {folder}", highlight=False, soft_wrap=True,
+            )  # fmt: skip
+            for remark in remarks:
+                console.print(f"note: {remark}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+            if left:
+                each = gpus_of_a_run(program.config, len(gpus))
+                # A fork cannot use a GPU that its parent may have opened.
+                starter = FreshStarter([lock]) if warm is None or each else WarmStarter(warm, [lock])
+                local = engine == "local"
+                with _stopped(
+                    LocalEngine(slots, starter) if local else RayEngine(slots, address, threads, each)
+                ) as started:
+                    started.start(left)
+                    _watch(started, runs, View(console, metrics))
+            return _report(folder, runs, metrics, console, remarks)
 
 
 def _check_arguments(

@@ -1,7 +1,7 @@
-"""A process that has imported everything once, and forks into one run after the other.
+"""A process that has imported everything once, and forks into runs, as many at a time as it is asked for.
 
 Importing torch, torchmetrics and what they pull in takes longer than a short run. The process does nothing but import
-and fork: it has no threads, no CUDA, and no state of a run. ``starters.WarmStarter`` is the other end of the pipe.
+and fork: it has no threads, no CUDA, and no state of a run. ``starters.Warm`` is the other end of the socket.
 """
 
 from __future__ import annotations
@@ -10,52 +10,74 @@ import importlib
 import json
 import os
 import runpy
+import select
 import signal
+import socket
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-_POLL = 0.05  # seconds between two looks at the run and at the parent
+_POLL = 0.05  # seconds between two looks at the runs and at the parent
 
 
-def serve(imports: str) -> dict[str, Any] | None:
-    """Fork for each request, a line of JSON on stdin; answer the process id, and later its exit code, on stdout.
+def serve(asked: socket.socket, imports: Sequence[str]) -> dict[str, Any] | None:
+    """Fork for each connection that is sent; answer the process id on it, and later its exit code.
+
+    With a connection come the descriptors of standard output and errors, and others for the run to keep open.
 
     Args:
-        imports: A module to import first.
+        asked: Where connections come from.
+        imports: Modules to import first.
 
     Returns:
-        In a forked process: its request. In this one, once nobody asks any more: ``None``.
+        In a forked process: its request, a line of JSON. In this one, once nobody asks any more: ``None``.
     """
-    parent, replies = os.getppid(), os.dup(1)
-    for line in sys.stdin.buffer:
-        request: dict[str, Any] = json.loads(line)
-        _print_to(request["log"])  # also what an import prints, or why it fails
-        importlib.import_module(imports)
-        pid = os.fork()
-        if not pid:
-            os.setpgid(0, 0)
-            os.close(replies)
-            return request
-        with suppress(OSError):  # it may have done so itself, or be gone
-            os.setpgid(pid, pid)
-        os.write(replies, f"{pid}\n".encode())
-        while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
-            if os.getppid() != parent:
-                os.killpg(pid, signal.SIGKILL)  # who asked was killed, and could not say so
-                return None
-            time.sleep(_POLL)
-        os.write(replies, f"{os.waitstatus_to_exitcode(ended[1])}\n".encode())
+    parent = os.getppid()
+    with suppress(BaseException):  # a fork tries again, and what it says is read
+        _import(imports)
+    running: dict[int, socket.socket] = {}
+    while os.getppid() == parent:
+        if select.select([asked], [], [], _POLL)[0]:
+            message, descriptors, *_ = socket.recv_fds(asked, 1, 64)
+            if not message:
+                break
+            connection, kept = socket.socket(fileno=descriptors[0]), descriptors[1:]
+            with connection.makefile("rb") as line:
+                request: dict[str, Any] = json.loads(line.readline())
+            pid = os.fork()
+            if not pid:
+                os.setpgid(0, 0)
+                for other in (asked, connection, *running.values()):
+                    other.close()
+                for place, descriptor in zip((1, 2), kept, strict=False):
+                    os.dup2(descriptor, place)
+                    os.close(descriptor)
+                _import(imports)
+                return request
+            for descriptor in kept:
+                os.close(descriptor)
+            with suppress(OSError):  # it may have done so itself, or be gone
+                os.setpgid(pid, pid)
+            running[pid] = connection
+            _tell(connection, pid)
+        for pid in list(running):
+            if (ended := os.waitpid(pid, os.WNOHANG))[0]:
+                with running.pop(pid) as connection:
+                    _tell(connection, os.waitstatus_to_exitcode(ended[1]))
+    for pid in running:  # who asked was killed, and could not say so
+        os.killpg(pid, signal.SIGKILL)
     return None
 
 
-def _print_to(log: str) -> None:
-    file = os.open(log, os.O_WRONLY | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.close(file)
+def _import(names: Sequence[str]) -> None:
+    for name in names:
+        importlib.import_module(name)
+
+
+def _tell(connection: socket.socket, number: int) -> None:
+    with suppress(OSError):  # who asked has gone
+        connection.sendall(f"{number}\n".encode())
 
 
 def become(request: dict[str, Any]) -> None:
@@ -64,7 +86,6 @@ def become(request: dict[str, Any]) -> None:
     Args:
         request: Its ``argv``, ``environment`` and ``cwd``.
     """
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
@@ -90,6 +111,7 @@ def run_as_main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    request = serve(sys.argv[1])
+    with socket.socket(fileno=int(sys.argv[1])) as asked:
+        request = serve(asked, sys.argv[2:])
     if request is not None:
         become(request)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from importlib import import_module
@@ -42,8 +43,17 @@ def train(args: Sequence[str] | None) -> None:
     Args:
         args: The command and its arguments; None: those of the process.
     """
+    command = (sys.argv[1:] if args is None else args)[0]
+
+    class OneCommand(EfficientCLI):
+        """The parsers of the other commands take as long again, each."""
+
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            return {command: EfficientCLI.subcommands()[command]}
+
     with short_errors():
-        EfficientCLI(args=None if args is None else list(args))
+        OneCommand(args=None if args is None else list(args))
 
 
 def run_targets(args: Sequence[str]) -> None:
@@ -212,7 +222,8 @@ def run_ablate(options: Namespace) -> None:
     """``ablate``: exit code 1 if a run failed, 130 if it was interrupted.
 
     Args:
-        options: As ``lightning-efficient ablate --help`` lists them, and ``rest``: arguments of every run.
+        options: As ``lightning-efficient ablate --help`` lists them; ``rest``: arguments of every run; ``warm``: the
+            process that is forked into them.
     """
     from lightning_efficient.ablation.run import ablate
 
@@ -230,7 +241,7 @@ def run_ablate(options: Namespace) -> None:
                 seeds=options.seeds, out=options.out, metrics=options.metrics, test=options.test,
                 retry_failed=options.retry_failed, n_jobs=options.jobs, threads=options.threads,
                 engine=options.engine, address=options.address, run_cost=options.run_cost, export=options.export,
-                checkpoint_every=options.checkpoint_every, time_limit=options.time_limit,
+                checkpoint_every=options.checkpoint_every, time_limit=options.time_limit, warm=options.warm,
             )  # fmt: skip
         except KeyboardInterrupt:
             raise SystemExit(130) from None
@@ -254,13 +265,13 @@ def run_demo(options: Namespace) -> None:
     """``demo``: exit code 1 if a run failed, 130 if it was interrupted.
 
     Args:
-        options: ``quick``, ``out``.
+        options: ``quick``, ``out``, and ``warm``: the process that is forked into the runs.
     """
     with short_errors():
         from lightning_efficient.demo.run import run
 
         try:
-            done = run(options.out, quick=options.quick)
+            done = run(options.out, quick=options.quick, warm=options.warm)
         except KeyboardInterrupt:
             raise SystemExit(130) from None
     if not done.finished:

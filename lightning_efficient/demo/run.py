@@ -13,6 +13,7 @@ import yaml  # type: ignore[import-untyped]
 from rich.console import Console
 
 from lightning_efficient.ablation.run import Ablation, ablate
+from lightning_efficient.ablation.starters import Warm
 from lightning_efficient.common.escaping import printable_lines, write_whole
 from lightning_efficient.comparison.pictures import png
 from lightning_efficient.demo.data import Digits
@@ -32,7 +33,11 @@ PICTURE = "tour.png"
 
 
 def run(
-    out: Path, quick: bool = False, variants: Sequence[str] | None = None, console: Console | None = None
+    out: Path,
+    quick: bool = False,
+    variants: Sequence[str] | None = None,
+    console: Console | None = None,
+    warm: Warm | None = None,
 ) -> Ablation:
     """Train the baseline and every variant with ``ablate``, compare them, and export what was trained.
 
@@ -42,6 +47,7 @@ def run(
         quick: Three methods, one seed, a few epochs.
         variants: Some of ``VARIANTS``; ``None``: all of them, or those of ``quick``.
         console: Where to report; ``None``: the terminal.
+        warm: A process that is importing already, for ``ablate``.
 
     Returns:
         The runs and their comparison.
@@ -63,6 +69,7 @@ def run(
         metrics=METRICS,
         export=True,
         console=console,
+        warm=warm,
     )
     with _quiet():
         exported = export_all(done)

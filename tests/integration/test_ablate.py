@@ -1,7 +1,7 @@
 """``ablate`` from end to end: a user's own project, killed half way and continued; the same on Ray.
 
-Every run is a process that imports Lightning, which is nearly all that this costs: what needs none is in
-``tests/unit``, and ``lightning-efficient fit`` is trained by the demo's tests.
+A process that imports Lightning is nearly all that this costs: what needs none is in ``tests/unit``, and
+``lightning-efficient fit`` is trained by the demo's tests.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from forking import Child
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
@@ -25,6 +24,8 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from lightning_efficient.ablation.board import BOARD
 from lightning_efficient.ablation.files import CHECKPOINT, LOG, STATUS, read_json
 from lightning_efficient.ablation.run import RESULT, Ablation, ablate
+from lightning_efficient.ablation.starters import Warm
+from lightning_efficient.cli import main
 from lightning_efficient.comparison import read_runs
 
 PROJECT = Path(__file__).parent / "scripts" / "own_project.py"
@@ -74,42 +75,50 @@ def run_in(folder: Path, *args: Any, **kwargs: Any) -> tuple[Ablation, str]:
 
 @pytest.fixture(scope="module")
 def continued(project: Path) -> tuple[Ablation, str, dict[str, Any]]:
-    """Started as one command, killed with SIGKILL half way, and started again."""
+    """Started as one command, killed with SIGKILL in its second run, and started again, with another seed.
+
+    The first runs in new processes, as a user's script does; the others are forks of one that has imported Lightning.
+    """
     out = project / "out"
-    command = [sys.executable, "-m", "lightning_efficient", "ablate", "--script", "train.py", "-c", "base.yaml"]
-    command += ["--methods", *METHODS, "--seeds", *map(str, SEEDS), "--out", "out", "--jobs", "2"]
-    command += ["--checkpoint-every", "0"]
-    environment = {**os.environ, "OWN_PROJECT_HANGS": "1", "OMP_NUM_THREADS": "1"}
-    with (project / "first.log").open("w", encoding="utf-8") as log:
-        first = subprocess.Popen(command, cwd=project, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    command = ["ablate", "--script", "train.py", "-c", "base.yaml", "--methods", *METHODS, "--seeds", "0"]
+    command += ["--out", "out", "--jobs", "1", "--checkpoint-every", "0"]
+
+    def start() -> None:
+        os.chdir(project)
+        os.environ |= {"OWN_PROJECT_HANGS": "norm_swap", "OMP_NUM_THREADS": "1"}
+        main(command)
+
     deadline = time.monotonic() + 600
-    killed: list[Path] = []
-    try:
-        while len(killed) < 2:  # both jobs hang in their second epoch, past a point to resume from
-            assert first.poll() is None, (project / "first.log").read_text(encoding="utf-8")
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-            hanging = [folder for folder in in_state("running", out) if folder.name == "seed_1"]
-            killed = [folder for folder in hanging if (folder / CHECKPOINT).exists()]
-    finally:
-        first.kill()
-        first.wait()
+    with (project / "first.log").open("w", encoding="utf-8") as log:
+        first = Child(start, log.fileno())
+        try:
+            while not (out / "norm_swap" / "seed_0" / CHECKPOINT).exists():
+                assert first.poll() is None, (project / "first.log").read_text(encoding="utf-8")
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        finally:
+            first.kill()
+    killed = in_state("running", out)
     finished = in_state("finished", out)
     before = mtimes(finished)
-    done, screen = run_in(
-        project, METHODS, "train.py", ["--config=base.yaml"], seeds=SEEDS, out="out", n_jobs=2, checkpoint_every=0.0
-    )
+    with Warm(["lightning.pytorch.cli", "torch.utils.tensorboard"], {"OMP_NUM_THREADS": "1"}) as warm:
+        done, screen = run_in(
+            project, METHODS, "train.py", ["--config=base.yaml"], seeds=SEEDS, out="out", n_jobs=2,
+            checkpoint_every=0.0, warm=warm,
+        )  # fmt: skip
     facts = {"finished": finished, "before": before, "after": mtimes(finished), "killed": killed}
     return done, screen, facts
 
 
+@pytest.mark.forks
 @pytest.mark.slow
 def test_a_killed_ablation_continues(continued: tuple[Ablation, str, dict[str, Any]], project: Path) -> None:
     done, screen, facts = continued
     assert [(run.variant, run.seed, run.state) for run in done.runs] == [
         (variant, seed, "finished") for seed in SEEDS for variant in VARIANTS
     ]
-    assert len(facts["finished"]) == 2
+    assert facts["finished"] == [project / "out" / "baseline" / "seed_0"]
+    assert facts["killed"] == [project / "out" / "norm_swap" / "seed_0"]
     assert facts["before"] == facts["after"], "finished runs are not touched"
     for run in done.runs:
         folder = Path(run.folder)
@@ -119,12 +128,13 @@ def test_a_killed_ablation_continues(continued: tuple[Ablation, str, dict[str, A
         assert (continued_from in (folder / LOG).read_text(encoding="utf-8")) == (folder in facts["killed"])
         assert not (folder / CHECKPOINT).exists()
         assert len(list((folder / "checkpoints" / "best").glob("*.ckpt"))) == 1
-    assert "2 of 4 runs to do" in screen
+    assert "3 of 4 runs to do" in screen
     assert not (project / "best").exists()
     assert sorted(file.name for file in project.iterdir()) == ["base.yaml", "first.log", "out", "train.py"]
     assert (project / "train.py").read_text(encoding="utf-8") == PROJECT.read_text(encoding="utf-8")
 
 
+@pytest.mark.forks
 @pytest.mark.slow
 def test_runs_of_a_seed_start_alike(continued: tuple[Ablation, str, dict[str, Any]], project: Path) -> None:
     """By what the user's own script logged: the weights it made, and every batch of every epoch."""
@@ -143,6 +153,7 @@ def test_runs_of_a_seed_start_alike(continued: tuple[Ablation, str, dict[str, An
     assert done.notes[0] in screen
 
 
+@pytest.mark.forks
 @pytest.mark.slow
 def test_the_result(continued: tuple[Ablation, str, dict[str, Any]], project: Path) -> None:
     done, screen, _ = continued
@@ -165,6 +176,7 @@ def test_the_result(continued: tuple[Ablation, str, dict[str, Any]], project: Pa
 
 
 @pytest.mark.exhaustive
+@pytest.mark.forks
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning:ray", "ignore::DeprecationWarning:ray")
 def test_ray_gives_the_same(continued: tuple[Ablation, str, dict[str, Any]], project: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from lightning_efficient.ablation.variants import read_variants
 from lightning_efficient.common.names import VARIABLE
 from lightning_efficient.common.registry import METHODS
 from lightning_efficient.lifecycle.base import EfficientCallback
-from lightning_efficient.lifecycle.methods import _NoDoubles, read_methods_file
+from lightning_efficient.lifecycle.methods import _NoDoubles, callback_class, read_methods_file
 
 
 @pytest.fixture(autouse=True)
@@ -33,14 +34,24 @@ def write(text: str, name: str = "m.yaml") -> str:
     return name
 
 
-def options(*args: str, command: str = "") -> dict[str, EfficientCallback]:
+@functools.cache
+def parser() -> Any:
+    """Of ``train.py``: made once, for that takes longer than all the rest."""
+
+    class Made(EfficientCLI):
+        def parse_arguments(self, parser: Any, args: Any) -> None:
+            raise StopIteration(parser)
+
+    with pytest.raises(StopIteration) as caught:
+        Made(Classifier, pl.LightningDataModule, run=False)
+    return caught.value.value
+
+
+def options(*args: str) -> dict[str, EfficientCallback]:
     """Method → callback, of a configuration that is parsed and not run."""
-    argv, sys.argv = sys.argv, ["train.py", *args, "--trainer.logger=false"]
-    try:
-        made = EfficientCLI(Classifier, pl.LightningDataModule, run=False, seed_everything_default=False)
-    finally:
-        sys.argv = argv
-    return {cb.method: cb for cb in made.trainer.callbacks if isinstance(cb, EfficientCallback)}
+    vars(parser()).pop("_methods_said", None)
+    config = parser().parse_args([*args, "--trainer.logger=false"])
+    return {method: callback_class(method)(**config[method].as_dict()) for method in METHODS.with_callback}
 
 
 def of_yaml(text: str) -> dict[str, EfficientCallback]:

@@ -55,5 +55,5 @@ def test_python(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_command_line_offers_every_argument() -> None:
     options = vars(build_parser().parse_args(["ablate", "--methods", "sigma_reparam"]))
     renamed = {"n_jobs": "jobs", "arguments": "config"}
-    wanted = {renamed.get(name, name) for name in inspect.signature(run.ablate).parameters} - {"console"}
+    wanted = {renamed.get(name, name) for name in inspect.signature(run.ablate).parameters} - {"console", "warm"}
     assert wanted == set(options) - {"command", "methods"}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,12 +13,23 @@ from pathlib import Path
 
 import pytest
 
+from lightning_efficient.ablation.asking import Asked
 from lightning_efficient.ablation.engines import LocalEngine
 from lightning_efficient.ablation.files import LOG, STATUS, read_json
 from lightning_efficient.ablation.job import Job, run_job
-from lightning_efficient.ablation.starters import FreshStarter, Starter, WarmStarter
+from lightning_efficient.ablation.starters import FreshStarter, Warm, WarmStarter
 
 DONE = "import json; json.dump({'fitted': True}, open('progress.json', 'w'))\n"
+WAITS = "import os, time; open('pids', 'w').write(f'{os.getpid()} {os.getppid()} .'); time.sleep(60)"
+ASKED = """
+import json, os, sys
+open("parent", "w").write(str(os.getppid()))
+json.asked = getattr(json, "asked", 0) + 1
+print(sys.argv[1], json.asked)
+assert "probe" in os.environ["LIGHTNING_EFFICIENT_RUN"]
+if sys.argv[1] == "bad":
+    sys.exit("asked: error: bad")
+"""
 
 
 def job(folder: Path, code: str) -> Job:
@@ -40,11 +53,17 @@ def until(condition, seconds: float = 30.0) -> None:
         time.sleep(0.02)
 
 
+def pids(folder: Path) -> list[int]:
+    """Of a run that waits, and of its parent; none before they are known."""
+    file = folder / "pids"
+    words = file.read_text(encoding="utf-8").split() if file.exists() else []
+    return list(map(int, words[:2])) if len(words) == 3 else []
+
+
 @pytest.fixture
 def warm() -> Iterator[WarmStarter]:
-    starter = WarmStarter("numpy", {"SLOT": "a"})
-    yield starter
-    starter.close()
+    with Warm(["numpy"], {"SLOT": "a"}) as process:
+        yield WarmStarter(process)
 
 
 def test_a_forked_run_sees_what_a_fresh_one_sees(tmp_path: Path, warm: WarmStarter) -> None:
@@ -104,35 +123,73 @@ def test_runs_draw_different_random_numbers(tmp_path: Path, warm: WarmStarter) -
 
 
 def test_stopping_ends_the_run_and_the_process_that_forked_it(tmp_path: Path) -> None:
-    engine = LocalEngine([{}], imports="json")
-    engine.start(
-        [job(tmp_path, "import os, time; open('pids', 'w').write(f'{os.getpid()} {os.getppid()}'); time.sleep(60)")]
-    )
-    until(lambda: (tmp_path / "pids").exists() and (tmp_path / "pids").read_text())
-    engine.stop()
+    with Warm(["json"], {}) as process:
+        engine = LocalEngine([{}], WarmStarter(process))
+        engine.start([job(tmp_path, WAITS)])
+        until(lambda: pids(tmp_path))
+        engine.stop()
     assert read_json(tmp_path / STATUS)["state"] == "interrupted"
-    assert not any(alive(int(pid)) for pid in (tmp_path / "pids").read_text().split())
+    assert not any(map(alive, pids(tmp_path)))
+
+
+def test_one_process_forks_into_runs_that_go_on_at_the_same_time(tmp_path: Path) -> None:
+    with Warm(["json"], {}) as process:
+        engine = LocalEngine([{"SLOT": "a"}, {"SLOT": "b"}], WarmStarter(process))
+        engine.start([job(tmp_path / "a", WAITS), job(tmp_path / "b", WAITS), job(tmp_path / "c", DONE)])
+        until(lambda: pids(tmp_path / "a") and pids(tmp_path / "b"))
+        (first, parent), (second, other) = pids(tmp_path / "a"), pids(tmp_path / "b")
+        assert parent == other == process.pid
+        os.kill(first, signal.SIGKILL)
+        until(lambda: read_json(tmp_path / "c" / STATUS).get("state") == "finished")
+        assert alive(second)
+        engine.stop()
+    states = [read_json(tmp_path / name / STATUS)["state"] for name in "ab"]
+    assert states == ["killed", "interrupted"]
+
+
+def test_a_fork_keeps_what_it_inherits_open_and_nothing_else(tmp_path: Path) -> None:
+    """The lock on the output folder: not the process that forks holds it, which may outlive the lock by seconds."""
+    code = DONE + "import os; print(*sorted(os.readlink(f'/proc/self/fd/{n}') for n in os.listdir('/proc/self/fd')\n"
+    code += "                            if os.path.exists(f'/proc/self/fd/{n}')))"
+    with (tmp_path / "lock").open("w") as lock, Warm(["json"], {}) as process:
+        run_job(job(tmp_path / "a", code), starter=WarmStarter(process, [lock.fileno()]))
+        held = {os.readlink(file) for file in Path(f"/proc/{process.pid}/fd").iterdir()}
+    folder = tmp_path.resolve()
+    open_files = (folder / "a" / LOG).read_text(encoding="utf-8").splitlines()[1].split()
+    assert open_files == sorted([*[str(folder / "a" / LOG)] * 2, str(folder / "lock"), "/dev/null"])
+    assert str(folder / "lock") not in held
+
+
+def test_questions_are_answered_by_forks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sees a process as it was after the imports; what it prints and how it ends is told apart."""
+    (tmp_path / "asked.py").write_text(ASKED, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    with Warm(["json"], {}) as process, Asked(process) as asked:
+        answers = [asked.ask(["-m", "asked", word]) for word in ("good", "μ", "bad")]
+        assert [(done.stdout, done.returncode) for done in answers] == [("good 1\n", 0), ("μ 1\n", 0), ("bad 1\n", 1)]
+        assert [done.stderr for done in answers] == ["", "", "asked: error: bad\n"]
+    assert not alive(int((tmp_path / "parent").read_text()))
 
 
 def test_when_who_asked_is_killed_the_run_and_the_process_that_forks_end(tmp_path: Path) -> None:
-    job(tmp_path, "import os, time; open('pids', 'w').write(f'{os.getpid()} {os.getppid()}'); time.sleep(60)")
+    job(tmp_path, WAITS)
     code = (
         "import sys; from lightning_efficient.ablation.job import Job, run_job\n"
-        "from lightning_efficient.ablation.starters import WarmStarter\n"
-        "run_job(Job(sys.argv[1], {'fit': ['-m', 'run_it']}, {}, sys.argv[1], 0.0), starter=WarmStarter('json', {}))"
+        "from lightning_efficient.ablation.starters import Warm, WarmStarter\n"
+        "job = Job(sys.argv[1], {'fit': ['-m', 'run_it']}, {}, sys.argv[1], 0.0)\n"
+        "run_job(job, starter=WarmStarter(Warm(['json'], {})))"
     )
     asks = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
-    until(lambda: (tmp_path / "pids").exists() and (tmp_path / "pids").read_text())
-    pids = list(map(int, (tmp_path / "pids").read_text().split()))
+    until(lambda: pids(tmp_path))
     asks.kill()
     asks.wait()
-    until(lambda: not any(map(alive, pids)))
+    until(lambda: not any(map(alive, pids(tmp_path))))
 
 
 def test_what_cannot_be_imported_fails_every_run(tmp_path: Path) -> None:
-    starter: Starter = WarmStarter("no_such_module", {})
-    run_job(job(tmp_path, DONE), starter=starter)
-    status = read_json(tmp_path / STATUS)
-    assert status["state"] == "failed"
-    assert "No module named 'no_such_module'" in status["error"]
-    starter.close()
+    with Warm(["no_such_module"], {}) as process:
+        for name in "ab":
+            run_job(job(tmp_path / name, DONE), starter=WarmStarter(process))
+            status = read_json(tmp_path / name / STATUS)
+            assert status["state"] == "failed"
+            assert "No module named 'no_such_module'" in status["error"]
