@@ -69,7 +69,8 @@ def _run_with_forks(command: str, options: argparse.Namespace) -> None:
     """The process that is forked into the runs begins to import before this one does: seconds, side by side."""
     from lightning_efficient.ablation.starters import warm_process
 
-    also = ("lightning_efficient.demo.data", "lightning_efficient.demo.model") if command == "demo" else ()
+    of_demo = ("sklearn.datasets", "lightning_efficient.demo.data", "lightning_efficient.demo.model")
+    also = of_demo if command == "demo" else ()
     with warm_process(getattr(options, "script", None), getattr(options, "threads", 1), *also) as options.warm:
         from lightning_efficient.cli import commands
 

@@ -77,7 +77,7 @@ def run_in(folder: Path, *args: Any, **kwargs: Any) -> tuple[Ablation, str]:
 def continued(project: Path) -> tuple[Ablation, str, dict[str, Any]]:
     """Started as one command, killed with SIGKILL in its second run, and started again, with another seed.
 
-    The first runs in new processes, as a user's script does; the others are forks of one that has imported Lightning.
+    The first runs are processes that begin anew, as a user's script does; the others fork one that has imported all.
     """
     out = project / "out"
     command = ["ablate", "--script", "train.py", "-c", "base.yaml", "--methods", *METHODS, "--seeds", "0"]

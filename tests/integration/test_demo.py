@@ -39,6 +39,7 @@ def test_a_tour_of_one_method_and_its_control(tmp_path: Path, monkeypatch: pytes
     """Also: ``ablate`` with ``lightning-efficient fit``, where the methods are keys of the configuration, and with
     options of a variant's own."""
     monkeypatch.setattr(demo, "QUICK_EPOCHS", 1)
+    monkeypatch.setattr("lightning_efficient.demo.report._ROUNDS", 20)
     screen = io.StringIO()
     done = demo.run(tmp_path, quick=True, variants=["hesso", "small_dense"], console=Console(file=screen, width=120))
     shown = screen.getvalue()

@@ -6,9 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot  # noqa: F401  # once, for all notebooks; so are the two below
 import nbformat
 import pytest
+import sklearn.datasets  # noqa: F401
 from forking import forked
+from IPython.core import interactiveshell  # noqa: F401
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 SCRIPT = Path(__file__).parent / "scripts" / "notebook.py"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from forking import forked
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from zoo import Classifier, Lazy, Manual, loader
@@ -27,6 +26,7 @@ from lightning_efficient.lifecycle.recipe import RecipeError, read
 from lightning_efficient.testing import assert_method_contract
 
 HERE = Path(__file__).parents[1] / "third_party"
+INSTALLED = Path(__file__).parent / "scripts" / "installed.py"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -191,6 +191,7 @@ json.dump([names, model.layer.weight.abs().max().item()], open("result.json", "w
 """
 
 
+@pytest.mark.forks
 def test_an_installed_package_needs_no_import(tmp_path: Path) -> None:
     """Its entry point makes it known to a script that has heard of neither package."""
     metadata = tmp_path / "clipped-1.0.dist-info"
@@ -199,11 +200,8 @@ def test_an_installed_package_needs_no_import(tmp_path: Path) -> None:
     (metadata / "entry_points.txt").write_text("[lightning_efficient.methods]\nclipped = clipped\n", encoding="utf-8")
     (tmp_path / "train.py").write_text(SCRIPT, encoding="utf-8")
     (tmp_path / "m.yaml").write_text("clipped: {bound: 0.01}\n", encoding="utf-8")
-    paths = os.pathsep.join([str(HERE), str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": paths, "LIGHTNING_EFFICIENT": "m.yaml"}
-    command = [sys.executable, "train.py"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    code, output = forked(INSTALLED, tmp_path, HERE)
+    assert code == 0, output
     names, largest = json.loads((tmp_path / "result.json").read_text("utf-8"))
     assert names == ["Clipped"]
     assert largest == pytest.approx(0.0095)
