@@ -110,6 +110,43 @@ def test_files_merge_key_by_key(cli: Any, last: list[str], enabled: bool) -> Non
     assert ours(made.trainer)["collapse_monitor"].every_n_steps == 60
 
 
+class Evaluates(EfficientCLI):
+    """Commands that are not quite Lightning's, and a look at which parsers are made."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        known = EfficientCLI.subcommands()
+        return {**known, "validate": {*known["validate"], "verbose"}}
+
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        self.made = getattr(self, "made", 0) + 1
+
+    def before_instantiate_classes(self) -> None:
+        raise StopIteration(self)
+
+
+@pytest.mark.parametrize(
+    ("words", "kwargs", "parsers"),
+    [
+        (["validate"], {}, 1),
+        (["validate"], {"parser_kwargs": {"test": {"description": "none"}, "validate": {"description": "own"}}}, 1),
+        (["-c", "both.yaml", "validate"], {}, 4),
+        (["validate"], {"parser_kwargs": {"default_config_files": ["both.yaml"]}}, 4),
+    ],
+)
+def test_the_parser_of_the_command_alone_is_made(
+    words: list[str], kwargs: Any, parsers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless sections for others may come from somewhere."""
+    one = yaml.safe_dump({"validate": {"trainer": {"limit_val_batches": 2}}, "test": {"trainer": {"max_steps": 3}}})
+    file("both.yaml", one)
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    with pytest.raises(StopIteration) as parsed:
+        Evaluates(DigitsViT, **kwargs)
+    assert parsed.value.value.made == parsers
+    assert (parsed.value.value.config.validate.trainer.limit_val_batches == 2) == (parsers == 4)
+
+
 def test_a_subclass_may_add_arguments_without_super(cli: Any) -> None:
     class Mine(EfficientCLI):
         def add_arguments_to_parser(self, parser: Any) -> None:
