@@ -23,7 +23,9 @@ from lightning_efficient.lifecycle.files import ShardedCheckpointError, check_ch
 from lightning_efficient.lifecycle.methods import callback_class, check_doubles, nested, switch
 
 # As jsonargparse has put it since 4.39.
-_UNKNOWN_OPTION = re.compile(r"(?:does not accept option '|Option '|Key '|[Uu]nrecognized arguments: --)([\w.]+)")
+_UNKNOWN_OPTION = re.compile(
+    r"(?:does not accept (?:option|nested key) '|Option '|Key '|[Uu]nrecognized arguments: --)([\w.]+)"
+)
 
 _GROUP = re.compile(r"Group '(\w+)' does not accept")
 

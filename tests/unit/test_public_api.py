@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from types import ModuleType
 
 import pytest
+from forking import forked
 
 import lightning_efficient
 
@@ -24,6 +25,9 @@ def test_every_name_resolves_and_is_documented(name: str) -> None:
 
 
 FRESH = """
+import sys
+for name in [n for n in sys.modules if n.partition(".")[0] == "lightning_efficient"]:
+    del sys.modules[name]
 from inspect import signature
 from types import ModuleType
 from torch import nn, ones
@@ -42,12 +46,14 @@ def test_importing_a_module_gives_the_module() -> None:
             assert isinstance(getattr(sys.modules[parent], last), ModuleType), name
 
 
-def test_export_is_a_module_and_the_function_whichever_is_imported_first() -> None:
-    """In a fresh interpreter: an import leaves its mark on the package."""
+@pytest.mark.forks
+def test_export_is_a_module_and_the_function_whichever_is_imported_first(tmp_path: Path) -> None:
+    """In a process that has not imported the package: an import leaves its mark on it."""
     module = "import lightning_efficient.export as E; assert isinstance(E, ModuleType) and E.export(*given)"
     function = "from lightning_efficient import export; assert export(*given); assert signature(export) == wanted"
-    code = "\n".join([FRESH, function, module, function, module])
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
+    (tmp_path / "fresh.py").write_text("\n".join([FRESH, function, module, function, module]), encoding="utf-8")
+    ended = forked(tmp_path / "fresh.py")
+    assert ended == (0, ""), ended.output
 
 
 def test_version_and_unknown_names() -> None:
