@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from forking import forked, fresh
+from forking import forked
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder, WeightAveraging
 from lightning.pytorch.tuner import Tuner
@@ -43,6 +43,7 @@ pytestmark = [
 
 
 @pytest.mark.forks
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     """SIGKILL in the middle of an epoch, a new process from ``last.ckpt``: every tensor of the final file is equal."""
     script, folder, file = SCRIPTS / "killed.py", tmp_path / "killed", tmp_path / "killed.ckpt"
@@ -51,7 +52,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     assert not file.exists()
     last = torch.load(tmp_path / "killed" / "last.ckpt", weights_only=True)
     assert last["global_step"] == 6, "the last file is two steps older than the kill, inside the second epoch"
-    resumed = fresh(script, folder, file, "--resume")
+    resumed = forked(script, folder, file, "--resume")
     assert resumed.code == 0, resumed.output
     runpy.run_path(str(script))["train"](tmp_path / "whole", tmp_path / "whole.ckpt")
 
