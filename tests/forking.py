@@ -1,7 +1,7 @@
 """Runs a script as ``python SCRIPT ...`` does, but in a fork of the test's process, which has imported everything.
 
 A new process needs ten CPU seconds to import torch and Lightning; a forked one none. Tests that fork are marked
-``forks``, as ``conftest.py`` explains. That a script starts from nothing, a fork cannot show.
+``forks``, as ``conftest.py`` explains. What a fork cannot show, that a script starts from nothing, is for ``fresh``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import random
 import runpy
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -69,6 +70,16 @@ def forked(script: Path, *arguments: object, processes: int = 1, seconds: float 
     if late and not code:
         pytest.fail(f"{script.name} was not done after {seconds} s:\n{text}")
     return Ended(code, text)
+
+
+def fresh(script: Path, *arguments: object, processes: int = 1, seconds: float = 240) -> Ended:
+    """A new interpreter, which imports everything; other ``processes`` are started by Lightning, in the script."""
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), *map(str, arguments)]
+    done = subprocess.run(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds, check=False
+    )
+    return Ended(done.returncode, done.stdout)
 
 
 class Child:
