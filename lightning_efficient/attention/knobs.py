@@ -11,7 +11,7 @@ not sufficient: who uses a knob checks the scaled model. Where no set holds the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
@@ -23,10 +23,11 @@ from lightning_efficient.weightspace import Block
 
 # A key with less weight than this (e^-57) counts as masked: the constant -100 of windowed attention is a mask.
 MASK_GAP = 57.0
-_PROJECTIONS = 2
 _LARGEST_SET = 5
 _MOST_SETS = 20_000
-_TOLERANCE = 1e-8
+# Relative to the projected logits as a whole, whose sum may be next to nothing. Sums of those that are proportional
+# round to 1e-14, and a soft cap far above its logits shows at 1e-9.
+_TOLERANCE = 1e-11
 
 
 @dataclass(frozen=True)
@@ -60,51 +61,60 @@ class Graph:
     parameters: Mapping[str, nn.Parameter]
     aliases: Sequence[tuple[Tensor, Tensor]] = ()
     names: list[str] = field(init=False)
-    _inputs: list[Tensor] = field(init=False)
     _random: torch.Generator = field(init=False)
     _behind: dict[Tensor, tuple[dict[str, Tensor], list[Tensor | None]]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.names = list(self.parameters)
-        self._inputs = [*self.parameters.values(), *(leaf for leaf, _ in self.aliases)]
         self._random = torch.Generator().manual_seed(0)
         self._behind: dict[Tensor, tuple[dict[str, Tensor], list[Tensor | None]]] = {}
 
-    def cotangents(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Random projections of tensors, from an own generator."""
-        return [torch.randn(t.shape, generator=self._random, dtype=torch.float32).to(t) for t in tensors]
+    def cotangent(self, tensor: Tensor) -> Tensor:
+        """A random projection of a tensor, from an own generator."""
+        return torch.randn(tensor.shape, generator=self._random, dtype=torch.float32).to(tensor)
 
     def local(
-        self, tensors: Sequence[Tensor], cotangents: Sequence[Tensor]
+        self,
+        tensor: Tensor,
+        cotangent: Tensor,
+        names: Sequence[str] | None = None,
+        leaves: Collection[int] | None = None,
     ) -> tuple[dict[str, Tensor], list[Tensor | None]]:
-        """Non-zero gradients with respect to parameters, by name, and to the leaves, by position."""
-        pairs = [(t, c) for t, c in zip(tensors, cotangents, strict=True) if t.requires_grad]
-        if not pairs:
-            return {}, [None] * len(self.aliases)
-        gradients: Sequence[Tensor | None] = torch.autograd.grad(
-            [t for t, _ in pairs], self._inputs, [c for _, c in pairs], retain_graph=True, allow_unused=True
-        )
+        """Non-zero gradients with respect to parameters, by name, and to the leaves, by position.
+
+        Args:
+            tensor: Of the graph.
+            cotangent: What is projected on.
+            names: Only of these parameters.
+            leaves: Only of these leaves; each costs a product as large as the forward's.
+        """
+        names = self.names if names is None else names
+        places = range(len(self.aliases)) if leaves is None else leaves
+        inputs = [*(self.parameters[name] for name in names), *(self.aliases[i][0] for i in places)]
+        gradients: Sequence[Tensor | None] = [None] * len(inputs)
+        if tensor.requires_grad and inputs:
+            gradients = torch.autograd.grad(tensor, inputs, cotangent, retain_graph=True, allow_unused=True)
         found = [g if g is not None and bool((g != 0).any()) else None for g in gradients]
-        split = len(self.names)
-        own = {name: g for name, g in zip(self.names, found[:split], strict=True) if g is not None}
-        return own, found[split:]
+        own = {name: g for name, g in zip(names, found, strict=False) if g is not None}
+        by_place = dict(zip(places, found[len(names) :], strict=True))
+        return own, [by_place.get(i) for i in range(len(self.aliases))]
 
     def behind(self, tensor: Tensor) -> tuple[dict[str, Tensor], list[Tensor | None]]:
         """Gradients of a random projection, as :meth:`local`; the same ones until :meth:`forget`."""
         if tensor not in self._behind:
-            self._behind[tensor] = self.local([tensor], self.cotangents([tensor]))
+            self._behind[tensor] = self.local(tensor, self.cotangent(tensor))
         return self._behind[tensor]
 
     def forget(self) -> None:
         """Let go of what :meth:`behind` keeps, which is as large as the weights."""
         self._behind.clear()
 
-    def through(self, tensors: Sequence[Tensor], cotangents: Sequence[Tensor], stop: set[int]) -> dict[str, Tensor]:
+    def through(self, tensor: Tensor, cotangent: Tensor, stop: set[int]) -> dict[str, Tensor]:
         """Gradients by parameter, also through leaves into what they stand for, except those numbered in ``stop``."""
-        total, leaves = self.local(tensors, cotangents)
+        total, leaves = self.local(tensor, cotangent, leaves=sorted({*range(len(self.aliases))} - stop))
         for i, gradient in enumerate(leaves):
-            if gradient is not None and i not in stop:
-                for name, more in self.through([self.aliases[i][1]], [gradient], stop).items():
+            if gradient is not None:
+                for name, more in self.through(self.aliases[i][1], gradient, stop).items():
                     total[name] = total[name] + more if name in total else more
         return total
 
@@ -125,14 +135,14 @@ def over_channels(calls: Sequence[Seen], graph: Graph, projections: Mapping[str,
     q = calls[0].q
     if q is None or q.shape[-2] < 2:
         return False
-    (cotangent,) = graph.cotangents([q])
+    cotangent, names = graph.cotangent(q), [name for name in graph.names if name in projections]
 
     def touched(tokens: slice) -> dict[str, int]:
         """Rows of the projections behind these queries of the first head."""
         mask = torch.zeros(q.shape).to(q)
         mask.view(-1, *q.shape[-2:])[0, tokens] = 1.0
-        gradients = graph.local([q], [mask * cotangent])[0]
-        return {n: len(_indices(g, projections[n])) for n, g in gradients.items() if n in projections}
+        gradients = graph.local(q, mask * cotangent, names, leaves=())[0]
+        return {n: len(_indices(g, projections[n])) for n, g in gradients.items()}
 
     single = [name for name, rows in touched(slice(1)).items() if rows == 1]
     whole = touched(slice(None)) if single else {}
@@ -171,26 +181,25 @@ def find_knobs(calls: Sequence[Seen], graph: Graph, heads: int | None = None, ke
 def _find(call: Seen, graph: Graph, heads: int | None, scaled: str, fixed: str) -> tuple[Knob, ...]:
     """Knobs of one call, among what makes its queries (or keys), and what is added to its logits."""
     nothing: tuple[dict[str, Tensor], list[Tensor | None]] = {}, [None] * len(graph.aliases)
-    (of_mine, my_leaves), (of_theirs, their_leaves), (of_v, _) = (
-        nothing if (t := getattr(call, n)) is None else graph.behind(t) for n in (scaled, fixed, "v")
+    (of_mine, my_leaves), (of_theirs, their_leaves) = (
+        nothing if (t := getattr(call, n)) is None else graph.behind(t) for n in (scaled, fixed)
     )
+    of_v = {} if call.v is None else graph.local(call.v, graph.cotangent(call.v), leaves=())[0]
     # What feeds queries or keys is the sequence; what feeds only logits is a bias, whose parameters may be elsewhere.
     stop = {i for i, pair in enumerate(zip(my_leaves, their_leaves, strict=True)) if pair != (None, None)}
     counts = _counts(call.logits)
     logits = torch.where(counts, call.logits, 0.0)
-    projections = []
-    for _ in range(_PROJECTIONS):
-        cotangent = graph.cotangents([logits])[0] * counts
-        target = float((cotangent * logits.detach()).sum())
-        projections.append((target, graph.through([logits], [cotangent], stop)))
-    blocks = _candidates(graph, projections[0][1], of_mine, of_theirs, of_v)
+    cotangent = graph.cotangent(logits) * counts
+    of_logits = graph.through(logits, cotangent, stop)
+    blocks = _candidates(graph, of_logits, of_mine, of_theirs, of_v)
     if not blocks:
         shared = of_mine.keys() & of_theirs.keys()
         raise NoKnobError(
             f"its queries and keys share their weights: {sorted(shared)}" if shared else "no weight reaches its logits"
         )
-    shares = {name: _shares(name, cut, graph, projections) for name, cut in blocks.items()}
-    chosen = _smallest_set(shares, torch.tensor([target for target, _ in projections], dtype=torch.float64))
+    shares = {name: _share(graph.parameters[name], of_logits[name], cut) for name, cut in blocks.items()}
+    projected = cotangent * logits.detach()
+    chosen = _smallest_set(shares, float(projected.sum()), _TOLERANCE * float(projected.norm()))
     if heads is None:
         return tuple(Knob(name, blocks[name]) for name in chosen)
     return tuple(_by_head(name, blocks[name], logits, graph, stop, heads) for name in chosen)
@@ -247,28 +256,20 @@ def _runs(indices: Sequence[int], dim: int) -> tuple[Block, ...]:
     return tuple(blocks)
 
 
-def _shares(
-    name: str, cut: Sequence[Block], graph: Graph, projections: Sequence[tuple[float, Mapping[str, Tensor]]]
-) -> Tensor:
-    """``⟨∂ℓ/∂s, s⟩`` for every projection."""
-    value = graph.parameters[name].detach()
-    out = []
-    for _, gradients in projections:
-        g = gradients.get(name)
-        out.append(0.0 if g is None else sum(float((b.of(g) * b.of(value)).sum()) for b in cut))
-    return torch.tensor(out, dtype=torch.float64)
+def _share(parameter: Tensor, gradient: Tensor, cut: Sequence[Block]) -> float:
+    """``⟨∂ℓ/∂s, s⟩``."""
+    return sum(float((block.of(gradient) * block.of(parameter.detach())).sum()) for block in cut)
 
 
-def _smallest_set(shares: Mapping[str, Tensor], target: Tensor) -> tuple[str, ...]:
+def _smallest_set(shares: Mapping[str, float], target: float, tolerance: float) -> tuple[str, ...]:
     """The first of the smallest sets of names whose shares add up to the target."""
-    # A share of zero for every projection: the logits do not change with it (a projection before a norm).
-    names = [n for n, s in shares.items() if float((s / target).abs().max()) > _TOLERANCE]
+    # A share of zero: the logits do not change with it (a projection before a norm).
+    names = [name for name, share in shares.items() if abs(share) > tolerance]
     for size in range(1, min(_LARGEST_SET, len(names)) + 1):
         if math.comb(len(names), size) > _MOST_SETS:
             break
         for chosen in combinations(names, size):
-            total = torch.stack([shares[name] for name in chosen]).sum(0)
-            if bool(((total - target).abs() <= _TOLERANCE * target.abs()).all()):
+            if abs(sum(shares[name] for name in chosen) - target) <= tolerance:
                 return chosen
     raise NoKnobError(f"its logits are not proportional to any set of these weights: {list(shares)}")
 
@@ -281,7 +282,7 @@ def _by_head(name: str, blocks: Sequence[Block], logits: Tensor, graph: Graph, s
     for head in range(heads):
         mask = torch.zeros_like(logits)
         mask[:, head] = 1.0
-        touched.append(graph.through([logits], [mask * graph.cotangents([logits])[0]], stop).get(name))
+        touched.append(graph.through(logits, mask * graph.cotangent(logits), stop).get(name))
     shape = graph.parameters[name].shape
     within = {i for block in blocks for i in range(block.start, block.start + block.length)}
     whole = len(within) == shape[blocks[0].dim]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,12 +24,14 @@ from lightning_efficient.attention.knobs import (
 from lightning_efficient.attention.owners import ROOT, head_count
 from lightning_efficient.attention.trace import Seen, Trace
 from lightning_efficient.common.match import canonical_name
-from lightning_efficient.common.nests import mapped
+from lightning_efficient.common.nests import mapped, tensors_behind
 from lightning_efficient.common.running import Float64, float64_copy, forget
 from lightning_efficient.folding.probes import Probe, capture
 
 # Numbers that are drawn at a time: as many as a cache holds.
 _NOISE = 1 << 16
+# Below most weights that a network computes with: logits of next to nothing would hide that they are capped.
+_NOTHING = 5e-3
 
 
 @dataclass(frozen=True)
@@ -61,16 +63,41 @@ class AttentionSite:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """A pass of a float64 copy that is as the model is, to compare with others of the same copy.
+
+    Args:
+        twin: The copy.
+        probe: Its arguments.
+        calls: All its calls of attention, and of softmaxes that are none, without their graphs.
+        outputs: What the model returned.
+        blind: Sites with queries that see no key.
+    """
+
+    twin: nn.Module
+    probe: Probe
+    calls: list[Seen]
+    outputs: list[Tensor]
+    blind: list[str]
+
+
+@dataclass(frozen=True)
 class Attention:
     """What :func:`find_attention` found.
 
     Args:
         sites: Name -> attention, in the order of the forward.
         skipped: Name -> what looked a little like attention and is not.
+        reference: The pass in which it was found.
     """
 
     sites: dict[str, AttentionSite]
     skipped: dict[str, str]
+    reference: Reference = field(repr=False, compare=False)
+
+    def again(self, *, by_head: Sequence[str] = (), by_keys: Sequence[str] = ()) -> Attention:
+        """Look once more, with another question; see :func:`find_attention`."""
+        return _Search(self.reference.twin, self.reference.probe, by_head, by_keys).result()
 
 
 def as_probe(model: nn.Module, example: Any) -> Probe:
@@ -127,15 +154,30 @@ def run_float64(model: nn.Module, probe: Probe) -> Any:
         ) from why
 
 
+def traced(twin: nn.Module, probe: Probe, **options: Any) -> Trace:
+    """Forward of a float64 copy, as :func:`run_float64`, with its attention and its outputs.
+
+    Args:
+        twin: The copy.
+        probe: Its arguments.
+        options: Of the :class:`~lightning_efficient.attention.trace.Trace`.
+    """
+    with Trace(twin, **options) as trace:
+        result = run_float64(twin, probe)
+    trace.outputs = [t.detach().clone() for t in tensors_behind(result)]
+    return trace
+
+
 @torch.inference_mode(False)
-@torch.enable_grad()
 def find_attention(
     model: nn.Module, example: Any, *, by_head: Sequence[str] = (), by_keys: Sequence[str] = ()
 ) -> Attention:
     """Find every attention that runs on an example, and the weights that scale its logits.
 
-    Nothing is known about libraries here: queries, keys and logits are watched on a float64 copy of the model, with
-    random numbers added to its weights so that none is zero, and the weights are found from the gradients.
+    Nothing is known about libraries here: queries, keys and logits are watched on a float64 copy of the model, and the
+    weights are found from the gradients. The copy has the model's weights, but for random numbers in the place of
+    those that hide something: a zero hides a bias, and what is behind a gate that is shut; a one, behind one that is
+    open. The others stay, as a clamp may hold there alone.
 
     Args:
         model: Not touched.
@@ -147,7 +189,7 @@ def find_attention(
         ValueError: The model does not run in float64.
     """
     probe = as_probe(model, example)
-    twin = perturbed(float64_copy(model))
+    twin = perturbed(float64_copy(model), _NOTHING)
     return _Search(twin, probe, by_head, by_keys).result()
 
 
@@ -156,7 +198,7 @@ def perturbed(model: nn.Module, below: float = math.inf) -> nn.Module:
 
     Args:
         model: Statistics of batch norms are moved as well, upwards.
-        below: Only to numbers of at most this magnitude.
+        below: Only to numbers of at most this magnitude, and to ones.
     """
     generator = torch.Generator().manual_seed(0)
     statistics = [
@@ -169,10 +211,10 @@ def perturbed(model: nn.Module, below: float = math.inf) -> nn.Module:
     with torch.no_grad():
         for tensor in [*(p for p in model.parameters() if p.is_floating_point()), *statistics]:
             rows = _NOISE // max(tensor[:1].numel(), 1) if tensor.ndim else 0
-            for part in torch.split(tensor, max(rows, 1)) if tensor.ndim else [tensor]:
-                noise = torch.randn(part.shape, generator=generator)
-                noise = torch.where(part.abs() <= below, noise.to(part), 0.0)
-                part.add_(noise if tensor.requires_grad else noise.abs(), alpha=0.02)
+            for part in torch.split(tensor, max(rows, 1)) if tensor.ndim else [tensor.view(1)]:
+                places = ((part.abs() <= below) | (part == 1)).nonzero(as_tuple=True)
+                noise = 0.02 * torch.randn(len(places[0]), generator=generator).to(part)
+                part.index_put_(places, noise if tensor.requires_grad else noise.abs(), accumulate=True)
     return model
 
 
@@ -186,12 +228,11 @@ class _Search:
         self.parameters = {canonical_name(n): p for n, p in twin.named_parameters()}
         self.projections = _projections(twin)
         self.found: dict[str, AttentionSite] = {}
-        self._look(self._guess() or self._trace(()))
+        with torch.enable_grad():
+            self._look(self._guess() or self._trace(()))
 
     def _trace(self, cut: Collection[str]) -> Trace:
-        with Trace(self.twin, cut=cut, products=True) as trace:
-            run_float64(self.twin, self.probe)
-        return trace
+        return traced(self.twin, self.probe, cut=cut, products=True)
 
     def _guess(self) -> Trace | None:
         """The trace cut at what says that it has heads, if that is what attends, and nothing else looks like it."""
@@ -209,6 +250,8 @@ class _Search:
             trace: The first one, cut anywhere; not kept, as it holds a whole graph.
         """
         self.order, self.others, self.silent, self.unread = trace.sites, trace.others, trace.silent, trace.unread
+        calls = [call.alone() for call in trace.every]
+        self.reference = Reference(self.twin, self.probe, calls, trace.outputs, list(trace.blind))
         cuts = {site: site for site in self.order}
         while cuts:
             wanted = {cut for cut in cuts.values() if cut not in (ROOT, "")}
@@ -259,7 +302,7 @@ class _Search:
         for name in [name for name in self.silent if name and name not in sites and name not in skipped]:
             sites[name] = AttentionSite(name, "unknown", refused="has heads, but no softmax attention was seen in it")
         sites |= {name: AttentionSite(name, "unknown", refused=why) for name, why in self.unread.items()}
-        return Attention(sites, skipped)
+        return Attention(sites, skipped, self.reference)
 
 
 def _projections(model: nn.Module) -> dict[str, int]:

@@ -16,7 +16,6 @@ from lightning_efficient.attention.temper import Law, Mode
 from lightning_efficient.attention.verify import Verdict, module_at, verify
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.match import REFERENCE, Choice, NoMatchError, canonical_name, references
-from lightning_efficient.folding.probes import Probe
 from lightning_efficient.weightspace import Block
 
 METHOD = "temp_scale"
@@ -146,8 +145,7 @@ def find_targets(
     """
     config = config or TempScaleConfig()
     _refuse(model)
-    probe = as_probe(model, example)
-    attention = find_attention(model, probe)
+    attention = find_attention(model, example)
     names, skipped = _select(attention, include, exclude)
     idle = references(model)
     if not model.training and idle.issuperset(names):
@@ -159,17 +157,17 @@ def find_targets(
     _refuse_sites([attention.sites[name] for name in names])
     by_head = names if config.per_head else []
     if by_head:
-        attention = find_attention(model, probe, by_head=by_head)
+        attention = attention.again(by_head=by_head)
     targets = Targets({name: attention.sites[name] for name in names}, config.laws(names), skipped=skipped)
     for name, site in targets.sites.items():
         if config.mode != "constant":
             targets.adapters[name] = "the factor depends on the length"
         elif not site.knobs:
             targets.adapters[name] = site.why
-    _prove(model, probe, attention, targets, by_head)
+    _prove(attention, targets, by_head)
     if frozen := targets.held_by(fixed):
         targets.adapters |= {site: f"{name!r} is in no optimizer" for site, name in frozen.items()}
-        _prove(model, probe, attention, targets, by_head)
+        _prove(attention, targets, by_head)
     for name in targets.adapters:
         if compiled(module_at(model, name)):
             raise TempScaleError(
@@ -258,15 +256,15 @@ def _refuse_sites(sites: Sequence[AttentionSite]) -> None:
 # -- proving -----------------------------------------------------------------------------------------------------------
 
 
-def _prove(model: nn.Module, probe: Probe, attention: Attention, targets: Targets, by_head: Sequence[str]) -> None:
+def _prove(attention: Attention, targets: Targets, by_head: Sequence[str]) -> None:
     """Fill in ``factors``; what weights do not scale exactly goes to adapters; give up where those do not either."""
     _weigh(attention, targets)
     trivial = all(law == Law() for law in targets.laws.values())
     laws = {name: Law(0.5) for name in targets.laws} if trivial else targets.laws
-    targets.verdict = _try(model, probe, targets, laws)
+    targets.verdict = _try(attention, targets, laws)
     if targets.verdict.wrong:
-        _sort_out(model, probe, attention, targets, laws, by_head)
-        targets.verdict = _try(model, probe, targets, laws)
+        _sort_out(attention, targets, laws, by_head)
+        targets.verdict = _try(attention, targets, laws)
     if wrong := targets.verdict.wrong:
         raise TempScaleError(
             "the self-check failed, nothing was changed: "
@@ -276,24 +274,17 @@ def _prove(model: nn.Module, probe: Probe, attention: Attention, targets: Target
     _check_entropy(targets.verdict, laws)
 
 
-def _sort_out(
-    model: nn.Module,
-    probe: Probe,
-    attention: Attention,
-    targets: Targets,
-    laws: Mapping[str, Law],
-    by_head: Sequence[str],
-) -> None:
+def _sort_out(attention: Attention, targets: Targets, laws: Mapping[str, Law], by_head: Sequence[str]) -> None:
     """Try the attentions one by one; those whose queries feed something else, too, by their keys, or by an adapter."""
 
     def wrong_alone(group: Sequence[str], found: Attention) -> dict[str, str]:
         alone = Targets({s: found.sites[s] for s in group}, {s: laws[s] for s in group})
         _weigh(found, alone)
-        return _try(model, probe, alone, alone.laws).wrong
+        return _try(found, alone, alone.laws).wrong
 
     failed = {tuple(group): wrong for group in targets.groups() if (wrong := wrong_alone(group, attention))}
     sites = [site for group in failed for site in group]
-    other = find_attention(model, probe, by_head=by_head, by_keys=sites) if sites else attention
+    other = attention.again(by_head=by_head, by_keys=sites) if sites else attention
     for group, wrong in failed.items():
         if all(other.sites[site].knobs for site in group) and not wrong_alone(group, other):
             attention.sites.update({site: other.sites[site] for site in group})
@@ -327,12 +318,12 @@ def _weigh(attention: Attention, targets: Targets) -> None:
             blocks.update(dict.fromkeys(knob.blocks, targets.laws[name].factor))
 
 
-def _try(model: nn.Module, probe: Probe, targets: Targets, laws: Mapping[str, Law]) -> Verdict:
+def _try(attention: Attention, targets: Targets, laws: Mapping[str, Law]) -> Verdict:
     factors = {
         name: dict.fromkeys(blocks, 2.0) if laws is not targets.laws else blocks
         for name, blocks in targets.factors.items()
     }
-    return verify(model, probe, laws, factors, list(targets.adapters))
+    return verify(attention.reference, laws, factors, list(targets.adapters))
 
 
 def _names(targets: Targets, group: Sequence[str]) -> str:

@@ -5,11 +5,11 @@ For one small example on a copy of the model; ``AttentionProbe`` watches real ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,8 @@ class Seen:
         q: Queries ``(..., queries, dim)``; None for a softmax whose logits are no product of two activations.
         k: Keys ``(..., keys, dim)``, likewise.
         v: Values, where the call has them, or a product after a softmax shows them.
+        made: The function that was called, copies of its arguments, and which queries saw a key (None: all).
+        result: A copy of all that it returned.
     """
 
     site: str
@@ -49,6 +51,19 @@ class Seen:
     q: Tensor | None = None
     k: Tensor | None = None
     v: Tensor | None = None
+    made: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Tensor | None] | None = None
+    result: Any = None
+
+    def alone(self) -> Seen:
+        """The same without a graph."""
+        return replace(self, logits=self.logits.detach(), out=self.out.detach(), q=None, k=None, v=None)
+
+    def under(self, law: Law) -> Seen:
+        """The same call on the same arguments with its logits multiplied."""
+        func, args, kwargs, sees = cast(Any, self.made)
+        out = _first(tempered(law, func, args, kwargs))
+        out = out if sees is None else torch.where(sees, out, 0.0)
+        return replace(self, logits=logits_under(law, self.logits), out=out)
 
 
 class Trace(TorchFunctionMode):
@@ -61,6 +76,7 @@ class Trace(TorchFunctionMode):
             what depends on a module's own parameters can then be told from what depends on those before it.
         products: Look for the queries and keys behind softmax calls (needs a graph), and end the graph at the result of
             each call, so that the next one's logits do not depend on this one's.
+        given: The calls of another pass, whose results take the place of this one's, call by call.
     """
 
     def __init__(
@@ -69,14 +85,17 @@ class Trace(TorchFunctionMode):
         laws: Mapping[str, Law] | None = None,
         cut: Collection[str] = (),
         products: bool = False,
+        given: Sequence[Seen] = (),
     ) -> None:
         super().__init__()
         self.calls: list[Seen] = []
+        self.every: list[Seen] = []  # softmax calls that are not attention among them
+        self.outputs: list[Tensor] = []  # of the model, where whoever ran it has kept them
         self.unread: dict[str, str] = scripted_attention(model)
         self.blind: dict[str, None] = {}  # sites with queries that see no key, whose results are zero here
         self.others: dict[str, set[tuple[int, ...]]] = {}  # softmax calls that are not attention, by site
         self.aliases: list[tuple[Tensor, Tensor]] = []  # (leaf, what it stands for)
-        self._laws, self.cut, self._products = dict(laws or {}), frozenset(cut), products
+        self._laws, self.cut, self._products, self._given = dict(laws or {}), frozenset(cut), products, given
         self._made: list[tuple[str, Tensor, Tensor, Tensor]] = []
         self._follower: Follower[Seen] = Follower()
         self._owners = Owners(model)
@@ -132,14 +151,25 @@ class Trace(TorchFunctionMode):
             call = _multihead(site, out[0], *args, **kwargs)
         elif func in SOFTMAX and (logits := logits_of_softmax(args, kwargs)) is not None:
             call = self._softmax(site, out, logits)
+        if isinstance(call, Seen):
+            call.made, call.result = (func, *mapped((args, kwargs), _copy), sees), mapped(out, _copy)
         if call is not None:
             self._keep(call, law, sees)
             if self._products:
                 out = mapped(out, lambda t: t.detach() if isinstance(t, Tensor) else t)
             if self._products and isinstance(call, Seen) and func in SOFTMAX:
                 self._follower.start(out, call)
+            if isinstance(call, Seen):
+                out = self._instead(call, out)
         elif self._products:
             self._multiplied(site, func, args, kwargs, out)
+        return out
+
+    def _instead(self, call: Seen, out: Any) -> Any:
+        """What the same call returned in the other pass, if there is one."""
+        here = len(self.every) - 1
+        if here < len(self._given) and (other := self._given[here]).site == call.site and other.kind == call.kind:
+            return mapped(other.result, _copy)
         return out
 
     def _multiplied(self, site: str, func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], out: Any) -> None:
@@ -153,11 +183,13 @@ class Trace(TorchFunctionMode):
     def _keep(self, call: Seen | str, law: Law, sees: Tensor | None) -> None:
         if isinstance(call, str):
             self.unread[self._owners.current or ROOT] = call
-        elif call.q is None and self._products:
+            return
+        seen = visible(call.logits) if sees is None else visible(call.logits) & sees
+        call.logits = torch.where(seen, logits_under(law, call.logits), -torch.inf)
+        self.every.append(call)
+        if call.q is None and self._products:
             self.others.setdefault(call.site, set()).add(tuple(call.logits.shape))
         else:
-            seen = visible(call.logits) if sees is None else visible(call.logits) & sees
-            call.logits = torch.where(seen, logits_under(law, call.logits), -torch.inf)
             self.calls.append(call)
 
     def _softmax(self, site: str, out: Tensor, logits: Tensor) -> Seen:
@@ -183,6 +215,14 @@ class Trace(TorchFunctionMode):
             return leaf
 
         return mapped(args, fresh), mapped(dict(kwargs), fresh)
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _first(out: Any) -> Tensor:
+    return cast(Tensor, out[0] if isinstance(out, tuple) else out)
 
 
 def _factors(args: tuple[Any, ...]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_efficient.attention.adapter import install
+from lightning_efficient.attention.adapter import install, installed, remove
 from lightning_efficient.attention.knobs import MASK_GAP
 from lightning_efficient.attention.owners import ROOT
-from lightning_efficient.attention.sites import perturbed, run_float64
+from lightning_efficient.attention.sites import Reference, traced
 from lightning_efficient.attention.temper import Law, keys_seen
-from lightning_efficient.attention.trace import Seen, Trace
+from lightning_efficient.attention.trace import Seen
 from lightning_efficient.common.comparing import gap
-from lightning_efficient.common.match import canonical_name, modules_by_name
-from lightning_efficient.common.nests import tensors_behind
-from lightning_efficient.common.running import float64_copy
-from lightning_efficient.folding.probes import Probe
+from lightning_efficient.common.match import modules_by_name, parameters_by_name
 from lightning_efficient.weightspace import Block
 
 # Relative; two float64 forwards that differ in the order of a multiplication are a thousand times closer.
-_TOLERANCE = 1e-9
-# Below the weights that a network computes with, and above what would be lost in rounding.
-_NOTHING = 1e-3
+_TOLERANCE = 1e-11
 
 Factors = Mapping[str, Mapping[Block, float]]
 
@@ -48,30 +44,52 @@ class Verdict:
 
 
 @torch.inference_mode(False)
-def verify(
-    model: nn.Module, probe: Probe, laws: Mapping[str, Law], factors: Factors, adapters: Sequence[str]
-) -> Verdict:
+@torch.no_grad()
+def verify(reference: Reference, laws: Mapping[str, Law], factors: Factors, adapters: Sequence[str]) -> Verdict:
     """Compare the model whose logits are multiplied, call by call, with the one whose weights and forwards are changed.
 
-    At the model's weights, but for random numbers in the place of those that are next to nothing: a zero bias would
-    hide that it was forgotten, a gate that is shut what is behind it. The others stay: a clamp may hold there alone.
+    Every call of the changed model is compared with the reference's, its logits multiplied, and then has the
+    reference's result: so all calls are compared on the same inputs, and what else the changed weights move shows in
+    the logits of a later call or in the output. Where the factor goes by the number of keys, adapters write the same
+    attention in another way, and two whole passes are compared.
 
     Args:
-        model: Not touched.
-        probe: Its arguments.
+        reference: Its copy of the model is changed, and comes back as it was.
         laws: Site -> how its logits are to be multiplied.
         factors: Parameter -> block -> what it is multiplied by.
         adapters: Sites that get a forward adapter, with their law.
     """
-    verdict, twin = Verdict(), perturbed(float64_copy(model), _NOTHING)
-    calls, outputs, verdict.blind = _run(twin, probe, laws)
-    scale_blocks({canonical_name(n): p for n, p in twin.named_parameters()}, factors)
-    modules = modules_by_name(twin)
-    for site in adapters:
-        install(twin, modules["" if site == ROOT else site], laws[site])
-    _compare(verdict, (calls, outputs), _run(twin, probe, {})[:2])
+    verdict, twin, probe = Verdict(blind=list(reference.blind)), reference.twin, reference.probe
+    if all(law.mode == "constant" for law in laws.values()):
+        given, outputs = reference.calls, reference.outputs
+        calls = [call.under(laws[call.site]) if call.site in laws else call for call in given]
+    else:
+        whole = traced(twin, probe, laws=laws)
+        given, calls, outputs = [], whole.every, whole.outputs
+    with _changed(twin, laws, factors, adapters):
+        found = traced(twin, probe, given=given)
+    _compare(verdict, (calls, outputs), (found.every, found.outputs))
     _entropies(verdict, laws, calls)
     return verdict
+
+
+@contextmanager
+def _changed(twin: nn.Module, laws: Mapping[str, Law], factors: Factors, adapters: Sequence[str]) -> Iterator[None]:
+    """A model with other weights and forwards, inside this context."""
+    parameters, modules = parameters_by_name(twin), modules_by_name(twin)
+    adapted = [(modules["" if site == ROOT else site], laws[site]) for site in adapters]
+    saved = {name: parameters[name].detach().clone() for name in factors}
+    try:
+        scale_blocks(parameters, factors)
+        for module, law in adapted:
+            install(twin, module, law)
+        yield
+    finally:
+        for name, value in saved.items():
+            parameters[name].data.copy_(value)
+        for module, _ in adapted:
+            if installed(module):
+                remove(twin, module)
 
 
 @torch.no_grad()
@@ -90,13 +108,6 @@ def scale_blocks(parameters: Mapping[str, Tensor], factors: Factors) -> None:
 def module_at(model: nn.Module, site: str) -> nn.Module:
     """The module of a site."""
     return modules_by_name(model)["" if site == ROOT else site]
-
-
-@torch.no_grad()
-def _run(twin: nn.Module, probe: Probe, laws: Mapping[str, Law]) -> tuple[list[Seen], list[Tensor], list[str]]:
-    with Trace(twin, laws) as trace:
-        result = run_float64(twin, probe)
-    return trace.calls, [t.detach().clone() for t in tensors_behind(result)], list(trace.blind)
 
 
 def _compare(verdict: Verdict, expected: Any, found: Any) -> None:

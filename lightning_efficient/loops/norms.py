@@ -14,7 +14,7 @@ from lightning_efficient.loops.parts import Part, Run
 from lightning_efficient.norms.blend import BlendNorm, blend_norms, set_blend
 from lightning_efficient.norms.causal import CausalModelError, causal_norms
 from lightning_efficient.norms.checks import check_statistics, check_training
-from lightning_efficient.norms.padding import find_padding, hand_over
+from lightning_efficient.norms.padding import Recording, find_padding, hand_over
 from lightning_efficient.norms.recalibrate import recalibrate
 from lightning_efficient.norms.swap import NormSwapConfig, apply_norm_swap
 from lightning_efficient.surgery.replace import restore_modules
@@ -91,10 +91,7 @@ class NormSwapPart(Part):
     def _look(self, run: Run, batch: bool) -> None:
         call = run.needs_example(self.method, "whether the model is causal, and what is padding, shows when it runs")
 
-        def again(inputs: Any) -> object:
-            return Call(*inputs).run(run.model)
-
-        inputs = call.on(run.model)
+        again, inputs = Recording(run.model, lambda given: Call(*given).run(run.model)), call.on(run.model)
         if batch and not self.allow_causal and (causal := causal_norms(run.model, again, inputs)):
             raise CausalModelError(causal, list(self._norms), self.options.target)
         self._handles = hand_over(run.model, find_padding(run.model, again, inputs).masks)

@@ -22,7 +22,7 @@ is heard by nobody, which looks causal: then the first is cut alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ from lightning_efficient.common.eager import uncompiled
 from lightning_efficient.common.nests import named_tensors
 from lightning_efficient.common.running import evaluating
 from lightning_efficient.norms.blend import blend_norms
-from lightning_efficient.norms.effects import Base, Effect, Key, Moved, Sketch, Watch
+from lightning_efficient.norms.effects import Base, Effect, Key, Moved, Sketch, Watch, earlier_samples
 
 # How far along its sorted values every value of an input moves.
 _SHARES = (1 / 2, 1 / 3, 3 / 4, 1 / 5)
@@ -85,24 +85,61 @@ def causal_norms(model: nn.Module, run: Callable[[Any], object], inputs: Any) ->
     found: dict[str, str] = {}
     with evaluating(model), _awake(model), uncompiled(), Watch(model, run) as watch:
         base = Base(watch, inputs)
-        for name, tensor in named_tensors(inputs):
-            effects = [Effect(base, tensor, share) for share in _SHARES]
-            if effects[0].other is None:
-                continue
+        asked = {name: [Effect(base, tensor, share) for share in _SHARES] for name, tensor in named_tensors(inputs)}
+        asked = {name: effects for name, effects in asked.items() if effects[0].other is not None}
+        earlier = earlier_samples(base, [effects[0] for effects in asked.values()])
+        for key, moved in (earlier or {}).items():
+            if _ends_alone(moved):
+                base.trust(key)
+
+        def ask(name: str, axes: Iterable[int]) -> None:
+            effects = asked[name]
             moved = [key for key in effects[0].all() if key.module in norms]
             rows = {key: _rows(base.outputs[key], norms[key.module].spec.axis) for key in moved}
-            for axis in range(tensor.dim()):
-                if axis == 1 and tensor.dim() > 3 and _is_mixed(effects[0]):
-                    break  # two runs, for an image of three axes or more
+            for axis in axes:
                 # Along any axis but the first a norm with one row a sample has no positions to leak between.
-                mixed = [key for key, number in rows.items() if axis == 0 or number > len(tensor)]
+                mixed = [key for key, number in rows.items() if axis == 0 or number > len(effects[0].tensor)]
                 if mixed and (seen := _causal_always(axis, effects)):
                     what = (
                         f"the output of {seen!r} does not hear later positions of {name or 'the input'!r} (axis "
                         f"{axis}), and later ones hear the earlier"
                     )
-                    found = dict.fromkeys((key.module for key in mixed if key not in base.noise), what) | found
+                    for key in mixed:
+                        if key not in base.noise:
+                            found.setdefault(key.module, what)
+
+        for name, effects in asked.items():
+            axes = range(1, effects[0].tensor.dim())
+            image = len(axes) > 2 and earlier is not None  # of which two runs may be enough
+            if axes and not (image and _is_mixed(effects[0], earlier or {})):
+                ask(name, axes)
+        if not _samples_apart(base, earlier):
+            for name in asked:
+                ask(name, (0,))
     return found
+
+
+def _samples_apart(base: Base, earlier: Moved | None) -> bool:
+    """Whether the end of every output is left alone by all samples but the last, and is moved by something.
+
+    Then nothing is hidden along the first axis of any input, whatever that is: where something is, the last position
+    hears an earlier one.
+
+    Args:
+        base: Knows what has moved by anything.
+        earlier: What those samples move; None: not known.
+    """
+    keys = [] if earlier is None else [k for k, m in earlier.items() if not _ends_alone(m, base.heard.get(k))]
+    return earlier is not None and all(key in base.noise for key in keys)
+
+
+def _ends_alone(moved: tuple[Tensor, ...] | None, heard: Sequence[Tensor] | None = None) -> bool:
+    """Whether an axis begins with what moved, and what counts of the rest did not; ``heard``: where it counts."""
+    for axis, part in enumerate(moved or ()):
+        alone = ~part if heard is None else heard[axis] & ~part
+        if alone.any() and _is_beginning(part, alone, len(part)):
+            return True
+    return False
 
 
 def _rows(sketch: Sketch, axis: int) -> int:
@@ -123,14 +160,18 @@ def _causal_always(axis: int, effects: Iterable[Effect]) -> str:
     return seen
 
 
-def _is_mixed(effect: Effect) -> bool:
+def _is_mixed(effect: Effect, earlier: Moved) -> bool:
     """Whether two runs show that nothing is hidden along any axis but the first: a corner moves everything.
 
     It is a part of either half of every axis, so that an output that both corners move throughout is mixed along all
     of them. It has to come behind the last one that may be something else, and to have the axes along which that may.
+
+    Args:
+        effect: Of the image.
+        earlier: Outputs that hear a sample.
     """
     first, last, doubtful, mixed = effect.corner(last=False), effect.corner(last=True), set[int](), True
-    for key in effect.all():
+    for key in earlier:
         shape = [len(vector) for vector in effect.base.outputs[key]]
         axes = [one & two for one, two in zip(first.get(key) or (), last.get(key) or (), strict=False)]
         still = [axis for axis in range(len(shape)) if not axes or not axes[axis].all()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, cast
@@ -134,12 +134,18 @@ class Base:
 
     def __init__(self, watch: Watch, inputs: Any) -> None:
         self.watch, self.inputs, self.outputs = watch, inputs, watch.outputs(inputs)
+        # Output -> for each axis, where it has moved by anything.
+        self.heard: dict[Key, list[Tensor]] = {}
         # Output -> for each axis, where it has moved whatever was compared: that may be noise.
         self._restless = {key: [torch.ones(len(v), dtype=torch.bool) for v in s] for key, s in self.outputs.items()}
 
     def moved(self, before: Mapping[Key, Sketch], after: Mapping[Key, Sketch]) -> Moved:
         """What two runs on other inputs differ in."""
         moved = _moved(before, after)
+        for key, places in moved.items():
+            if places is not None:
+                known = self.heard.get(key, places)
+                self.heard[key] = [was | now for was, now in zip(known, places, strict=True)]
         for key in [key for key in self._restless if key in before and key in after]:
             axes = moved.get(key, ())
             if axes is not None:
@@ -147,6 +153,21 @@ class Base:
                 self._restless[key] = left
         self._restless = {key: axes for key, axes in self._restless.items() if axes and all(map(torch.any, axes))}
         return moved
+
+    def trust(self, key: Key) -> None:
+        """Take an output for none that is another in every run: where it should stay it did."""
+        self._restless.pop(key, None)
+
+    def run(self, changed: Mapping[int, Tensor]) -> dict[Key, Sketch]:
+        """All outputs with other tensors in the place of some, by their ``id``; empty if the model does not take them.
+
+        It may check its inputs (sorted lengths, ...).
+        """
+        inputs = apply_to_collection(self.inputs, Tensor, lambda t: changed.get(id(t), t))
+        try:
+            return self.watch.outputs(inputs)
+        except Exception:
+            return {}
 
     @cached_property
     def noise(self) -> Container[Key]:
@@ -191,26 +212,36 @@ class Effect:
     def corner(self, last: bool) -> Moved:
         """What is in the same half of every axis but the first is exchanged."""
         halves = [slice(n // 2, n) if last else slice(0, n // 2) for n in self.tensor.shape[1:]]
-        return self.base.moved(self.base.outputs, self._run((slice(None), *halves)))
+        return self.base.moved(self.base.outputs, self.base.run(self.changed((slice(None), *halves))))
 
     def _with(self, axis: int, start: int, end: int) -> dict[Key, Sketch]:
-        """All outputs with some positions exchanged; empty, if the model checks its inputs (sorted lengths, ...)."""
+        """All outputs with some positions exchanged."""
         if end == 0:
             return self.base.outputs
         if (start, end) == (0, self.tensor.shape[axis]):
             axis, end = 0, len(self.tensor)
         if (place := (axis, start, end)) not in self._known:
-            self._known[place] = self._run((slice(None),) * axis + (slice(start, end),))
+            self._known[place] = self.base.run(self.changed((slice(None),) * axis + (slice(start, end),)))
         return self._known[place]
 
-    def _run(self, places: tuple[slice, ...]) -> dict[Key, Sketch]:
+    def changed(self, places: tuple[slice, ...]) -> dict[int, Tensor]:
+        """The input with some places exchanged, by the ``id`` of what it is in the place of."""
         changed = self.tensor.clone()
         changed[places] = cast(Tensor, self.other)[places]
-        inputs = apply_to_collection(self.base.inputs, Tensor, lambda t: changed if t is self.tensor else t)
-        try:
-            return self.base.watch.outputs(inputs)
-        except Exception:
-            return {}
+        return {id(self.tensor): changed}
+
+
+def earlier_samples(base: Base, effects: Iterable[Effect]) -> Moved | None:
+    """What all samples but the last move, along the first axis of all inputs at once; of one sample: that.
+
+    None: the model does not take them exchanged, or returns something else.
+    """
+    changed: dict[int, Tensor] = {}
+    for effect in effects:
+        changed |= effect.changed((slice(0, max(len(effect.tensor) - 1, 1)),))
+    after = base.run(changed)
+    shapes = [{key: [len(v) for v in sketch] for key, sketch in outputs.items()} for outputs in (base.outputs, after)]
+    return base.moved(base.outputs, after) if shapes[0] == shapes[1] else None
 
 
 def exchanged(tensor: Tensor, share: float = 0.5) -> Tensor | None:

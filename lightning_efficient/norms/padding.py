@@ -102,12 +102,64 @@ class Padding:
     unknown: str = ""
 
 
+_Calls = dict[str, tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]
+_Padded = tuple[str, nn.Embedding, Tensor]
+
+
+class Recording:
+    """Runs a model on inputs, the first time on those as they are, and keeps how its modules were called then.
+
+    Args:
+        model: With ``BlendNorm`` in it.
+        run: Runs it.
+    """
+
+    def __init__(self, model: nn.Module, run: Callable[[Any], object]) -> None:
+        self.calls: _Calls | None = None  # of every module with norms inside, the first, outermost first
+        self.padded: _Padded | None = None  # an embedding that was given padding
+        self._model, self._run = model, run
+
+    def __call__(self, inputs: Any) -> object:
+        """One run."""
+        if self.calls is not None:
+            return self._run(inputs)
+        calls: _Calls = {}
+
+        def record(name: str) -> Any:
+            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+                fresh = apply_to_collection((args, dict(kwargs)), Tensor, lambda t: t.detach().clone())
+                calls.setdefault(name, (module, *fresh))
+
+            return hook
+
+        def look(name: str) -> Any:
+            def hook(module: nn.Embedding, args: Any) -> None:
+                if args and bool((places := args[0] == module.padding_idx).any()) and not places.all():
+                    self.padded = self.padded or (name, module, places.cpu())
+
+            return hook
+
+        handles = []
+        for name, module in self._model.named_modules():
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                handles.append(module.register_forward_pre_hook(look(canonical_name(name))))
+            elif name and not isinstance(module, BlendNorm) and blend_norms(module):
+                handles.append(module.register_forward_pre_hook(record(canonical_name(name)), with_kwargs=True))
+        try:
+            out = self._run(inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.calls = calls
+        return out
+
+
 def find_padding(model: nn.Module, run: Callable[[Any], object], inputs: Any) -> Padding:
     """Find the padding masks of a model by calling its modules with one token hidden.
 
     Args:
         model: With ``BlendNorm`` in it; as before afterwards.
-        run: Runs the model on inputs.
+        run: Runs the model on inputs; a :class:`Recording` may have done so.
         inputs: Tensors in any nest, a few samples.
 
     Returns:
@@ -118,9 +170,12 @@ def find_padding(model: nn.Module, run: Callable[[Any], object], inputs: Any) ->
     """
     norms = blend_norms(model)
     with evaluating(model), uncompiled():
-        calls, padded = _recorded(model, run, inputs)
+        recording = run if isinstance(run, Recording) else Recording(model, run)
+        if recording.calls is None:
+            with as_found(model):
+                recording(apply_to_collection(inputs, Tensor, torch.clone))
         found: list[PaddingMask] = []
-        for name, (module, args, kwargs) in calls.items():
+        for name, (module, args, kwargs) in (recording.calls or {}).items():
             known = {norm for mask in found for norm in mask.norms}
             mine = {n: norm for n, norm in norms.items() if n not in known and n.startswith(f"{name}.")}
             found += _Probe(
@@ -130,7 +185,7 @@ def find_padding(model: nn.Module, run: Callable[[Any], object], inputs: Any) ->
         # What hides tokens from the whole step, and is no argument of any module.
         step = _Probe(model, "", missing, run, inputs)
         hidden = step.masks()
-        unheard = "" if hidden or padded is None else step.unheard(*padded)
+        unheard = "" if hidden or recording.padded is None else step.unheard(*recording.padded)
     if hidden:
         path = ".".join(map(str, hidden[0].path))
         names = list(hidden[0].norms)
@@ -143,44 +198,6 @@ def _caller(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         return module(*[given[i] for i in range(len(args))], **{name: given[name] for name in kwargs})
 
     return call
-
-
-_Calls = dict[str, tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]
-_Padded = tuple[str, nn.Embedding, Tensor]
-
-
-def _recorded(model: nn.Module, run: Callable[[Any], object], inputs: Any) -> tuple[_Calls, _Padded | None]:
-    """The first call of every module with norms inside, outermost first; an embedding that was given padding."""
-    calls: _Calls = {}
-    padded: list[_Padded] = []
-
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            fresh = apply_to_collection((args, dict(kwargs)), Tensor, lambda t: t.detach().clone())
-            calls.setdefault(name, (module, *fresh))
-
-        return hook
-
-    def look(name: str) -> Any:
-        def hook(module: nn.Embedding, args: Any) -> None:
-            if args and bool((places := args[0] == module.padding_idx).any()) and not places.all():
-                padded.append((name, module, places.cpu()))
-
-        return hook
-
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            handles.append(module.register_forward_pre_hook(look(canonical_name(name))))
-        elif name and not isinstance(module, BlendNorm) and blend_norms(module):
-            handles.append(module.register_forward_pre_hook(record(canonical_name(name)), with_kwargs=True))
-    try:
-        with as_found(model):
-            run(apply_to_collection(inputs, Tensor, torch.clone))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls, padded[0] if padded else None
 
 
 @dataclass

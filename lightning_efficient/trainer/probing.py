@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_efficient.norms.causal import causal_norms
-from lightning_efficient.norms.padding import Padding, find_padding
+from lightning_efficient.norms.padding import Padding, Recording, find_padding
 from lightning_efficient.trainer.replay import Replay
 
 _Answer = TypeVar("_Answer")
@@ -29,8 +29,13 @@ def probe_norms(
         number: Likewise.
         causal: Whether to ask for the first.
     """
-    found = probed(trainer, pl_module, batch, number, causal_norms) if causal else {}
-    return found, probed(trainer, pl_module, batch, number, find_padding)
+
+    def probe(model: nn.Module, run: Callable[[Any], object], inputs: Any) -> tuple[dict[str, str], Padding]:
+        recording = Recording(model, run)
+        found = causal_norms(model, recording, inputs) if causal else {}
+        return found, find_padding(model, recording, inputs)
+
+    return probed(trainer, pl_module, batch, number, probe)
 
 
 def probed(trainer: Trainer, pl_module: LightningModule, batch: Any, number: int, probe: Probe[_Answer]) -> _Answer:

@@ -316,15 +316,17 @@ def test_a_bias_that_is_zero_now_is_scaled_as_well() -> None:
     assert set(find_targets(model, x, TempScaleConfig(TAU)).factors) == {"q.weight", "q.bias"}
 
 
-def test_a_gate_that_is_shut_now_hides_no_other_reader_of_the_queries() -> None:
+@pytest.mark.parametrize("gate", ["shut", "open"])
+def test_a_gate_hides_no_other_reader_of_the_queries(gate: str) -> None:
     class Gated(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.q, self.kv, self.gate = nn.Linear(8, 8), nn.Linear(8, 16), nn.Parameter(torch.zeros(8))
+            start = torch.zeros(8) if gate == "shut" else torch.ones(8)
+            self.q, self.kv, self.gate = nn.Linear(8, 8), nn.Linear(8, 16), nn.Parameter(start)
 
         def forward(self, x: Tensor) -> Tensor:
             q, (k, v) = self.q(x), self.kv(x).chunk(2, -1)
-            return F.scaled_dot_product_attention(q, k, v) + self.gate * q
+            return F.scaled_dot_product_attention(q, k, v) + (self.gate if gate == "shut" else 1 - self.gate) * q
 
     torch.manual_seed(0)
     model, x = Gated(), torch.randn(2, 5, 8)
@@ -332,6 +334,37 @@ def test_a_gate_that_is_shut_now_hides_no_other_reader_of_the_queries() -> None:
     assert {name: [(b.start, b.length) for b in blocks] for name, blocks in factors.items()} == {
         "kv.weight": [(0, 8)], "kv.bias": [(0, 8)]
     }  # fmt: skip
+
+
+class Stack(nn.Module):
+    """Attention modules of one class and shape, whose first queries' weights somebody else may read."""
+
+    def __init__(self, reader: str = "nobody") -> None:
+        super().__init__()
+        self.layers, self.head, self.reader = nn.ModuleList([Split(), Split(), Split()]), nn.Linear(8, 3), reader
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.layers[0]
+        for i, layer in enumerate(self.layers):
+            x = layer(x) / (1 + i)
+            if self.reader == ("between", "", "behind")[i]:
+                x = x + F.linear(x, first.q.weight)
+        return self.head(x) + (first.q.bias.sum() if self.reader == "beside" else 0.0)
+
+
+@pytest.mark.parametrize("reader", ["nobody", "between", "behind", "beside"])
+def test_a_reader_of_the_queries_weights_anywhere_is_seen(reader: str) -> None:
+    torch.manual_seed(0)
+    model, x = Stack(reader), torch.randn(2, 5, 8)
+    wide = copy.deepcopy(model).double()
+    targets = find_targets(model, x, TempScaleConfig(TAU))
+    assert not targets.adapters
+    assert {name for name in targets.factors if name.startswith("layers.0")} == {
+        f"layers.0.{'q' if reader == 'nobody' else 'k'}.{what}" for what in ("weight", "bias")
+    }
+    assert {name for name in targets.factors if name.startswith("layers.2")} == {"layers.2.q.weight", "layers.2.q.bias"}
+    apply_temp_scale(model, TAU, x)
+    torch.testing.assert_close(model(x).double(), reference(wide, x, targets.sites), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [0.98, 1.001, 1.02])
@@ -355,6 +388,24 @@ def test_a_clamp_that_holds_at_the_weights_as_they_are(scale: float) -> None:
         logits = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * max(scale, 1.0)
         apply_temp_scale(model, TAU, x)
         torch.testing.assert_close(model(x).double(), torch.softmax(logits / TAU, -1) @ v, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("std", [0.0, 0.001, 0.02, 0.5])
+def test_a_soft_cap_shows_below_the_logits_that_it_caps(std: float) -> None:
+    """Training may bring them there."""
+
+    class Capped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(8, 24)
+            nn.init.normal_(self.qkv.weight, std=std)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return ((q @ k.mT / 50).tanh() * 50).softmax(-1) @ v
+
+    torch.manual_seed(0)
+    assert list(find_targets(Capped(), torch.randn(2, 5, 8), TempScaleConfig(TAU)).adapters) == ["(model)"]
 
 
 def test_cached_position_biases_are_forgotten() -> None:

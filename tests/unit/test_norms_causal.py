@@ -137,10 +137,62 @@ def test_an_output_that_is_another_in_every_run_hides_nothing() -> None:
 
 
 def test_few_runs_tell_that_an_image_is_mixed() -> None:
+    """As it is, all samples but the last, and two corners; labels have no axis but that of the samples."""
     model, inputs, run = swapped(OTHERS["image, patches and a token"])
     runs = []
-    assert causal_norms(model, lambda given: runs.append(run(given)), inputs) == {}
-    assert len(runs) == 5  # as it is, all of it, one of two samples, and two corners
+
+    def labelled(given: Any) -> torch.Tensor:
+        runs.append(given)
+        return nn.functional.cross_entropy(run(given[:1]), given[1])
+
+    assert causal_norms(model, labelled, (*inputs, torch.tensor([2, 0]))) == {}
+    assert len(runs) == 4
+
+
+class Frames(nn.Module):
+    """One sequence along the first axis: every frame, or step, hears some others, all of whose places mix.
+
+    Args:
+        hears: Which of (steps, steps); what others hear of a step is its mean over places.
+        places: Axes between steps and channels.
+    """
+
+    def __init__(self, hears: torch.Tensor, places: int) -> None:
+        super().__init__()
+        self.inside, self.norm, self.out = nn.Linear(4, 16), nn.LayerNorm(16), nn.Linear(16, 16)
+        self.hears, self.places = hears.float(), tuple(range(1, 1 + places))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inside(x)
+        seen = x.mean(self.places, keepdim=True) if self.places else x
+        x = x + torch.tensordot(self.hears[: len(x), : len(x)], seen, 1)
+        out: torch.Tensor = self.out(self.norm(x).relu())
+        return out
+
+
+@pytest.mark.parametrize("places", [0, 1, 2])
+@pytest.mark.parametrize("steps", [2, 3, 7])
+@pytest.mark.parametrize(
+    ("kind", "hears"),
+    [
+        ("causal", torch.ones(7, 7).tril()),
+        ("causal", torch.ones(7, 7).tril() - torch.ones(7, 7).tril(-2)),  # the step before
+        ("both ways", torch.ones(7, 7)),
+        ("alone", torch.zeros(7, 7)),
+    ],
+)
+def test_what_is_hidden_along_the_first_axis(kind: str, hears: torch.Tensor, steps: int, places: int) -> None:
+    """Whatever other input has that axis as well, here labels, which reach nothing."""
+    torch.manual_seed(0)
+    model = Frames(hears, places)
+    apply_norm_swap(model)
+    inputs = torch.randn(steps, *(3, 5)[:places], 4), torch.arange(steps)
+
+    def run(given: Any) -> torch.Tensor:
+        out: torch.Tensor = model(given[0])
+        return out.flatten(1).sum(1) * given[1]
+
+    assert list(causal_norms(model, run, inputs)) == (["norm"] if kind == "causal" else [])
 
 
 @pytest.mark.parametrize("width", [3, 8])
