@@ -187,9 +187,7 @@ def _find(call: Seen, graph: Graph, heads: int | None, scaled: str, fixed: str) 
     of_v = {} if call.v is None else graph.local(call.v, graph.cotangent(call.v), leaves=())[0]
     # What feeds queries or keys is the sequence; what feeds only logits is a bias, whose parameters may be elsewhere.
     stop = {i for i, pair in enumerate(zip(my_leaves, their_leaves, strict=True)) if pair != (None, None)}
-    counts = _counts(call.logits)
-    logits = torch.where(counts, call.logits, 0.0)
-    cotangent = graph.cotangent(logits) * counts
+    logits, cotangent, target, tolerance = _projected(call, graph)
     of_logits = graph.through(logits, cotangent, stop)
     blocks = _candidates(graph, of_logits, of_mine, of_theirs, of_v)
     if not blocks:
@@ -198,16 +196,37 @@ def _find(call: Seen, graph: Graph, heads: int | None, scaled: str, fixed: str) 
             f"its queries and keys share their weights: {sorted(shared)}" if shared else "no weight reaches its logits"
         )
     shares = {name: _share(graph.parameters[name], of_logits[name], cut) for name, cut in blocks.items()}
-    projected = cotangent * logits.detach()
-    chosen = _smallest_set(shares, float(projected.sum()), _TOLERANCE * float(projected.norm()))
+    chosen = _smallest_set(shares, target, tolerance)
     if heads is None:
         return tuple(Knob(name, blocks[name]) for name in chosen)
     return tuple(_by_head(name, blocks[name], logits, graph, stop, heads) for name in chosen)
 
 
-def _counts(logits: Tensor) -> Tensor:
-    """Which logits matter."""
-    return logits.detach() > logits.detach().amax(-1, keepdim=True) - MASK_GAP
+def are_knobs(knobs: Sequence[Knob], calls: Sequence[Seen], graph: Graph) -> bool:
+    """Whether the logits of each call are homogeneous of degree one in these weights, without a look for others.
+
+    Args:
+        knobs: What is proposed.
+        calls: The calls of one site.
+        graph: Of the pass.
+    """
+    for call in calls:
+        logits, cotangent, target, tolerance = _projected(call, graph)
+        gradients = graph.local(logits, cotangent, [knob.parameter for knob in knobs], leaves=())[0]
+        own = [knob for knob in knobs if knob.parameter in gradients]
+        shares = (_share(graph.parameters[k.parameter], gradients[k.parameter], k.blocks) for k in own)
+        if not abs(sum(shares) - target) <= tolerance:
+            return False
+    return True
+
+
+def _projected(call: Seen, graph: Graph) -> tuple[Tensor, Tensor, float, float]:
+    """The logits that matter, a random projection, what that comes to, and how exactly sums have to come to it."""
+    counts = call.logits.detach() > call.logits.detach().amax(-1, keepdim=True) - MASK_GAP
+    logits = torch.where(counts, call.logits, 0.0)
+    cotangent = graph.cotangent(logits) * counts
+    products = cotangent * logits.detach()
+    return logits, cotangent, float(products.sum()), _TOLERANCE * float(products.norm())
 
 
 def _candidates(

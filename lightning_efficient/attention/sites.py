@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,13 +17,14 @@ from lightning_efficient.attention.knobs import (
     Graph,
     Knob,
     NoKnobError,
+    are_knobs,
     find_knobs,
     over_channels,
     reaches_weights,
 )
 from lightning_efficient.attention.owners import ROOT, head_count
 from lightning_efficient.attention.trace import Seen, Trace
-from lightning_efficient.common.match import canonical_name
+from lightning_efficient.common.match import canonical_name, modules_by_name
 from lightning_efficient.common.nests import mapped, tensors_behind
 from lightning_efficient.common.running import Float64, float64_copy, forget
 from lightning_efficient.folding.probes import Probe, capture
@@ -95,9 +96,9 @@ class Attention:
     skipped: dict[str, str]
     reference: Reference = field(repr=False, compare=False)
 
-    def again(self, *, by_head: Sequence[str] = (), by_keys: Sequence[str] = ()) -> Attention:
-        """Look once more, with another question; see :func:`find_attention`."""
-        return _Search(self.reference.twin, self.reference.probe, by_head, by_keys).result()
+    def again(self, by_head: Sequence[str], by_keys: Sequence[str] = ()) -> Attention:
+        """Look once more, with other questions; see :func:`find_attention`."""
+        return _Search(self.reference.twin, self.reference.probe, by_head, by_keys, alike=True).result()
 
 
 def as_probe(model: nn.Module, example: Any) -> Probe:
@@ -170,7 +171,7 @@ def traced(twin: nn.Module, probe: Probe, **options: Any) -> Trace:
 
 @torch.inference_mode(False)
 def find_attention(
-    model: nn.Module, example: Any, *, by_head: Sequence[str] = (), by_keys: Sequence[str] = ()
+    model: nn.Module, example: Any, *, by_head: Sequence[str] = (), by_keys: Sequence[str] = (), alike: bool = False
 ) -> Attention:
     """Find every attention that runs on an example, and the weights that scale its logits.
 
@@ -184,13 +185,15 @@ def find_attention(
         example: See :func:`as_probe`; a small batch of at least two tokens.
         by_head: Sites whose knobs are cut by heads.
         by_keys: Sites whose knobs are to be looked for in the keys only (MViT adds its queries to its output).
+        alike: For who proves what is found: where a site looks like one before, take the same weights, if its logits
+            are proportional to them as well, and do not look for others. Its ``cross`` is None then.
 
     Raises:
         ValueError: The model does not run in float64.
     """
     probe = as_probe(model, example)
     twin = perturbed(float64_copy(model), _NOTHING)
-    return _Search(twin, probe, by_head, by_keys).result()
+    return _Search(twin, probe, by_head, by_keys, alike).result()
 
 
 def perturbed(model: nn.Module, below: float = math.inf) -> nn.Module:
@@ -221,12 +224,16 @@ def perturbed(model: nn.Module, below: float = math.inf) -> nn.Module:
 class _Search:
     """Traces of one perturbed copy, cut at the modules that attend, or further out where those project nothing."""
 
-    def __init__(self, twin: nn.Module, probe: Probe, by_head: Sequence[str], by_keys: Sequence[str]) -> None:
+    def __init__(
+        self, twin: nn.Module, probe: Probe, by_head: Sequence[str], by_keys: Sequence[str], alike: bool
+    ) -> None:
         self.twin, self.probe, self.by_head, self.by_keys = twin, probe, set(by_head), set(by_keys)
+        self.alike = alike
         for parameter in twin.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         self.parameters = {canonical_name(n): p for n, p in twin.named_parameters()}
-        self.projections = _projections(twin)
+        self.modules, self.projections = modules_by_name(twin), _projections(twin)
+        self.known: dict[Hashable, tuple[str, tuple[Knob, ...]]] = {}  # look of a site -> its cut, and its knobs
         self.found: dict[str, AttentionSite] = {}
         with torch.enable_grad():
             self._look(self._guess() or self._trace(()))
@@ -261,40 +268,58 @@ class _Search:
             graph = Graph(self.parameters, trace.aliases)
             again = {}
             for site, cut in cuts.items():
-                calls = trace.of(site)
-                if cut not in (ROOT, "") and not reaches_weights(calls, graph):
+                if (found := self._judge(site, cut, trace.of(site), graph)) is None:
                     again[site] = cut.rpartition(".")[0]
                 else:
-                    self.found[site] = self._judge(site, calls, graph)
+                    self.found[site] = found
                 graph.forget()
             cuts = again
         self.found = {site: self.found[site] for site in self.order}
 
-    def _judge(self, site: str, calls: list[Seen], graph: Graph) -> AttentionSite:
-        first = calls[0]
+    def _judge(self, site: str, cut: str, calls: list[Seen], graph: Graph) -> AttentionSite | None:
+        """What is found at a site; None: nothing, as no weights lie behind the cut."""
+        first, look = calls[0], self._look_of(site, cut, calls)
+        knobs = self._proposed(look, cut)
+        if not (knobs and are_knobs(knobs, calls, graph)):
+            knobs = ()
+            if cut not in (ROOT, "") and not reaches_weights(calls, graph):
+                return None
         heads = first.logits.shape[1] if first.logits.dim() == 4 else None
-        facts: dict[str, Any] = {
-            "kind": first.kind, "calls": len(calls), "heads": heads,
-            "causal": _is_causal(calls), "cross": _is_cross(first, graph),
-        }  # fmt: skip
+        facts: dict[str, Any] = {"kind": first.kind, "calls": len(calls), "heads": heads, "causal": _is_causal(calls)}
+        facts["cross"] = None if knobs else _is_cross(first, graph)
         if over_channels(calls, graph, self.projections):
             return AttentionSite(site, **facts, refused="attends over channels, not tokens (cross-covariance)")
         if site in self.others:
             shapes = sorted(self.others[site])
             return AttentionSite(site, **facts, refused=f"another softmax, of shape {shapes}, runs beside attention's")
         try:
-            knobs = find_knobs(calls, graph, heads if site in self.by_head else None, site in self.by_keys)
+            knobs = knobs or find_knobs(calls, graph, heads if site in self.by_head else None, site in self.by_keys)
         except NoKnobError as why:
             return AttentionSite(site, **facts, why=str(why))
+        if self.alike:
+            self.known.setdefault(look, (cut, knobs))
         return AttentionSite(site, **facts, knobs=knobs)
+
+    def _look_of(self, site: str, cut: str, calls: Sequence[Seen]) -> Hashable:
+        """What sites have in common that are likely to have their knobs in the same places."""
+        module = self.modules["" if cut == ROOT else cut]
+        shapes = tuple((canonical_name(name), p.shape) for name, p in module.named_parameters())
+        asked = site in self.by_head, site in self.by_keys
+        return type(module), shapes, site.removeprefix(cut), asked, tuple(call.logits.shape for call in calls)
+
+    def _proposed(self, look: Hashable, cut: str) -> tuple[Knob, ...]:
+        """The knobs of a site that looks the same, at the same places of this one, whatever they are there."""
+        other, knobs = self.known.get(look, ("", ()))
+        inside = all(knob.parameter.startswith(f"{other}.") for knob in knobs)
+        mine = [replace(knob, parameter=f"{cut}.{knob.parameter.removeprefix(f'{other}.')}") for knob in knobs]
+        return tuple(mine) if inside and all(knob.parameter in self.parameters for knob in mine) else ()
 
     def result(self) -> Attention:
         """The sites, those that attend in a way that cannot be read among them, and what is none."""
-        modules = {canonical_name(name): module for name, module in self.twin.named_modules()}
         sites, skipped = dict(self.found), {}
         for name in [name for name in self.others if name not in sites]:
             reason = "its softmax is not of a product of queries and keys"
-            if head_count(modules.get(name)):
+            if head_count(self.modules.get(name)):
                 sites[name] = AttentionSite(name, "softmax", refused=reason)
             else:
                 skipped[name] = reason

@@ -145,7 +145,7 @@ def find_targets(
     """
     config = config or TempScaleConfig()
     _refuse(model)
-    attention = find_attention(model, example)
+    attention = find_attention(model, example, alike=True)
     names, skipped = _select(attention, include, exclude)
     idle = references(model)
     if not model.training and idle.issuperset(names):
@@ -157,7 +157,7 @@ def find_targets(
     _refuse_sites([attention.sites[name] for name in names])
     by_head = names if config.per_head else []
     if by_head:
-        attention = attention.again(by_head=by_head)
+        attention = attention.again(by_head)
     targets = Targets({name: attention.sites[name] for name in names}, config.laws(names), skipped=skipped)
     for name, site in targets.sites.items():
         if config.mode != "constant":
@@ -284,7 +284,7 @@ def _sort_out(attention: Attention, targets: Targets, laws: Mapping[str, Law], b
 
     failed = {tuple(group): wrong for group in targets.groups() if (wrong := wrong_alone(group, attention))}
     sites = [site for group in failed for site in group]
-    other = attention.again(by_head=by_head, by_keys=sites) if sites else attention
+    other = attention.again(by_head, by_keys=sites) if sites else attention
     for group, wrong in failed.items():
         if all(other.sites[site].knobs for site in group) and not wrong_alone(group, other):
             attention.sites.update({site: other.sites[site] for site in group})

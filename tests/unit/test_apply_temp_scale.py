@@ -367,6 +367,46 @@ def test_a_reader_of_the_queries_weights_anywhere_is_seen(reader: str) -> None:
     torch.testing.assert_close(model(x).double(), reference(wide, x, targets.sites), rtol=1e-5, atol=1e-5)
 
 
+class Alike(nn.Module):
+    """One class, one shape, and attention that a function with no trace in either makes another."""
+
+    def __init__(self, prepare: Any) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.prepare = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), prepare
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits, v, rest = self.prepare(self.q(x), self.k(x), self.v(x))
+        return x + logits.softmax(-1) @ v + rest
+
+
+PREPARED: dict[str, tuple[Any, str]] = {
+    "alike": (lambda q, k, v: (q @ k.mT, v, 0.0), "q"),
+    "exchanged": (lambda q, k, v: (k @ q.mT, v, 0.0), "q"),
+    "capped": (lambda q, k, v: (5 * (q @ k.mT / 5).tanh(), v, 0.0), "adapter"),
+    "of one length": (lambda q, k, v: (F.normalize(q, dim=-1) @ k.mT, v, 0.0), "k"),
+    "queries added": (lambda q, k, v: (q @ k.mT, v, q), "k"),
+    "queries in the values": (lambda q, k, v: (q @ k.mT, v + q, 0.0), "k"),
+    "both added": (lambda q, k, v: (q @ k.mT, v, q + k), "adapter"),
+}
+
+
+@pytest.mark.parametrize("how", PREPARED)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_what_looks_the_same_is_judged_by_what_it_does(how: str, place: int) -> None:
+    prepare, where = PREPARED[how]
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Alike(prepare if i == place else PREPARED["alike"][0]) for i in range(3)))
+    x, names = torch.randn(2, 5, 8), ("0", "1", "2")
+    targets = find_targets(model, x, TempScaleConfig(TAU))
+    assert list(targets.adapters) == ([str(place)] if where == "adapter" else [])
+    held = {name: {knob.split(".")[1] for knob in targets.factors if knob.startswith(name)} for name in names}
+    assert held.pop(str(place)) == ({where} - {"adapter"}) or (how, place) == ("exchanged", 0)
+    assert all(one in ({"q"}, {"k"}) for one in held.values())  # either holds it
+    wide = copy.deepcopy(model).double()
+    apply_temp_scale(model, TAU, x)
+    torch.testing.assert_close(model(x).double(), reference(wide, x, names), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("scale", [0.98, 1.001, 1.02])
 def test_a_clamp_that_holds_at_the_weights_as_they_are(scale: float) -> None:
     """Where noise moves the scale off its bound it looks as if it could be divided; where it is, it cannot."""
