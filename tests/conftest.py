@@ -7,6 +7,9 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +19,20 @@ import torch.distributed
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _installed_once() -> Iterator[None]:
+    """A Trainer reads what every installed package declares, a tenth of a short fit: once for each path of modules."""
+    from lightning.fabric.utilities import registry  # not above: the process that hands out tests needs no Lightning
+
+    @cache
+    def read(group: str, path: tuple[str, ...]) -> Any:
+        return entry_points(group=group)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "entry_points", lambda group: read(group, tuple(sys.path)))
+        yield
 
 
 @pytest.fixture(autouse=True)
