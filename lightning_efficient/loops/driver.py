@@ -20,6 +20,7 @@ from lightning_efficient.common.running import Inputs, as_call
 from lightning_efficient.common.weights import trained_by
 from lightning_efficient.loops.methods import PARTS, REFUSED, names_of
 from lightning_efficient.loops.parts import Part, Run
+from lightning_efficient.loops.processes import check_whole
 from lightning_efficient.loops.state import check_driver_state
 from lightning_efficient.surgery.optimizer import rebind
 from lightning_efficient.surgery.schedulers import Scheduler
@@ -266,7 +267,9 @@ def attach(
         progress = {name: method["progress"] for name, method in state["methods"].items()}
         total_steps = total_steps if total_steps is not None else state["total_steps"]
     call = None if example is None else as_call(example)
-    run = Run(_bare(model), optimizer, total_steps, call, saved, progress)
+    check_whole(model)
+    parallel = any(isinstance(module, DistributedDataParallel) for module in model.modules())
+    run = Run(_bare(model), optimizer, total_steps, call, saved, progress, parallel)
     for name, part in parts.items():
         part.steps = part.resolve(total_steps) if state is None else tuple(state["methods"][name]["schedule"])
         if state is not None:

@@ -6,11 +6,10 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any, Literal
 
-import torch
-
 from lightning_efficient.common.running import Call, device_of
 from lightning_efficient.common.schedule import check_spans, transition, transition_steps
 from lightning_efficient.loops.parts import Part, Run
+from lightning_efficient.loops.processes import check_same_gradients, several
 from lightning_efficient.norms.blend import BlendNorm, blend_norms, set_blend
 from lightning_efficient.norms.causal import CausalModelError, causal_norms
 from lightning_efficient.norms.checks import check_statistics, check_training
@@ -57,7 +56,7 @@ class NormSwapPart(Part):
         self.allow_causal, self.recalibrate = allow_causal, recalibrate
         self._norms: dict[str, BlendNorm] = {}
         self._handles: list[Any] = []
-        self._fed = False
+        self._fed = self._compared = False
 
     def resolve(self, total: int | None) -> tuple[int, ...]:
         """First step and number of steps of the way down."""
@@ -75,10 +74,16 @@ class NormSwapPart(Part):
         )
         self._norms = blend_norms(run.model)
         batch = any(norm.target.batch_statistics for norm in self._norms.values())
-        if batch and torch.distributed.is_available() and torch.distributed.is_initialized():
+        if batch and several():
             raise ValueError(
                 f"norm_swap: target={self.options.target!r} has running statistics, on which processes have to agree, "
                 "and a loop does not say when. Use PRepBN in a Lightning Trainer, or target='dyt' or 'rms'."
+            )
+        if run.parallel and several():
+            raise ValueError(
+                "norm_swap brings parameters, and a DistributedDataParallel averages the gradients of those that it "
+                "was made with: call `attach` with the bare model and optimizer, before they are wrapped "
+                "(DistributedDataParallel, `fabric.setup`, `accelerator.prepare`)."
             )
         if batch and self.steps[0] < 1:
             raise ValueError(
@@ -118,6 +123,9 @@ class NormSwapPart(Part):
     def before_step(self, run: Run, step: int) -> None:
         """Norms have to have seen the batch in training mode."""
         check_training(run.model)
+        if not self._compared and self.lam(step) < 1 and several():  # until then they get none
+            check_same_gradients([p for norm in self._norms.values() for p in norm.parameters()], self.method)
+            self._compared = True
 
     def finish(self, run: Run, step: int, batches: Iterable[Any] | None, forward: Any) -> str:
         """Average the running statistics anew."""

@@ -29,6 +29,7 @@ class Run:
         example: A call of the model, if one was given.
         saved: Method → parameter → state, of a run that goes on with weights loaded already.
         progress: Method → how far it was, of such a run.
+        parallel: Whether there is a ``DistributedDataParallel`` already, which knows of no later parameters.
         boundary: Of all parts.
     """
 
@@ -38,6 +39,7 @@ class Run:
     example: Call | None
     saved: Mapping[str, Mapping[str, Mapping[str, Tensor]]] = field(default_factory=dict)
     progress: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    parallel: bool = False
     boundary: Boundary = field(default_factory=Boundary)
 
     def needs_example(self, method: str, why: str) -> Call:

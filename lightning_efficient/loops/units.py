@@ -17,6 +17,7 @@ from lightning_efficient.common.running import float64_copy
 from lightning_efficient.common.schema import OrNone, Record, TensorOf, check
 from lightning_efficient.folding.probes import Probe
 from lightning_efficient.loops.parts import Part, Run, Sites
+from lightning_efficient.loops.processes import several
 from lightning_efficient.structured.choice import chosen, scores_of
 from lightning_efficient.structured.cost import COST, Cost
 from lightning_efficient.structured.cuts import tensors_by_name
@@ -222,7 +223,7 @@ def _calls(run: Run) -> Mapping[str, Probe]:
 
 def _agreed(units: Mapping[str, Tensor], device: torch.device) -> Mapping[str, Tensor]:
     """The choice of the first process: weights are equal on all of them, and scores almost surely."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not several():
         return units
     flat = torch.cat([where.to(torch.uint8) for where in units.values()]).to(device)
     torch.distributed.broadcast(flat, 0)
