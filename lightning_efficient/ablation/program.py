@@ -96,6 +96,11 @@ def find_program(script: str | os.PathLike[str] | None, arguments: Sequence[str]
         done = asked.ask([*command, *words, *arguments, "--print_config"])
         if done.returncode == 0:
             config = _config(done.stdout, " ".join(command))
+            if config.get("model", command) is None:  # of any class: required, and LightningCLI prints it without
+                raise ValueError(
+                    f"`python {' '.join([*command, *words, *arguments])}` would not start: it trains any model, and "
+                    "none is named. Add -c CONFIG with `model:` in it, or -- --model=my_package.MyModel."
+                )
             keys = [config[method] for method in METHODS.with_callback if method in config]
             efficient = bool(keys) and all(isinstance(key, Mapping) and "enabled" in key for key in keys)
             return Program(command, tuple(arguments), bool(words), efficient, config)

@@ -68,7 +68,11 @@ class EfficientArgumentParser(LightningArgumentParser):
                 known = [name.removeprefix(f"{group[1]}.") for name in known if name.startswith(f"{group[1]}.")]
             key, argument = found[1].partition(".")[::2]
             of_method = "" if any(name.startswith(f"{key}.") for name in known) else METHODS.near(key)
-            of_argument = near(found[1], known)
+            # Names of one group only: what they begin with would make any two of them alike.
+            inside = [name.partition(".")[2] for name in known if name.startswith(f"{key}.")] if argument else []
+            of_argument = near(found[1], known) if not inside or near(argument, inside) else ""
+            if inside and not of_argument and self._method(key) == key:
+                of_argument = f"; {key} has {', '.join(inside)}"
             message += of_argument or of_method if argument else of_method or of_argument
         if (wrong := _VALUE.search(message)) is not None and self._method(wrong[1]) == wrong[1]:
             hints = get_type_hints(callback_class(wrong[1]).__init__)

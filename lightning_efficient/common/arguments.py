@@ -63,7 +63,8 @@ def check_call(
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         for key in kwargs:
             if key not in known:
-                raise TypeError(f"{name} has no argument {key!r}{near(key, known)}; it has {', '.join(known)}.")
+                hint = near(key, known) or f"; it has {', '.join(known)}"
+                raise TypeError(f"{name} has no argument {key!r}{hint}.")
     try:
         given = signature.bind_partial(*args, **kwargs).arguments
         hints = typing.get_type_hints(function.__init__ if isinstance(function, type) else function)  # type: ignore[misc]

@@ -152,9 +152,10 @@ class Registry(Mapping[str, Method]):
         """
         for name in names:
             if name not in self:
+                hint = self.near(name) or f"; expected one of {', '.join(self)}"
                 raise ValueError(
-                    f"unknown method {name!r}{self.near(name)}; expected one of {', '.join(self)}. A method of your "
-                    "own is made known by `lightning_efficient.register_method`."
+                    f"unknown method {name!r}{hint}. A method of your own is made known by "
+                    "`lightning_efficient.register_method`."
                 )
         for first, second in combinations(names, 2):
             reason = self[first].excludes.get(second) or self[second].excludes.get(first)

@@ -242,8 +242,8 @@ def spelled(content: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
     for key, arguments in nested(content).items():
         method = METHODS.named(key)
         if method is None:
-            known = ", ".join(METHODS.with_callback)
-            raise ValueError(f"unknown method {key!r}{METHODS.near(key)}; expected one of {known}.")
+            hint = METHODS.near(key) or f"; expected one of {', '.join(METHODS.with_callback)}"
+            raise ValueError(f"unknown method {key!r}{hint}.")
         if method in found:
             raise ValueError(f"{keys[method]!r} and {key!r} are the same method: merge them into one.")
         if not (arguments is None or isinstance(arguments, bool | Mapping)):
@@ -268,9 +268,8 @@ def build_callback(method: str, arguments: Any) -> EfficientCallback:
     accepted = list(inspect.signature(cls).parameters)
     for argument in given:
         if argument not in accepted:
-            raise ValueError(
-                f"`{method}` has no argument {argument!r}{near(argument, accepted)}; it has {', '.join(accepted)}."
-            )
+            hint = near(argument, accepted) or f"; it has {', '.join(accepted)}"
+            raise ValueError(f"`{method}` has no argument {argument!r}{hint}.")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, name)
     try:

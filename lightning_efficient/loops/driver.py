@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import logging
 import warnings
@@ -15,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_efficient.common.match import REFERENCE
-from lightning_efficient.common.registry import METHODS
+from lightning_efficient.common.registry import METHODS, near
 from lightning_efficient.common.running import Inputs, as_call
 from lightning_efficient.common.weights import trained_by
 from lightning_efficient.loops.methods import PARTS, REFUSED, names_of
@@ -303,7 +302,8 @@ def _by_name(methods: Mapping[str, Mapping[str, Any] | None]) -> dict[str, dict[
     for key, arguments in methods.items():
         name = METHODS.named(key)
         if name is None:
-            raise ValueError(f"`methods`: no method {key!r}{METHODS.near(key)}; possible are {', '.join(PARTS)}.")
+            hint = METHODS.near(key) or f"; possible are {', '.join(PARTS)}"
+            raise ValueError(f"`methods`: no method {key!r}{hint}.")
         if name not in PARTS:
             why = REFUSED.get(name, "it is a callback, for a Lightning Trainer")
             raise ValueError(f"{name} does not run in a loop of your own: {why}.")
@@ -318,11 +318,8 @@ def _part(name: str, arguments: Mapping[str, Any]) -> Part:
     known = list(inspect.signature(PARTS[name]).parameters)
     for argument in arguments:
         if argument not in known:
-            close = difflib.get_close_matches(str(argument), known, 1)
-            raise ValueError(
-                f"{name}: no argument {argument!r} in a loop{f' (did you mean {close[0]!r}?)' if close else ''}; "
-                f"possible are {', '.join(known)}."
-            )
+            hint = near(argument, known) or f"; possible are {', '.join(known)}"
+            raise ValueError(f"{name}: no argument {argument!r} in a loop{hint}.")
     return PARTS[name](**arguments)
 
 

@@ -186,25 +186,50 @@ def _causal_along(axis: int, effect: Effect) -> str:
     """The module whose output is causal along an axis of an input, unless the sequence is mixed both ways behind it."""
     length = whole = effect.tensor.shape[axis]
     padding: Moved = {}
+    sample: dict[Key, list[Tensor]] | None = None
     while length >= 2:
         first, last = effect.part(axis, 0, length // 2), effect.part(axis, length // 2, length)
         outputs = {key: sketch for key, sketch in effect.base.outputs.items() if key not in effect.base.noise}
-        hears = {key: _hearing((first, last), (last, first), key, padding) for key in outputs}
+        hears = {key: _hearing((first, last), (last, first), key, padding, (sample or {}).get(key)) for key in outputs}
         if length > 2 and _last_word("token", hears, outputs):
             head = effect.part(axis, 0, 1), effect.part(axis, 1, length)
             tail = effect.part(axis, length - 1, length), effect.part(axis, 0, length - 1)
             hears |= {
-                key: _hearing(head, tail, key, padding, was.axis) for key, was in hears.items() if was.kind == "token"
+                key: _hearing(head, tail, key, padding, (sample or {}).get(key), was.axis)
+                for key, was in hears.items()
+                if was.kind == "token"
             }
         seen = _last_word("causal", hears, outputs)
-        if not seen or length < 4 or not _is_padding(axis, length, effect, hears, seen):
+        if seen and axis > 0 and sample is None:  # samples that are padded differently look like positions
+            sample = _first_sample(effect)
+            continue
+        if not seen or length < 4 or not _is_padding(axis, length, effect, hears, seen, sample or {}):
             return seen
         length //= 2
         padding = effect.part(axis, length, whole)
     return ""
 
 
-def _is_padding(axis: int, length: int, effect: Effect, hears: Mapping[Key, _Hearing], seen: str) -> bool:
+def _first_sample(effect: Effect) -> dict[Key, list[Tensor]]:
+    """Output -> for each axis the entries of the first sample; all, where the samples do not lie along it."""
+    first, rest = effect.part(0, 0, 1), effect.part(0, 1, len(effect.tensor))
+    return {
+        key: [
+            one if one.any() and not (one & two).any() else torch.ones_like(one) for one, two in zip(a, b, strict=True)
+        ]
+        for key in first.keys() & rest.keys()
+        if (a := first[key]) is not None and (b := rest[key]) is not None
+    }
+
+
+def _is_padding(
+    axis: int,
+    length: int,
+    effect: Effect,
+    hears: Mapping[Key, _Hearing],
+    seen: str,
+    sample: Mapping[Key, Sequence[Tensor]],
+) -> bool:
     """Whether the last position hears nothing of the rest of its half, as padding does not: it hears what counts.
 
     Then real tokens have no later ones in that half to hear, in any model, and only the half before can tell.
@@ -213,7 +238,10 @@ def _is_padding(axis: int, length: int, effect: Effect, hears: Mapping[Key, _Hea
     for key, what in hears.items():
         if what.kind == "causal" and key.module == seen:
             by_rest, by_last = rest.get(key), last.get(key)
-            if by_rest is None or by_last is None or (by_rest[what.axis] & by_last[what.axis]).any():
+            if by_rest is None or by_last is None:
+                return False
+            both = by_rest[what.axis] & by_last[what.axis]
+            if (both & sample[key][what.axis] if key in sample else both).any():
                 return False
     return True
 
@@ -226,7 +254,12 @@ class _Hearing(NamedTuple):
 
 
 def _hearing(
-    head: tuple[Moved, Moved], tail: tuple[Moved, Moved], key: Key, padding: Moved, axis: int | None = None
+    head: tuple[Moved, Moved],
+    tail: tuple[Moved, Moved],
+    key: Key,
+    padding: Moved,
+    sample: Sequence[Tensor] | None = None,
+    axis: int | None = None,
 ) -> _Hearing:
     """Judge an output by what moved with either end of the sequence, and with all but that end.
 
@@ -235,6 +268,7 @@ def _hearing(
         tail: Moved by the end, and by the rest.
         key: The output.
         padding: Moved by positions that are known to be padding: their own outputs, which are left out.
+        sample: For each axis the entries to judge by, from :func:`_first_sample`; None: all.
         axis: Its axis that is the sequence; None: to be found.
     """
     four = [part.get(key, ()) for part in (*head, *tail)]
@@ -242,8 +276,11 @@ def _hearing(
         return _Hearing("")
     kinds, known = {}, padding.get(key)
     for a in range(len(four[0])) if axis is None else (axis,):
-        begin, no_begin, end, no_end = (part[a] if part else torch.tensor(False) for part in four)
-        own = torch.zeros_like(begin) if known is None else known[a]
+        mine = torch.ones_like(four[0][a]) if sample is None else sample[a]
+        if mine.sum() == 1 < len(mine):
+            continue  # samples, and nothing else, lie along this axis
+        begin, no_begin, end, no_end = (part[a][mine] if part else torch.tensor(False) for part in four)
+        own = torch.zeros_like(begin) if known is None else known[a][mine]
         only_begin, only_end = begin & ~no_begin & ~own, end & ~no_end & ~own
         if not (only_begin | only_end).any():
             kinds["mixed"] = a
@@ -251,7 +288,8 @@ def _hearing(
             kinds["token" if only_end.any() else "causal"] = a
         else:
             kinds[""] = a
-    return next(_Hearing(kind, kinds[kind]) for kind in ("token", "causal", "", "mixed") if kind in kinds)
+    kind = next((kind for kind in ("token", "causal", "", "mixed") if kind in kinds), "")
+    return _Hearing(kind, kinds.get(kind, 0))
 
 
 def _is_beginning(part: Tensor, before: Tensor, entries: int) -> bool:

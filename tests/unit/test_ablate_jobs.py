@@ -296,6 +296,17 @@ def test_scripts_that_are_refused(tmp_path: Path, script: str, message: str) -> 
         find_program(tmp_path / "train.py", [], asked)
 
 
+def test_a_program_for_any_model_is_told_one(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(
+        "print('# lightning.pytorch==2\\ntrainer: {}\\nmodel: null\\n')", encoding="utf-8"
+    )
+    with (
+        Asked() as asked,
+        pytest.raises(ValueError, match=r"none is named. Add -c CONFIG with `model:` in it, or -- --m"),
+    ):
+        find_program(tmp_path / "train.py", [], asked)
+
+
 def test_what_a_run_is_told(tmp_path: Path) -> None:
     (first, *_) = todo(tmp_path, export=True)
     run_job(Job(first.folder, {"fit": ["-c", "import os; print(os.environ['LIGHTNING_EFFICIENT_RUN'])"]}, {},

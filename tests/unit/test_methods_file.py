@@ -37,7 +37,9 @@ def test_short_forms(tmp_path: Path, text: str, enabled: bool) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("sigma_reparm: true", ["'sigma_reparm'", "did you mean 'sigma_reparam'", "collapse_monitor"]),
+        ("sigma_reparm: true", ["'sigma_reparm'", "did you mean 'sigma_reparam'?)."]),
+        ("gradient_descent: true", ["unknown method 'gradient_descent'; expected one of", "collapse_monitor"]),
+        ("run_cost: {zzz: 1}", ["has no argument 'zzz'; it has enabled,"]),
         ("sigma_reparam: {inti: one}", ["'inti'", "did you mean 'init'", "`sigma_reparam`"]),
         ("sigma_reparam: {init: two}", ["sigma_reparam: `init` must be one of 'preserve', 'one'; got 'two'."]),
         ("sigma_reparam: {include: 'blocks.*'}", ["sigma_reparam: `include` must be null or a list", "'blocks.*'."]),

@@ -58,6 +58,29 @@ def test_padding_in_the_later_half_hides_nothing(real: list[int], causal: bool) 
     assert bool(found) == causal
 
 
+@pytest.mark.parametrize("reads", ["first token", "mean", "flat"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("real", [[5, 14], [14, 5], [4, 5, 15, 16], [4, 16, 4, 16]])
+def test_samples_of_other_lengths_are_no_positions(real: list[int], causal: bool, reads: str) -> None:
+    """A short text in front of a long one: an output with a row a sample hears only the first half in its first row."""
+    torch.manual_seed(0)
+    embed, head = nn.Embedding(20, 16), nn.Linear(16, 3)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=True)
+    model = nn.ModuleDict({"embed": embed, "net": nn.TransformerEncoder(layer, 1, nn.LayerNorm(16), False), "h": head})
+    apply_norm_swap(model)
+    padded = torch.arange(16) >= torch.tensor(real).unsqueeze(1)
+    future = nn.Transformer.generate_square_subsequent_mask(16) < 0 if causal else None
+
+    def run(ids: torch.Tensor) -> torch.Tensor:
+        hidden = model["net"](model["embed"](ids), mask=future, src_key_padding_mask=padded)
+        kept = (hidden * ~padded.unsqueeze(-1)).sum(1) / (~padded).sum(1, keepdim=True)
+        rows = {"first token": hidden[:, -1 if causal else 0], "mean": kept, "flat": hidden.flatten(0, 1)}[reads]
+        out: torch.Tensor = model["h"](rows)
+        return out
+
+    assert bool(causal_norms(model, run, torch.randint(1, 20, (len(real), 16)))) == causal
+
+
 def test_the_model_is_as_before() -> None:
     model, inputs, run = swapped(CAUSAL["zero-initialised branch"])
     model.blocks[0].mlp.eval()
