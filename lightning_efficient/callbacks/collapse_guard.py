@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_efficient.common.names import direction
 from lightning_efficient.common.schema import Flag, Int, ListOf, Number, OrNone, Record
 from lightning_efficient.companions.predictions import SCORES
 from lightning_efficient.lifecycle.base import EfficientCallback, peers
@@ -52,7 +53,8 @@ class CollapseGuard(EfficientCallback):
             of the mean prediction in nats, 0 when everything is predicted alike; ``"rank"``, RankMe of at most 1024
             rows of logits; ``"loss"``, what ``validation_step`` returns or logs; or the name of what it logs. The first
             five read the logits and targets of the ``cross_entropy`` in it.
-        mode: Whether ``"min"`` or ``"max"`` is better, of a logged name or a function; the other scores know.
+        mode: Whether ``"min"`` or ``"max"`` is better, of a logged name or a function; the other scores know. ``None``:
+            what the name tells (``val_acc``: max), else min.
         every_n_steps: Optimizer steps between two checks; also checked before the first step, and after the last.
         max_ratio: How much worse than the best is collapse.
         patience: So many checks in a row have to fail.
@@ -84,7 +86,7 @@ class CollapseGuard(EfficientCallback):
         enabled: bool = True,
         canary: Any = None,
         score: str = "perplexity",
-        mode: Literal["min", "max"] = "min",
+        mode: Literal["min", "max"] | None = None,
         every_n_steps: int = 100,
         max_ratio: float = 2.0,
         patience: int = 1,
@@ -97,7 +99,8 @@ class CollapseGuard(EfficientCallback):
         save_snapshot: bool = True,
     ) -> None:
         super().__init__(enabled)
-        self.canary, self.score, self.mode, self.batches = canary, score, mode, batches
+        self.canary, self.score, self.batches = canary, score, batches
+        self.mode = mode or direction(score) or "min"
         self.every_n_steps, self.max_ratio, self.patience, self.action = every_n_steps, max_ratio, patience, action
         self.lr_factor, self.skip_batches, self.max_rollbacks = lr_factor, skip_batches, max_rollbacks
         self.snapshot_device, self.save_snapshot = snapshot_device, save_snapshot

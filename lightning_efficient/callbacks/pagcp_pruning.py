@@ -67,7 +67,8 @@ class PAGCPPruning(UnitPruningCallback):
         exclude: Globs over module names: groups made by none of them.
         budgets: Metric that validation logs → by how much it may become worse, as a share of its value: 0.05 is 5 %.
             One for each task, or for their sum. ``None``: ``{"val_loss": 0.05}``.
-        modes: Metric → ``"max"`` where larger is better. ``None``: smaller is better, as for losses.
+        modes: Metric → ``"max"`` where larger is better, or ``"min"``. ``None``: what the name tells
+            (``val_acc``: larger), and where it tells nothing, smaller.
         start: When to prune: steps (int) or fraction of the run (float). 0 prunes a pretrained model before training.
         rounds: How often. Each round has the whole budget, relative to the metrics then.
         every: Between two rounds, likewise.

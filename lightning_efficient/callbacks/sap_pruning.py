@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_efficient.common.match import canonical_name
+from lightning_efficient.common.names import direction
 from lightning_efficient.common.registry import near
 from lightning_efficient.lifecycle.masks import PruningCallback
 from lightning_efficient.lifecycle.standing import is_smoke_run
@@ -46,7 +47,7 @@ class SAPPruning(PruningCallback):
             and the next ``fit`` goes on, see :func:`lightning_efficient.sap_fits`.
         epochs_per_iteration: Divide the run by epochs instead; ``iterations`` then has no effect.
         monitor: A validation metric the module logs, for ``select`` and ``stop_at``. Never a test metric.
-        mode: Whether ``"min"`` or ``"max"`` of it is better.
+        mode: ``"min"`` or ``"max"`` of it is better. ``None``: as its name tells (``val_acc``: max), else min.
         select: Prune by the weights at the end of the iteration (``"last"``) or at its best validation (``"best"``).
         stop_at: ``"end"`` of the run, or ``"collapse"``: stop when the monitor is worse than that of the dense model by
             more than ``tolerance``, and keep the weights and masks of the iteration before.
@@ -76,7 +77,7 @@ class SAPPruning(PruningCallback):
         iterations: int = 5,
         epochs_per_iteration: int | None = None,
         monitor: str | None = None,
-        mode: Literal["min", "max"] = "min",
+        mode: Literal["min", "max"] | None = None,
         select: Literal["last", "best"] = "last",
         stop_at: Literal["end", "collapse"] = "end",
         tolerance: float = 0.1,
@@ -86,7 +87,7 @@ class SAPPruning(PruningCallback):
         super().__init__(enabled, include, exclude, embeddings, keep_zeros)
         self.options, self.scope = SapConfig(p, q, eta, gamma, beta, scope), scope
         self.iterations, self.epochs_per_iteration = iterations, epochs_per_iteration
-        self.monitor, self.mode, self.select = monitor, mode, select
+        self.monitor, self.mode, self.select = monitor, mode or direction(monitor or "") or "min", select
         self.stop_at, self.tolerance = stop_at, tolerance
         self._check_arguments()
         self.history: list[dict[str, Any]] = []
@@ -111,10 +112,8 @@ class SAPPruning(PruningCallback):
         if not self.tolerance >= 0:
             raise ValueError(f"`tolerance` must not be negative; got {self.tolerance}.")
         if self.monitor is None and (self.select == "best" or self.stop_at == "collapse"):
-            raise ValueError(
-                f"select={self.select!r} and stop_at={self.stop_at!r} judge by a validation metric: name it, for "
-                "example monitor='val_acc', mode='max'."
-            )
+            asked = f"select={self.select!r} and stop_at={self.stop_at!r}"
+            raise ValueError(f"{asked} judge by a validation metric: name it, for example monitor='val_acc'.")
 
     def config(self) -> dict[str, Any]:
         """The arguments of this callback as plain data."""

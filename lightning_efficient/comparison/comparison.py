@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from lightning_efficient.common.escaping import printable, rich_text
+from lightning_efficient.common.names import direction
 from lightning_efficient.comparison.estimate import Difference, Estimate, json_number
-from lightning_efficient.comparison.logs import Run, direction, read_runs
+from lightning_efficient.comparison.logs import Run, read_runs
 from lightning_efficient.comparison.quantities import ENTROPY, ENTROPY_NAME, Quantity, quantities
 from lightning_efficient.comparison.verdict import Verdict, cost_of, gain_of, verdicts
 

@@ -24,18 +24,6 @@ _SEED = re.compile(r"seed[_-]?(\d+)", re.IGNORECASE)
 _NOTED_SEED = re.compile(r"^(?:seed_everything|seed)\s*:\s*(\d+)\s*$", re.MULTILINE)
 # Lightning's TensorBoardLogger writes this once, as a placeholder.
 _NOT_LOGGED_BY_THE_USER = frozenset({"hp_metric"})
-_LOWER = re.compile("loss|err|error|mse|mae|rmse|nll|ppl|perplexity|bpc|bpb|wer|cer|fid")
-_HIGHER = re.compile(
-    "acc|accuracy|f1|auc|auroc|iou|miou|map|bleu|rouge|precision|recall|psnr|ssim|r2|top1|top5|dice|kappa|mcc|r2score|ndcg|mrr|rouge1|rouge2|rougel"
-)
-
-
-def direction(metric: str) -> str | None:
-    """``"min"`` or ``"max"``, whichever is better for a metric of this name; ``None`` if the name does not tell."""
-    words = re.split(r"[^a-z0-9]+", metric.lower())
-    if any(map(_LOWER.fullmatch, words)) or words[-1].endswith("loss"):
-        return "min"
-    return "max" if any(map(_HIGHER.fullmatch, words)) else None
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from lightning_efficient.common.names import COST, EXPORTED
-from lightning_efficient.comparison.logs import Run, direction
+from lightning_efficient.common.names import COST, EXPORTED, direction
+from lightning_efficient.comparison.logs import Run
 
 ENTROPY = "efficient/collapse_monitor/entropy_min"
 ENTROPY_NAME = "lowest head entropy, nats"

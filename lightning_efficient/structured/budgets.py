@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_efficient.common.names import direction
+
 MODES = ("min", "max")
 
 
@@ -49,7 +51,7 @@ def read_budgets(budgets: Mapping[str, float], modes: Mapping[str, str] | None =
 
     Args:
         budgets: Metric → share of its baseline by which it may become worse.
-        modes: Metric → ``"min"`` or ``"max"``; ``"min"`` where nothing is said.
+        modes: Metric → ``"min"`` or ``"max"``; else as its name tells (``val_acc``: max), and then ``"min"``.
 
     Raises:
         ValueError: There is no budget, a share is not a positive number (or not below 1 for ``"max"``), or a mode is
@@ -65,7 +67,7 @@ def read_budgets(budgets: Mapping[str, float], modes: Mapping[str, str] | None =
         raise ValueError(f"`modes` names {strangers}, for which there is no budget; `budgets` has {sorted(budgets)}.")
     out = []
     for metric, share in budgets.items():
-        mode = modes.get(metric, "min")
+        mode = modes.get(metric) or direction(str(metric)) or "min"
         if mode not in MODES:
             raise ValueError(f"`modes[{metric!r}]` must be one of {MODES}; got {mode!r}.")
         number = isinstance(share, (int, float)) and not isinstance(share, bool)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from lightning_efficient.attention.temperature import METHOD, Targets, TempScaleConfig, find_targets
 from lightning_efficient.callbacks.temp_scale import TempScale
+from lightning_efficient.common.names import direction
 from lightning_efficient.common.running import device_of
-from lightning_efficient.comparison.logs import direction
 from lightning_efficient.lifecycle.state import attachment
 from lightning_efficient.trainer.example import Example, example_of
 from lightning_efficient.trainer.replay import undisturbed

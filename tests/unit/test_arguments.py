@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from lightning_efficient import (
+    CollapseGuard,
     CollapseMonitor,
     HESSOPruning,
     MagnitudePruning,
@@ -188,3 +189,18 @@ def test_nested_arguments(arguments: dict[str, Any], said: str) -> None:
 
 def test_anything_goes_where_no_type_says_otherwise() -> None:
     check_call(Takes, ("b", {"x": [1]}), {"thing": object()})
+
+
+@pytest.mark.parametrize(
+    ("metric", "better"),
+    [("val_top1", "max"), ("val/F1 (macro)", "max"), ("dev_nll", "min"), ("val_loss", "min"), ("zeta", "min")],
+)
+def test_which_way_a_metric_is_better_is_told_by_its_name(metric: str, better: str) -> None:
+    budgets = {metric: 0.1}
+    assert PAGCPPruning(budgets=budgets).config()["modes"] == {metric: better}
+    assert SAPPruning(monitor=metric, select="best").config()["mode"] == better
+    assert CollapseGuard(score=metric).config()["mode"] == better
+    for said in ("min", "max"):
+        assert PAGCPPruning(budgets=budgets, modes={metric: said}).config()["modes"] == {metric: said}
+        assert SAPPruning(monitor=metric, mode=said).config()["mode"] == said
+        assert CollapseGuard(score=metric, mode=said).config()["mode"] == said

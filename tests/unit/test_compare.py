@@ -16,10 +16,11 @@ from rich.console import Console
 from scipy import stats
 from torch.utils.tensorboard import SummaryWriter
 
+from lightning_efficient.common.names import direction
 from lightning_efficient.comparison import ENTROPY, Comparison, compare
 from lightning_efficient.comparison.curves import COLOURS
 from lightning_efficient.comparison.estimate import Difference, Estimate
-from lightning_efficient.comparison.logs import direction, read_runs
+from lightning_efficient.comparison.logs import read_runs
 
 
 def log(
