@@ -148,8 +148,9 @@ def put_configs(model: nn.Module, cuts: Cuts, reasons: Mapping[str, str] | None 
 def _refusal(reason: str) -> str:
     return (
         f"would write a model that from_pretrained cannot build: units were cut out of it, and {reason}. Prune with "
-        "`uniform=True`, which keeps equal widths equal; or write a program, lightning_efficient.save_exported; or "
-        "keep a Trainer's checkpoint, for lightning_efficient.load_from_checkpoint."
+        "`uniform=True`, which keeps equal widths equal, and `exclude` what the config has no number for; or write a "
+        "program, lightning_efficient.save_exported; or keep a Trainer's checkpoint, for "
+        "lightning_efficient.load_from_checkpoint."
     )
 
 

@@ -61,8 +61,8 @@ class Boundary:
         site = self.sites.get(name) or Site(name, param, self.memory)
         if any(t.kind == transform.kind for t in site.chain):
             raise ValueError(
-                f"{name!r} already has a {transform.kind!r} transform. Two callbacks of one method may not target the "
-                "same weight: make their `include`/`exclude` disjoint."
+                f"{name!r} already has a {transform.kind!r} transform. Two callbacks that do the same may not target "
+                "the same weight: make their `include`/`exclude` disjoint."
             )
         site.add(transform)
         if state is not None:

@@ -61,6 +61,11 @@ def test_round_trip(make: Any, inputs: Any, tmp_path: Path) -> None:
     assert (folder / "config.json").is_file()
 
 
+def test_methods_as_attach_takes_them(tmp_path: Path) -> None:
+    save_pretrained(bert().eval(), tmp_path, TOKENS, methods={"sigma_reparam": None, **MASKS})
+    assert "- `sigma_reparam`\n\n  ```json\n  {}" in (tmp_path / "README.md").read_text("utf-8")
+
+
 def test_a_changed_form_is_refused(tmp_path: Path) -> None:
     """Folded norms: the architecture's name builds another network."""
     net = vit()
