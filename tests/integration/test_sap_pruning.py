@@ -313,7 +313,7 @@ def test_masks_of_another_method_are_not_lost_silently(tmp_path: Path) -> None:
         ({"select": "best"}, "judge by a validation metric: name it"),
         ({"stop_at": "collapse"}, "judge by a validation metric"),
         ({"stop_at": "stall"}, "`stop_at` must be one of"),
-        ({"mode": "acc"}, "`mode` must be one of"),
+        ({"mode": "acc"}, "`mode` must be null or one of"),
         ({"tolerance": -0.1}, "`tolerance` must not be negative"),
     ],
 )
