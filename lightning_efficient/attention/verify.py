@@ -131,6 +131,8 @@ def _visible(one: Seen, two: Seen) -> tuple[Tensor, Tensor]:
     if one.logits.shape != two.logits.shape:
         return one.logits, two.logits
     counts = one.logits > one.logits.amax(-1, keepdim=True) - MASK_GAP
+    if counts.all():
+        return one.logits, two.logits
     return torch.where(counts, one.logits, 0.0), torch.where(counts, two.logits, 0.0)
 
 

@@ -109,8 +109,10 @@ def _apart(before: Tensor, after: Tensor) -> tuple[float, float]:
         return 0.0, 0.0
     wide = torch.complex128 if before.is_complex() or after.is_complex() else torch.float64
     a, b = (t.detach().to("cpu").to(wide) for t in (before, after))  # on the CPU: not every device has float64
-    apart = torch.where(a == b, 0.0, (a - b).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
-    finite = a.abs()[a.isfinite()]
-    scale = float(finite.max()) if finite.numel() else 0.0
+    apart, size = (a - b).abs(), a.abs()
+    if not apart.max().isfinite():  # there are infinities or NaN
+        apart = torch.where(a == b, 0.0, apart).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        size = size[size.isfinite()]
+    scale = float(size.max()) if size.numel() else 0.0
     absolute = float(apart.max())
     return absolute, absolute / (scale or 1.0)
