@@ -170,7 +170,8 @@ def as_found(
     left = {id(module) for part in apart for module in part.modules()}
     owners = [module for module in modules if id(module) not in left]
     buffers = [(m, name, b, b.clone()) for m in owners for name, b in m._buffers.items() if b is not None]
-    own = {id(v): v for m in modules for v in vars(m).values() if isinstance(v, torch.Generator)}
+    # Not `isinstance`, which this class makes slow: it is asked of every attribute of every module.
+    own = {id(v): v for m in modules for v in vars(m).values() if torch.Generator in type(v).__mro__}
     generators = [(generator, generator.get_state()) for generator in own.values()]
     own_buffers = [b for module in modules for b in module._buffers.values() if b is not None]
     devices = _cuda_devices([*params, *own_buffers])
