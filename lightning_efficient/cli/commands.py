@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from importlib import import_module
@@ -43,17 +42,8 @@ def train(args: Sequence[str] | None) -> None:
     Args:
         args: The command and its arguments; None: those of the process.
     """
-    command = (sys.argv[1:] if args is None else args)[0]
-
-    class OneCommand(EfficientCLI):
-        """The parsers of the other commands take as long again, each."""
-
-        @staticmethod
-        def subcommands() -> dict[str, set[str]]:
-            return {command: EfficientCLI.subcommands()[command]}
-
     with short_errors():
-        OneCommand(args=None if args is None else list(args))
+        EfficientCLI(args=None if args is None else list(args))
 
 
 def run_targets(args: Sequence[str]) -> None:
