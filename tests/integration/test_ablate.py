@@ -21,10 +21,10 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
+from lightning_efficient.ablation import starters
 from lightning_efficient.ablation.board import BOARD
 from lightning_efficient.ablation.files import CHECKPOINT, LOG, STATUS, read_json
 from lightning_efficient.ablation.run import RESULT, Ablation, ablate
-from lightning_efficient.ablation.starters import Warm
 from lightning_efficient.cli import main
 from lightning_efficient.comparison import read_runs
 
@@ -75,37 +75,36 @@ def run_in(folder: Path, *args: Any, **kwargs: Any) -> tuple[Ablation, str]:
 
 @pytest.fixture(scope="module")
 def continued(project: Path) -> tuple[Ablation, str, dict[str, Any]]:
-    """Started as one command, killed with SIGKILL in its second run, and started again, with another seed.
+    """Started as one command, killed with SIGKILL in its last run, and started again.
 
-    The first runs are processes that begin anew, as a user's script does; the others fork one that has imported all.
+    The first runs fork a process that has imported Lightning; the last one begins anew, as a user's script does.
     """
     out = project / "out"
-    command = ["ablate", "--script", "train.py", "-c", "base.yaml", "--methods", *METHODS, "--seeds", "0"]
-    command += ["--out", "out", "--jobs", "1", "--checkpoint-every", "0"]
+    command = ["ablate", "--script", "train.py", "-c", "base.yaml", "--methods", *METHODS]
+    command += ["--seeds", *map(str, SEEDS), "--out", "out", "--jobs", "2", "--checkpoint-every", "0"]
+    last = out / "norm_swap" / "seed_1"
 
     def start() -> None:
         os.chdir(project)
-        os.environ |= {"OWN_PROJECT_HANGS": "norm_swap", "OMP_NUM_THREADS": "1"}
+        os.environ |= {"OWN_PROJECT_HANGS": str(last), "OMP_NUM_THREADS": "1"}
+        starters.warm_process = lambda *_: starters.Warm(["lightning.pytorch.cli", "torch.utils.tensorboard"], {})
         main(command)
 
     deadline = time.monotonic() + 600
     with (project / "first.log").open("w", encoding="utf-8") as log:
         first = Child(start, log.fileno())
         try:
-            while not (out / "norm_swap" / "seed_0" / CHECKPOINT).exists():
+            while not ((last / CHECKPOINT).exists() and len(in_state("finished", out)) == 3):
                 assert first.poll() is None, (project / "first.log").read_text(encoding="utf-8")
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
         finally:
             first.kill()
-    killed = in_state("running", out)
-    finished = in_state("finished", out)
+    killed, finished = in_state("running", out), in_state("finished", out)
     before = mtimes(finished)
-    with Warm(["lightning.pytorch.cli", "torch.utils.tensorboard"], {"OMP_NUM_THREADS": "1"}) as warm:
-        done, screen = run_in(
-            project, METHODS, "train.py", ["--config=base.yaml"], seeds=SEEDS, out="out", n_jobs=2,
-            checkpoint_every=0.0, warm=warm,
-        )  # fmt: skip
+    done, screen = run_in(
+        project, METHODS, "train.py", ["--config=base.yaml"], seeds=SEEDS, out="out", n_jobs=2, checkpoint_every=0.0
+    )
     facts = {"finished": finished, "before": before, "after": mtimes(finished), "killed": killed}
     return done, screen, facts
 
@@ -117,8 +116,8 @@ def test_a_killed_ablation_continues(continued: tuple[Ablation, str, dict[str, A
     assert [(run.variant, run.seed, run.state) for run in done.runs] == [
         (variant, seed, "finished") for seed in SEEDS for variant in VARIANTS
     ]
-    assert facts["finished"] == [project / "out" / "baseline" / "seed_0"]
-    assert facts["killed"] == [project / "out" / "norm_swap" / "seed_0"]
+    assert facts["killed"] == [project / "out" / "norm_swap" / "seed_1"]
+    assert len(facts["finished"]) == 3
     assert facts["before"] == facts["after"], "finished runs are not touched"
     for run in done.runs:
         folder = Path(run.folder)
@@ -128,7 +127,7 @@ def test_a_killed_ablation_continues(continued: tuple[Ablation, str, dict[str, A
         assert (continued_from in (folder / LOG).read_text(encoding="utf-8")) == (folder in facts["killed"])
         assert not (folder / CHECKPOINT).exists()
         assert len(list((folder / "checkpoints" / "best").glob("*.ckpt"))) == 1
-    assert "3 of 4 runs to do" in screen
+    assert "1 of 4 runs to do" in screen
     assert not (project / "best").exists()
     assert sorted(file.name for file in project.iterdir()) == ["base.yaml", "first.log", "out", "train.py"]
     assert (project / "train.py").read_text(encoding="utf-8") == PROJECT.read_text(encoding="utf-8")

@@ -227,7 +227,6 @@ def test_batch_statistics_change_the_past_in_training_only(script: Any, lm: Any)
 def test_the_language_model_study_reports(
     script: Any, lm: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(lm, "read_text", lambda: ("Shall I compare thee to a summer's day? " * 8, "a line"))
     plan = lm.Plan(seeds=2, steps=4, length=8, depth=1, rates=(1e-3,))
     text = lm.Text(8)
     rows = lm.study(plan, text)
