@@ -211,15 +211,22 @@ def _causal_along(axis: int, effect: Effect) -> str:
 
 
 def _first_sample(effect: Effect) -> dict[Key, list[Tensor]]:
-    """Output -> for each axis the entries of the first sample; all, where the samples do not lie along it."""
-    first, rest = effect.part(0, 0, 1), effect.part(0, 1, len(effect.tensor))
-    return {
-        key: [
-            one if one.any() and not (one & two).any() else torch.ones_like(one) for one, two in zip(a, b, strict=True)
-        ]
-        for key in first.keys() & rest.keys()
-        if (a := first[key]) is not None and (b := rest[key]) is not None
-    }
+    """Output -> for each axis the entries of the first sample; all, where the samples do not lie along it.
+
+    Where too little moves to tell, an axis of as many entries as there are samples is theirs.
+    """
+    samples = len(effect.tensor)
+    first, rest = effect.part(0, 0, 1), effect.part(0, 1, samples)
+    found: dict[Key, list[Tensor]] = {}
+    for key, sketch in effect.base.outputs.items():
+        one, two = first.get(key), rest.get(key)
+        found[key] = [torch.ones(len(vector), dtype=torch.bool) for vector in sketch]
+        for axis, entries in enumerate(found[key]):
+            if one is None or two is None:
+                entries[1:] = len(entries) != samples
+            elif one[axis].any() and not (one[axis] & two[axis]).any():
+                found[key][axis] = one[axis]
+    return found
 
 
 def _is_padding(

@@ -81,6 +81,19 @@ def test_samples_of_other_lengths_are_no_positions(real: list[int], causal: bool
     assert bool(causal_norms(model, run, torch.randint(1, 20, (len(real), 16)))) == causal
 
 
+def test_an_encoder_that_hardly_hears_its_mask_is_none_the_more_causal() -> None:
+    import transformers as hf
+
+    torch.manual_seed(6)
+    sizes = {"embedding_size": 32, "hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 32}
+    config = hf.RoFormerConfig(vocab_size=100, num_hidden_layers=2, num_attention_heads=4, **sizes)
+    model = hf.RoFormerForSequenceClassification(config)
+    apply_norm_swap(model)
+    mask = (torch.arange(16) < torch.tensor([7, 14, 8, 13]).unsqueeze(1)).long()
+    inputs = {"input_ids": torch.randint(4, 100, (4, 16)) * mask, "attention_mask": mask}
+    assert causal_norms(model, lambda given: model(**given), inputs) == {}
+
+
 def test_the_model_is_as_before() -> None:
     model, inputs, run = swapped(CAUSAL["zero-initialised branch"])
     model.blocks[0].mlp.eval()
