@@ -44,11 +44,12 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
-    """No test leaves a process group or variables behind, such as a port that is taken.
+    """No test leaves a process group, variables (such as a port that is taken) or threads behind.
 
-    Lightning sets both for ``strategy="ddp"`` and takes neither back.
+    Lightning sets all for ``strategy="ddp"`` and takes none back.
     """
     before = dict(os.environ)
+    torch.set_num_threads(1)
     yield
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
