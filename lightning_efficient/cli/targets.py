@@ -6,8 +6,8 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from typing import Any, cast
 
@@ -27,7 +27,7 @@ from lightning_efficient.cli.inputs import first_batch_of, inputs_of, read_input
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.escaping import printable_lines, rich_text
 from lightning_efficient.common.registry import METHODS
-from lightning_efficient.common.running import Call, Inputs, as_call, evaluating, first_line
+from lightning_efficient.common.running import Call, Inputs, as_call, evaluating, first_line, logs_from
 from lightning_efficient.lifecycle.base import EfficientCallback
 from lightning_efficient.lifecycle.state import attachment
 from lightning_efficient.lifecycle.structural import StructuralCallback
@@ -195,7 +195,7 @@ def planned_in_training(
     """
     ours, look = deepcopy(callback), _Look()
     ours.enabled = True
-    with warnings.catch_warnings(), _silent():
+    with warnings.catch_warnings(), logs_from(logging.ERROR, "lightning.pytorch", "lightning.fabric"):
         warnings.simplefilter("ignore")  # what a run says, it says in the run
         trainer = Trainer(
             accelerator="cpu", devices=1, max_epochs=1, num_sanity_val_steps=0, logger=False, callbacks=[look, ours],
@@ -242,19 +242,6 @@ class _Look(Callback):
                 self.change.skipped |= change.skipped
                 self.change.notes += change.notes
         raise _SeenError
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _attention(monitor: CollapseMonitor, names: nn.Module, model: nn.Module, call: Call) -> Change:

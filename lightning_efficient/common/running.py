@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -28,6 +29,24 @@ def first_line(error: Exception) -> str:
     """Kind and first line of an error, for messages that quote it."""
     text = str(error).strip().split("\n")[0]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+@contextmanager
+def logs_from(level: int, *names: str) -> Iterator[None]:
+    """What libraries log below a level stays unsaid inside this context.
+
+    Args:
+        level: Of ``logging``.
+        *names: Of their loggers.
+    """
+    loggers = [(logger := logging.getLogger(name), logger.level) for name in names]
+    try:
+        for logger, _ in loggers:
+            logger.setLevel(level)
+        yield
+    finally:
+        for logger, before in loggers:
+            logger.setLevel(before)
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from rich.console import Console
 from lightning_efficient.ablation.run import Ablation, ablate
 from lightning_efficient.ablation.starters import Warm
 from lightning_efficient.common.escaping import printable_lines, write_whole
+from lightning_efficient.common.running import logs_from
 from lightning_efficient.comparison.pictures import png
 from lightning_efficient.demo.data import Digits
 from lightning_efficient.demo.picture import draw
@@ -71,7 +71,7 @@ def run(
         console=console,
         warm=warm,
     )
-    with _quiet():
+    with logs_from(logging.WARNING, "lightning.pytorch"):  # what each export reports is in the runs' logs
         exported = export_all(done)
         picture = None if done.comparison is None else draw(done.comparison, exported)
         if picture is not None:
@@ -96,15 +96,3 @@ def read(name: str) -> dict[str, Any]:
     """
     methods: dict[str, Any] = yaml.safe_load((_HERE / f"{name}.yaml").read_text(encoding="utf-8"))
     return methods
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """What each export reports is in the runs' logs: keep it off the screen."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

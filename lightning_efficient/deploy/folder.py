@@ -7,8 +7,8 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import nn
 
 from lightning_efficient.common.comparing import Difference, ExportError, difference
 from lightning_efficient.common.escaping import cannot_write
-from lightning_efficient.common.running import Inputs, as_call, evaluating, first_line
+from lightning_efficient.common.running import Inputs, as_call, evaluating, first_line, logs_from
 from lightning_efficient.deploy.diverged import check_weights
 
 _CARD = "README.md"
@@ -61,7 +61,8 @@ def save_pretrained(
     with cannot_write(target), ExitStack() as stack:
         target.parent.mkdir(parents=True, exist_ok=True)
         draft = stack.enter_context(tempfile.TemporaryDirectory(dir=target.parent))
-        stack.enter_context(_silent(library))
+        # Its loader logs a table of what does not fit; what comes of that is said here.
+        stack.enter_context(logs_from(logging.ERROR, library))
         try:
             _write(model, library, draft)
         except ExportError:
@@ -100,18 +101,6 @@ def _write(model: Any, library: str, folder: str) -> None:
         timm.models.save_for_hf(model, folder, safe_serialization=True)
     else:
         model.save_pretrained(folder)
-
-
-@contextmanager
-def _silent(library: str) -> Iterator[None]:
-    """Its loader logs a table of what does not fit; what comes of that is said here."""
-    logger = logging.getLogger(library)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _read(model: Any, library: str, folder: str) -> nn.Module:
