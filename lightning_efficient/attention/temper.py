@@ -291,7 +291,10 @@ def _multihead_written_out(law: Law, call: dict[str, Any]) -> tuple[Tensor, Tens
     separate = (c.q_proj_weight, c.k_proj_weight, c.v_proj_weight)
     weights = separate if c.use_separate_proj_weight else c.in_proj_weight.chunk(3)
     biases = (None,) * 3 if c.in_proj_bias is None else c.in_proj_bias.chunk(3)
-    q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+    if c.query is c.key is c.value and not c.use_separate_proj_weight:  # one large product
+        q, k, v = F.linear(query, c.in_proj_weight, c.in_proj_bias).chunk(3, -1)
+    else:
+        q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
     if c.bias_k is not None:
         k = torch.cat([k, c.bias_k.expand(1, k.shape[1], -1)])
         v = torch.cat([v, c.bias_v.expand(1, v.shape[1], -1)])
