@@ -76,6 +76,17 @@ def window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=(ones.tril() * ones.triu(-1)).bool())
 
 
+def prefix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    sees = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool).tril()
+    sees[:6, :6] = True
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=sees)
+
+
+def wide(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    ones = torch.ones(q.shape[-2], q.shape[-2])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=(ones.tril(6) * ones.triu(-6)).bool())
+
+
 def linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k = q.exp(), k.exp()
     kv = (k.unsqueeze(-1) * v.unsqueeze(-2)).cumsum(2)
@@ -91,6 +102,24 @@ def local(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=(ones.tril(1) * ones.triu(-1)).bool())
 
 
+class LastFew(nn.Module):
+    """The last four positions ask all before them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.to_norm, self.kv, self.q = (
+            nn.LayerNorm(W),
+            nn.LayerNorm(W),
+            nn.Linear(W, 2 * W),
+            nn.Linear(W, W),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, v = self.kv(self.norm(x)).chunk(2, -1)
+        sees = torch.ones(4, x.shape[1], dtype=torch.bool).tril(x.shape[1] - 4)
+        return F.scaled_dot_product_attention(self.q(self.to_norm(x[:, -4:])), k, v, attn_mask=sees)
+
+
 class Conv(nn.Module):
     """Args: kernel: its size. left: how much of the padding is on the left."""
 
@@ -100,6 +129,18 @@ class Conv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x.transpose(1, 2), self.pad)).transpose(1, 2)
+
+
+class Strided(nn.Module):
+    """Three outputs of 24 positions; the first begins where all do, the last hears more than half."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(3)
+        self.convs = nn.Sequential(*(nn.Conv1d(w, W, 3, 2, 1) for w in (3, W, W)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convs(self.norm(x).mT)
 
 
 class Dilated(nn.Module):
@@ -343,6 +384,8 @@ CAUSAL: dict[str, Maker] = {
     "masked_fill, pooled": language(lambda: Attention(filled), pooled=True),
     "sdpa, all positional": language(lambda: Attention(positional)),
     "causal window": language(lambda: Attention(window), lambda: Attention(window)),
+    "behind a long prefix": language(lambda: Attention(prefix)),
+    "the last few positions": lambda: (nn.Sequential(LastFew(), nn.Linear(W, 3)), (floats(2, T, W),)),
     "linear attention": language(lambda: Attention(linear)),
     "causal convolution": language(lambda: Conv(3, 2)),
     "dilated convolutions, two taps": language(lambda: Conv(2, 1), Dilated),
@@ -374,9 +417,11 @@ CAUSAL: dict[str, Maker] = {
 OTHERS: dict[str, Maker] = {
     "attention": language(lambda: Attention(full)),
     "local attention": language(lambda: Attention(local), lambda: Attention(local)),
+    "wide local attention": language(lambda: Attention(wide)),
     "convolution": language(Conv),
     "convolution, even kernel": language(lambda: Conv(4, 1)),
     "convolution, two taps ahead": language(lambda: Conv(2, 0)),
+    "strided convolutions": lambda: (Strided(), (floats(2, 24, 3),)),
     "bidirectional LSTM": language(lambda: Recurrent(nn.LSTM, True)),
     "two recurrent nets": language(TwoWays),
     "mixer over time": language(lambda: OverTime(False)),

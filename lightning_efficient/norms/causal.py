@@ -15,7 +15,8 @@ bidirectional         no                             no
 
 That needs no correspondence between the positions of inputs and outputs, so it survives patches, strides, prefixes and
 shifts. Cut in the middle it sees what reaches far; what only reaches its neighbours (short convolutions, windows)
-looks token by token there, and is cut again next to either end. A second part that is all padding hears the first and
+looks token by token there, and is cut again next to either end. Where all see a prefix of more than half, every
+position hears both parts: that is cut again in the last quarter. A second part that is all padding hears the first and
 is heard by nobody, which looks causal: then the first is cut alone.
 """
 
@@ -188,26 +189,55 @@ def _causal_along(axis: int, effect: Effect) -> str:
     padding: Moved = {}
     sample: dict[Key, list[Tensor]] | None = None
     while length >= 2:
-        first, last = effect.part(axis, 0, length // 2), effect.part(axis, length // 2, length)
         outputs = {key: sketch for key, sketch in effect.base.outputs.items() if key not in effect.base.noise}
-        hears = {key: _hearing((first, last), (last, first), key, padding, (sample or {}).get(key)) for key in outputs}
-        if length > 2 and _last_word("token", hears, outputs):
-            head = effect.part(axis, 0, 1), effect.part(axis, 1, length)
-            tail = effect.part(axis, length - 1, length), effect.part(axis, 0, length - 1)
-            hears |= {
-                key: _hearing(head, tail, key, padding, (sample or {}).get(key), was.axis)
-                for key, was in hears.items()
-                if was.kind == "token"
-            }
+        hears, cut = _heard_along(axis, length, effect, outputs, padding, sample or {})
         seen = _last_word("causal", hears, outputs)
         if seen and axis > 0 and sample is None:  # samples that are padded differently look like positions
             sample = _first_sample(effect)
             continue
-        if not seen or length < 4 or not _is_padding(axis, length, effect, hears, seen, sample or {}):
+        if not seen or length < 4 or not _is_padding(axis, cut, length, effect, hears, seen, sample or {}):
             return seen
+        if cut > length // 2:
+            return ""
         length //= 2
         padding = effect.part(axis, length, whole)
     return ""
+
+
+def _heard_along(
+    axis: int,
+    length: int,
+    effect: Effect,
+    outputs: Mapping[Key, Sketch],
+    padding: Moved,
+    sample: Mapping[Key, Sequence[Tensor]],
+) -> tuple[dict[Key, _Hearing], int]:
+    """What each output hears of the first positions along an axis, and where these were cut in two at last."""
+
+    def two(at: int) -> tuple[Moved, Moved]:
+        return effect.part(axis, 0, at), effect.part(axis, at, length)
+
+    hears: dict[Key, _Hearing] = {}
+
+    def again(kind: str, head: tuple[Moved, Moved], tail: tuple[Moved, Moved], only: str = "") -> None:
+        for key in [key for key in outputs if key not in hears or hears[key].kind == kind]:
+            along = hears[key].axis if key in hears and not only else None
+            now = _hearing(head, tail, key, padding, sample.get(key), along)
+            hears[key] = hears[key] if only and now.kind != only else now
+
+    cut = length // 2
+    first, last = two(cut)
+    again("", (first, last), (last, first))
+    if length > 2 and _last_word("causal", hears, outputs):
+        # Of few outputs with wide windows the first may end before the second part, and the last not begin after the
+        # first part; but it begins after the first position.
+        again("causal", (first, last), two(1)[::-1])
+    if length > 2 and _last_word("token", hears, outputs):
+        again("token", two(1), two(length - 1)[::-1])
+    if length > 3 and not _last_word("causal", hears, outputs) and _last_word("mixed", hears, outputs):
+        cut = length - max(length // 4, 2)
+        again("mixed", two(cut), two(1)[::-1], only="causal")
+    return hears, cut
 
 
 def _first_sample(effect: Effect) -> dict[Key, list[Tensor]]:
@@ -231,17 +261,18 @@ def _first_sample(effect: Effect) -> dict[Key, list[Tensor]]:
 
 def _is_padding(
     axis: int,
+    cut: int,
     length: int,
     effect: Effect,
     hears: Mapping[Key, _Hearing],
     seen: str,
     sample: Mapping[Key, Sequence[Tensor]],
 ) -> bool:
-    """Whether the last position hears nothing of the rest of its half, as padding does not: it hears what counts.
+    """Whether the last position hears nothing of the rest of its part, as padding does not: it hears what counts.
 
-    Then real tokens have no later ones in that half to hear, in any model, and only the half before can tell.
+    Then real tokens have no later ones in that part to hear, in any model, and only the part before can tell.
     """
-    rest, last = effect.part(axis, length // 2, length - 1), effect.part(axis, length - 1, length)
+    rest, last = effect.part(axis, cut, length - 1), effect.part(axis, length - 1, length)
     for key, what in hears.items():
         if what.kind == "causal" and key.module == seen:
             by_rest, by_last = rest.get(key), last.get(key)

@@ -36,7 +36,7 @@ def test_other_models_are_not(name: str) -> None:
     assert causal_norms(model, run, inputs) == {}
 
 
-@pytest.mark.parametrize("real", [[9, 7], [16, 3], [5, 5], [31, 40]])
+@pytest.mark.parametrize("real", [[9, 7], [16, 3], [5, 5], [31, 40], [63, 62], [57, 60]])
 @pytest.mark.parametrize("causal", [False, True])
 def test_padding_in_the_later_half_hides_nothing(real: list[int], causal: bool) -> None:
     """Short texts in batches padded to a fixed length: an encoder is none the more causal, a decoder none the less."""
