@@ -49,7 +49,10 @@ class TempScaleConfig:
             raise ValueError(f"TempScale(`mode`) takes 'constant', 'log_n' or 'ssmax'; got {self.mode!r}.")
         if not (math.isfinite(self.length) and self.length > 1):
             raise ValueError(f"TempScale(`length`) is {self.length!r}; expected a number of keys above 1.")
-        for tau in [self.tau] if isinstance(self.tau, float | int) else self.tau:
+        taus = [self.tau] if isinstance(self.tau, float | int) else self.tau
+        if not taus:
+            raise ValueError(f"TempScale(`tau`) is {taus!r}; expected a number, or one for each attention.")
+        for tau in taus:
             if not isinstance(tau, float | int) or isinstance(tau, bool) or not (math.isfinite(tau) and tau > 0):
                 raise ValueError(
                     f"TempScale(`tau`) is {tau!r}; expected finite numbers above 0 (1: no change; below: sharper)."

@@ -73,6 +73,9 @@ class CollapseGuard(EfficientCallback):
     """
 
     method = "collapse_guard"
+    only_with = (
+        ("action", ("rollback",), ("lr_factor", "skip_batches", "max_rollbacks", "snapshot_device", "save_snapshot")),
+    )
     guards = True
     progress_schema = Record(
         {
@@ -111,16 +114,19 @@ class CollapseGuard(EfficientCallback):
         least = {"every_n_steps": 1, "patience": 1, "skip_batches": 0, "max_rollbacks": 0, "batches": 1}
         for name, low in least.items():
             value = getattr(self, name)
-            if type(value) is not int or value < low:
+            if value < low:
                 raise ValueError(f"`{name}` must be a whole number from {low}; got {value!r}.")
-        for name, allowed in (("mode", ("min", "max")), ("action", ("rollback", "stop", "warn"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {allowed}; got {getattr(self, name)!r}.")
-        if not (math.isfinite(self.max_ratio) and self.max_ratio > 1):
+        if not self.max_ratio > 1:
             raise ValueError(f"`max_ratio` must be a finite number above 1; got {self.max_ratio!r}.")
         if not 0 < self.lr_factor <= 1:
             raise ValueError(f"`lr_factor` must be above 0 and at most 1; got {self.lr_factor!r}.")
-        torch.device(self.snapshot_device or "cpu")  # raises for what is none
+        try:
+            torch.device("cpu" if self.snapshot_device is None else self.snapshot_device)
+        except RuntimeError:
+            raise ValueError(
+                f"`snapshot_device` must be a device of torch, such as 'cpu' or 'cuda', or None; got "
+                f"{self.snapshot_device!r}."
+            ) from None
 
     def config(self) -> dict[str, Any]:
         """The arguments of this callback as plain data; a canary that is none is named by its type."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_efficient.common.change import Change
-from lightning_efficient.common.schedule import transition, transition_steps
+from lightning_efficient.common.schedule import check_span, check_spans, transition, transition_steps
 from lightning_efficient.common.schema import MapOf, Number, OrNone, Record, TensorOf, Text, check
 from lightning_efficient.lifecycle.base import EfficientCallback, peers
 from lightning_efficient.lifecycle.hooks import hook_files
@@ -25,8 +24,6 @@ from lightning_efficient.lifecycle.teacher import find_teacher, fingerprint, ini
 from lightning_efficient.lifecycle.weights import WeightSpaceCallback
 from lightning_efficient.trainer.step import wrap_training_step
 from lightning_efficient.trainer.taught import Comparison, Taught, module_named
-
-KINDS = ("kl", "mse_logits", "cosine_hidden", "attention")
 
 
 class Distillation(EfficientCallback):
@@ -72,6 +69,7 @@ class Distillation(EfficientCallback):
     """
 
     method = "distillation"
+    only_with = (("schedule", ("linear", "cosine"), ("hold", "length")), ("kind", ("kl",), ("temperature",)))
     constants = ("teacher", "fingerprint")
     progress_schema = Record(
         {"teacher": OrNone(MapOf(Text(), TensorOf())), "fingerprint": OrNone(Number(finite=False))}
@@ -115,13 +113,14 @@ class Distillation(EfficientCallback):
             raise ValueError(
                 f"`teacher` takes 'initial', a path, 'timm:...', 'hf:...' or a module; got {self.teacher!r}."
             )
-        for name, allowed in (("kind", KINDS), ("schedule", ("constant", "linear", "cosine"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {allowed}; got {getattr(self, name)!r}.")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"`alpha` must be a weight from 0 to 1; got {self.alpha!r}.")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
+        if not self.temperature > 0:
             raise ValueError(f"`temperature` must be a finite number above 0; got {self.temperature!r}.")
+        for name in ("hold", "length"):
+            check_span(name, getattr(self, name))
+        if self.schedule != "constant":
+            check_spans(hold=self.hold, length=self.length)
         inside = self.kind in ("cosine_hidden", "attention")
         if inside != bool(self.hidden):
             needed = "the names of the submodules that are compared" if inside else "None, as it compares logits"

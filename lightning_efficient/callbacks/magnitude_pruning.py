@@ -64,6 +64,11 @@ class MagnitudePruning(PruningCallback):
     """
 
     method = "magnitude_pruning"
+    only_with = (
+        ("schedule", ("cubic",), ("every",)),
+        ("schedule", ("iterative",), ("rounds", "rewind", "rewind_to")),
+        ("criterion", ("random",), ("seed",)),
+    )
     sharded = True
     progress_schema = Record({"snapshot": OrNone(SNAPSHOT), "back": Flag()})
 

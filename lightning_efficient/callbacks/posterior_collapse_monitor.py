@@ -50,6 +50,7 @@ class PosteriorCollapseMonitor(StageMonitor):
     """
 
     method = "posterior_collapse_monitor"
+    only_with = (("prior_logvar", (None,), ("prior_std",)),)
     quantities = "posterior collapse"
 
     def __init__(

@@ -26,7 +26,7 @@ from lightning_efficient.norms.causal import CausalModelError
 from lightning_efficient.norms.checks import check_statistics, check_training, not_seen, own_statistics
 from lightning_efficient.norms.padding import hand_over
 from lightning_efficient.norms.repbn import RepBN
-from lightning_efficient.norms.swap import METHOD, NormSwapConfig, apply_norm_swap, find_norms
+from lightning_efficient.norms.swap import METHOD, ONLY_WITH, NormSwapConfig, apply_norm_swap, find_norms
 from lightning_efficient.trainer.example import first_batch
 from lightning_efficient.trainer.finished import FinishedForm
 from lightning_efficient.trainer.probing import probe_norms
@@ -82,6 +82,11 @@ class PRepBN(StructuralCallback):
     """
 
     method = METHOD
+    only_with = (*ONLY_WITH, ("guard", ("pause", "rollback"), ("guard_factor", "guard_length")))
+    resume_may_change = frozenset({
+        "enabled", "init", "momentum", "frozen", "decay", "alpha", "learn_eta", "eval_mode", "allow_causal",
+        "recalibrate", "finished_metrics", "guard", "guard_factor", "guard_length",
+    })  # fmt: skip
     sharded = True
     progress_schema = TRANSITION
 
@@ -113,10 +118,8 @@ class PRepBN(StructuralCallback):
         guard_length: int | float = 0.05,
     ) -> None:
         super().__init__(enabled, include, exclude)
-        if type(recalibrate) is not int or recalibrate < 0:
+        if recalibrate < 0:
             raise ValueError(f"`recalibrate` must be a number of batches from 0; got {recalibrate!r}.")
-        if eval_mode not in ("error", "train"):
-            raise ValueError(f"`eval_mode` must be 'error' or 'train'; got {eval_mode!r}.")
         self.options = NormSwapConfig(
             target, init, eps, momentum, frozen, decay, alpha, window, warmup, filtration, learn_eta
         )

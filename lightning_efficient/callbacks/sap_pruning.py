@@ -60,6 +60,7 @@ class SAPPruning(PruningCallback):
     """
 
     method = "sap_pruning"
+    only_with = (("stop_at", ("collapse",), ("tolerance",)), ("epochs_per_iteration", (None,), ("iterations",)))
     sharded = True
     progress_schema = SAP_STATE
 
@@ -104,11 +105,8 @@ class SAPPruning(PruningCallback):
             value = getattr(self, name)
             if value is None and name == "epochs_per_iteration":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if value < least:
                 raise ValueError(f"`{name}` must be a whole number from {least}; got {value!r}.")
-        for name, allowed in (("mode", ("min", "max")), ("select", ("last", "best")), ("stop_at", ("end", "collapse"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {allowed}; got {getattr(self, name)!r}.")
         if not self.tolerance >= 0:
             raise ValueError(f"`tolerance` must not be negative; got {self.tolerance}.")
         if self.monitor is None and (self.select == "best" or self.stop_at == "collapse"):

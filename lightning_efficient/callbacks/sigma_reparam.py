@@ -60,6 +60,7 @@ class SigmaReparam(WeightSpaceCallback):
     """
 
     method = METHOD
+    only_with = (("learnable_gain", (True,), ("gain", "gain_lr")),)
     sharded = True
     transform = SpectralTransform
     resume_may_change = frozenset({"enabled", "init"})

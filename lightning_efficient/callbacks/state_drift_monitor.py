@@ -75,8 +75,8 @@ class StateDriftMonitor(StageMonitor):
         picture: bool = True,
     ) -> None:
         super().__init__(enabled, stage, max_samples, name, picture)
-        for argument, value in (("call_tokens", call_tokens), ("heads", 1 if heads is None else heads)):
-            if value < 1:
+        for argument, value in (("train_length", train_length), ("call_tokens", call_tokens), ("heads", heads)):
+            if value is not None and value < 1:
                 raise ValueError(f"`{argument}` is {value}; expected at least 1.")
         self.module, self.train_length, self.output = module, train_length, output
         self.time_axis, self.call_tokens, self.heads = time_axis, call_tokens, heads

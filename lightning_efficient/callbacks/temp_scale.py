@@ -79,6 +79,7 @@ class TempScale(WeightSpaceCallback):
     method = METHOD
     sharded = True
     transform = ScaleTransform
+    only_with = (("mode", ("log_n",), ("length",)),)
 
     def __init__(
         self,

@@ -91,6 +91,30 @@ def require(who: str, argument: str, value: Any, schema: Schema) -> None:
         raise ValueError(f"{who}: `{argument}{wrong.path}` must be {wrong.expected}; got {given(wrong.value)}.")
 
 
+OnlyWith = tuple[str, tuple[Any, ...], tuple[str, ...]]
+
+
+def without_use(cls: type, args: Sequence[Any], kwargs: Mapping[str, Any], only_with: Sequence[OnlyWith]) -> str:
+    """What of the arguments of a call that went well means nothing beside the others, as a sentence; empty if none.
+
+    Args:
+        cls: What was made.
+        args: Positional arguments.
+        kwargs: Arguments by name.
+        only_with: An argument, values of it, and the arguments that mean something with these values alone.
+    """
+    call = inspect.signature(cls).bind(*args, **kwargs)
+    call.apply_defaults()
+    said = []
+    for other, values, names in only_with:
+        idle = [name for name in names if call.arguments[name] != call.signature.parameters[name].default]
+        if idle and call.arguments[other] not in values:
+            those = ", ".join(f"`{name}`={given(call.arguments[name])}" for name in idle)
+            allowed = " or ".join(map(repr, values))
+            said.append(f"{those} has no effect with {other}={call.arguments[other]!r}, only with {allowed}")
+    return "; ".join(said)
+
+
 def given(value: Any) -> str:
     """A value as the user wrote it, cut if it is long; with its type, if it only looks like plain data."""
     try:

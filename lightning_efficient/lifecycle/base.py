@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, ClassVar, NoReturn
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_efficient.common.arguments import check_call
+from lightning_efficient.common.arguments import OnlyWith, check_call, without_use
 from lightning_efficient.common.match import Choice, check_globs, parameters_by_name
 from lightning_efficient.common.registry import METHODS
 from lightning_efficient.common.schema import OneOf, Record, check, short
 from lightning_efficient.lifecycle import recipe
 from lightning_efficient.lifecycle.hooks import hook_cutting, hook_loading
+from lightning_efficient.lifecycle.hparams import HPARAM_PREFIX, log_hparams
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
 from lightning_efficient.lifecycle.standing import STANDING, Standing
 from lightning_efficient.lifecycle.state import attachment
 from lightning_efficient.lifecycle.strategies import check_strategy, is_sharded
-from lightning_efficient.trainer.tensorboard import write_hparams, write_layout
-
-HPARAM_PREFIX = "efficient/"
 
 
 class EfficientCallback(Callback):
@@ -53,6 +49,12 @@ class EfficientCallback(Callback):
     sharded: ClassVar[bool] = False
     # Whether it changes weights, or only looks.
     changes_weights: ClassVar[bool] = True
+    # Arguments that a resumed run may give other values, where a file holds those of the run before (its entry).
+    resume_may_change: ClassVar[frozenset[str]] = frozenset({"enabled"})
+    # Arguments that older files lack, and what was done before there were these.
+    later_arguments: ClassVar[Mapping[str, Any]] = {}
+    # An argument, values of it, and the arguments that mean something with these values alone.
+    only_with: ClassVar[tuple[OnlyWith, ...]] = ()
     _autolog_paused = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -189,19 +191,25 @@ class EfficientCallback(Callback):
         return None
 
     def _check_standing(self, standing: Mapping[str, Any], step: int, entry: Entry | None) -> None:
-        """The schedule that a file holds follows from its arguments."""
+        """The schedule that a file holds follows from the arguments."""
         if step < 0:
             self.refuse("['standing']['start']", f"at most the checkpoint's step, {step + standing['start']}", standing)
-        changed = entry is None or any(entry.config.get(name) != value for name, value in self.config().items())
-        if standing["schedule"] is None or changed:
+        if standing["schedule"] is None:
             return
         try:
             made = self._resolve(standing["total"])
         except ValueError:
             made = ()
-        if made is not None and list(made) != list(standing["schedule"]):
-            expected = f"{list(made)}, by its arguments in a run of {standing['total']} steps (`total`)"
-            self.refuse("['standing']['schedule']", expected if made else "one for `total`", standing["schedule"])
+        if made is None or list(made) == list(standing["schedule"]):
+            return
+        if entry is None:  # which would say that the arguments are those of then
+            raise RecipeError(
+                f"{type(self).__name__}: the checkpoint's schedule, in steps, is {standing['schedule']}, and the "
+                f"arguments of this run make {list(made) or 'none'} of the {standing['total']} steps that it was for. "
+                "Resume with the saved values."
+            )
+        expected = f"{list(made)}, by its arguments in a run of {standing['total']} steps (`total`)"
+        self.refuse("['standing']['schedule']", expected if made else "one for `total`", standing["schedule"])
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -223,16 +231,33 @@ class EfficientCallback(Callback):
             RecipeError: Says which callback, what the file has and what was expected.
         """
         states = checkpoint.get("callbacks", {})
-        if not self.enabled or pl_module.trainer.state.fn != "fit" or self.state_key not in states:
+        if not self.enabled or pl_module.trainer.state.fn != "fit":
+            return
+        entry = next((e for e in entries if (e.method, e.key) == (self.method, self.state_key)), None)
+        if entry is not None:
+            self._check_config(entry)
+        if self.state_key not in states:
             return
         state = states[self.state_key]
         self._check_state(state)
-        entry = next((e for e in entries if (e.method, e.key) == (self.method, self.state_key)), None)
         if type(done := checkpoint.get("global_step")) is int:
             step = done - state["standing"]["start"]
             self._check_standing(state["standing"], step, entry)
             if state["standing"]["begun"]:
                 self.check_progress(state, step)
+
+    def _check_config(self, entry: Entry) -> None:
+        then = {**self.later_arguments, **entry.config}
+        changed = [
+            f"`{name}`: {then.get(name)!r} then, {value!r} now"
+            for name, value in self.config().items()
+            if name not in self.resume_may_change and then.get(name) != value
+        ]
+        if changed:
+            raise RecipeError(
+                f"{type(self).__name__} was configured differently when the checkpoint was written: "
+                f"{'; '.join(changed)}. Resume with the saved values."
+            )
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note whether a fit resumes. What is on has been asked by the module's hook already."""
@@ -345,7 +370,11 @@ def _checked(init: Callable[..., None]) -> Callable[..., None]:
         if getattr(type(self).__init__, "__wrapped__", None) is init:  # not again on the way up to the base
             # The base speaks of these three.
             check_call(type(self), args, kwargs, skip=("enabled", "include", "exclude"))
-        init(self, *args, **kwargs)
+            init(self, *args, **kwargs)
+            if self.enabled and (idle := without_use(type(self), args, kwargs, self.only_with)):
+                rank_zero_warn(f"{type(self).__name__}: {idle}.")
+        else:
+            init(self, *args, **kwargs)
 
     return checked
 
@@ -357,44 +386,3 @@ def _two_samples(tensor: Tensor) -> Tensor:
 def peers(trainer: Trainer) -> list[EfficientCallback]:
     """The enabled callbacks of this package in a Trainer, in their listed order."""
     return [cb for cb in trainer.callbacks if isinstance(cb, EfficientCallback) and cb.enabled]  # type: ignore[attr-defined]
-
-
-def log_hparams(trainer: Trainer, pl_module: LightningModule, callbacks: list[EfficientCallback]) -> None:
-    """Log the user's hyper-parameters together with ours, in place of Lightning's record of the user's alone.
-
-    TensorBoard keeps the first record of a run only. Every run gets a switch for each method, and a column for each
-    argument of those that are on that has a value, after the user's own; and ``seed`` where ``seed_everything`` has set
-    one. TensorBoard also gets the charts of the enabled methods.
-    """
-    ours: dict[str, Any] = {}
-    for method in METHODS.with_callback:
-        active = [cb for cb in callbacks if cb.method == method and cb.enabled]
-        ours[f"{HPARAM_PREFIX}{method}"] = bool(active)
-        for name in active[0].config() if active else ():
-            values = [cb.config()[name] for cb in active]
-            if name != "enabled" and values != [None] * len(values):
-                ours[f"{HPARAM_PREFIX}{method}/{name}"] = _column(values)
-    users: dict[str, Any] = {}
-    for source in (pl_module, getattr(trainer, "datamodule", None)):
-        # `save_hyperparameters(logger=False)` keeps them out of the logs; Lightning has no public name for that.
-        if source is not None and getattr(source, "_log_hyperparams", True):
-            # LightningCLI notes `_class_path` and `_instantiator` for itself.
-            users |= {k: v for k, v in dict(source.hparams_initial or {}).items() if not str(k).startswith("_")}
-    if (seed := os.environ.get("PL_GLOBAL_SEED")) is not None:
-        ours["seed"] = int(seed)
-    active_methods = [cb.method for cb in callbacks if cb.enabled]
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-            write_hparams(logger, {**users, **ours})
-            write_layout(logger, active_methods)
-        else:
-            logger.log_hyperparams({**users, **ours})
-        logger.log_graph(pl_module)
-        logger.save()
-
-
-def _column(values: list[Any]) -> bool | int | float | str:
-    """One value, which can be sorted and filtered by; texts of several instances side by side."""
-    if len(values) == 1 and isinstance(values[0], bool | int | float | str):
-        return values[0]
-    return "; ".join("" if value is None else str(value) for value in values)

@@ -274,10 +274,11 @@ def build_callback(method: str, arguments: Any) -> EfficientCallback:
     parser.add_class_arguments(cls, name)
     try:
         parsed = parser.parse_object({name: given})
-    except ArgumentError as error:
+    except (ArgumentError, OverflowError) as error:
         hints = get_type_hints(cls.__init__)
         for argument in given:
-            if f'"{name}.{argument}"' in str(error):  # in words of YAML, where its own are Python's types
+            # In words of YAML, where its own are Python's types; of a number without end it names none.
+            if f'"{name}.{argument}"' in str(error) or isinstance(error, OverflowError):
                 require(name, argument, given[argument], schema_of(hints[argument]))
         raise ValueError(" ".join(str(error).split())) from None
     require(name, "enabled", parsed[name]["enabled"], Flag())

@@ -48,9 +48,6 @@ class WeightSpaceCallback(EfficientCallback):
 
     # Its `state_schema` is what a file's states of single weights are checked against.
     transform: ClassVar[type[Transform]] = Transform  # type: ignore[type-abstract]
-    resume_may_change: frozenset[str] = frozenset({"enabled"})
-    # Arguments that older files lack, and what was done before there were these.
-    later_arguments: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(
         self, enabled: bool = True, include: list[str] | None = None, exclude: list[str] | None = None
@@ -235,8 +232,6 @@ class WeightSpaceCallback(EfficientCallback):
                 f"the checkpoint was trained with {list(known)}; this run has {present or self.state_key}. Resume "
                 "with the same `include` and `exclude`."
             )
-        if self.enabled and mine is not None:
-            self._check_config(mine)
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         if self.enabled and mine is None and state is not None and state["standing"]["begun"]:
             raise RecipeError(
@@ -270,19 +265,6 @@ class WeightSpaceCallback(EfficientCallback):
         """Whether the file of the fit that resumes was written with this callback."""
         states = {} if self._file is None else self._file.get("callbacks", {})
         return self.carried(pl_module) is not None or self.state_key in states
-
-    def _check_config(self, entry: Entry) -> None:
-        then = {**self.later_arguments, **entry.config}
-        changed = [
-            f"`{name}`: {then.get(name)!r} then, {value!r} now"
-            for name, value in self.config().items()
-            if name not in self.resume_may_change and then.get(name) != value
-        ]
-        if changed:
-            raise RecipeError(
-                f"{type(self).__name__} was configured differently when the checkpoint was written: "
-                f"{'; '.join(changed)}. Resume with the saved values."
-            )
 
     def _live_tensors(self) -> dict[str, dict[str, Tensor]]:
         assert self._boundary is not None

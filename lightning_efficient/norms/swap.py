@@ -28,6 +28,16 @@ METHOD = "norm_swap"
 TARGETS = ("repbn", "affine", "un", "dyt", "rms")
 
 
+# Arguments that are about some targets only.
+ONLY_WITH = (
+    ("target", ("repbn", "un"), ("eps", "frozen")),
+    ("target", ("repbn",), ("momentum", "learn_eta")),
+    ("target", ("affine",), ("decay",)),
+    ("target", ("dyt",), ("alpha",)),
+    ("target", ("un",), ("window", "warmup", "filtration")),
+)
+
+
 @dataclass(frozen=True)
 class NormSwapConfig:
     """What norms turn into, and how that starts.

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from zoo import Classifier, loader
 
 from lightning_efficient import (
+    Distillation,
     HESSOPruning,
     MagnitudePruning,
     PAGCPPruning,
@@ -101,6 +102,33 @@ def test_a_state_from_a_spoilt_file_is_refused_before_anything_changes(tmp_path:
             fresh, loader(6), loader(1), ckpt_path=tmp_path / "spoilt.ckpt"
         )
     assert all(torch.equal(before[n], v) for n, v in fresh.state_dict().items())
+
+
+CHANGED: list[tuple[Callable[..., Callback], dict[str, Any], dict[str, Any], str]] = [
+    (PRepBN, {"transition": 0.5}, {"transition": 0.7}, "PRepBN.*`transition`: 0.5 then, 0.7 now"),
+    (PRepBN, {"transition": 0.5}, {"transition": 4, "shape": "cosine"}, "`transition`: 0.5 then, 4 now; `shape`: 'lin"),
+    (PRepBN, {}, {"eps": 1e-3}, "`eps`: 1e-05 then, 0.001 now"),
+    (
+        partial(Distillation, schedule="linear"),
+        {},
+        {"length": 0.5},
+        r"Distillation: .*schedule, in steps, is \[0, 6\], .*make \[0, 3\] of the 6",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "then", "now", "said"), CHANGED, ids=lambda v: str(v)[:40])
+def test_other_arguments_than_those_of_the_run_are_named_before_anything_changes(
+    make: Any, then: dict[str, Any], now: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    t = trainer(tmp_path, make(**then))
+    t.fit(Mlp(), loader(6), loader(1))
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    fresh = Mlp()
+    before = [(p, p.detach().clone()) for p in fresh.parameters()]
+    with pytest.raises(RecipeError, match=said):
+        trainer(tmp_path, make(**now), max_steps=9).fit(fresh, loader(6), loader(1), ckpt_path=tmp_path / "a.ckpt")
+    assert all(torch.equal(now, then) for now, then in before)
 
 
 # -- a model that was pruned elsewhere ---------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import math
 import pickle
 import re
 import typing
+import warnings
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -18,14 +19,17 @@ import torch
 from lightning_efficient import (
     CollapseGuard,
     CollapseMonitor,
+    Distillation,
     HESSOPruning,
     MagnitudePruning,
     PAGCPPruning,
+    PosteriorCollapseMonitor,
     PRepBN,
     RunCost,
     SAPPruning,
     SigmaReparam,
     SimplifiedLinearAttention,
+    StateDriftMonitor,
     TempScale,
 )
 from lightning_efficient.common.arguments import check_call, schema_of
@@ -72,6 +76,7 @@ RANGES: list[tuple[type, dict[str, Any], str]] = [
     (TempScale, {"tau": 0}, r"`tau`.* 0;.*above 0"),
     (TempScale, {"tau": 0.5, "transition": -1}, r"`transition` must not be negative: steps .*; got -1"),
     (TempScale, {"tau": 0.5, "transition": 1.5}, r"`transition` as a fraction .*got 1\.5"),
+    (TempScale, {"tau": []}, r"`tau`.* is \[\]; expected a number, or one for each attention"),
     (TempScale, {"mode": "log_n", "length": 1}, r"`length`.* 1; expected .*above 1"),
     (PRepBN, {"transition": 2.0}, r"`transition` as a fraction .*got 2\.0"),
     (PRepBN, {"transition": 1.0}, r"`hold`=0\.05 and `transition`=1\.0 are more than a whole run"),
@@ -112,6 +117,12 @@ RANGES: list[tuple[type, dict[str, Any], str]] = [
     (SimplifiedLinearAttention, {"kernel_size": 4}, r"`kernel_size` must be an odd number; got 4"),
     (SimplifiedLinearAttention, {"grid": 0}, r"`grid` must .*got 0"),
     (SigmaReparam, {"qkv": "both"}, r"`qkv` must be one of 'fused', 'split'; got 'both'"),
+    (Distillation, {"hold": -1}, r"`hold` must not be negative.*got -1"),
+    (Distillation, {"length": 1.5}, r"`length` as a fraction .*got 1\.5"),
+    (Distillation, {"schedule": "cosine", "hold": 0.5}, r"`hold`=0\.5 and `length`=1\.0 are more than a whole run"),
+    (CollapseGuard, {"snapshot_device": "gpu"}, r"`snapshot_device` must be a device of torch.*got 'gpu'"),
+    (CollapseGuard, {"snapshot_device": ""}, r"`snapshot_device` must be a device of torch.*got ''"),
+    (StateDriftMonitor, {"train_length": 0}, r"`train_length` is 0; expected at least 1"),
 ]
 
 
@@ -119,6 +130,53 @@ RANGES: list[tuple[type, dict[str, Any], str]] = [
 def test_a_value_out_of_range_is_refused_at_construction(cls: type, arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         cls(**arguments)
+
+
+IDLE: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
+    (Distillation, {"hold": 0.5}, {"schedule": "linear", "length": 0.5}, "`hold`=0.5 .*schedule='constant'"),
+    (Distillation, {"temperature": 4.0}, {"kind": "kl"}, "`temperature`=4.0 .*kind='mse_logits', only with 'kl'"),
+    (PRepBN, {"window": 8, "warmup": 90}, {"target": "un"}, "`window`=8, `warmup`=90 .*target='repbn'"),
+    (PRepBN, {"eps": 1e-3}, {"target": "repbn"}, "`eps`=0.001 .*target='rms', only with 'repbn' or 'un'"),
+    (PRepBN, {"guard_length": 9}, {"guard": "rollback"}, "`guard_length`=9 .*guard='off'"),
+    (TempScale, {"length": 128.0}, {"mode": "log_n"}, "`length`=128.0 .*mode='constant', only with 'log_n'"),
+    (MagnitudePruning, {"rounds": 2}, {"schedule": "iterative"}, "`rounds`=2 .*schedule='cubic'"),
+    (MagnitudePruning, {"every": 3}, {"schedule": "cubic"}, "`every`=3 .*schedule='one_shot'"),
+    (MagnitudePruning, {"seed": 3}, {"criterion": "random"}, "`seed`=3 .*criterion='magnitude'"),
+    (SAPPruning, {"iterations": 3}, {}, "`iterations`=3 .*epochs_per_iteration=2, only with None"),
+    (SAPPruning, {"tolerance": 0.2}, {"stop_at": "collapse", "monitor": "x"}, "`tolerance`=0.2 .*stop_at='end'"),
+    (CollapseGuard, {"lr_factor": 0.5}, {"action": "rollback"}, "`lr_factor`=0.5 .*action='warn'"),
+    (SigmaReparam, {"gain_lr": 1.0}, {"learnable_gain": True}, "`gain_lr`=1.0 .*learnable_gain=False"),
+    (PosteriorCollapseMonitor, {"prior_std": 2.0}, {}, "`prior_std`=2.0 .*prior_logvar='b'"),
+]
+BESIDE: dict[str, dict[str, Any]] = {
+    "temperature": {"kind": "mse_logits"}, "eps": {"target": "rms"}, "guard_length": {"guard": "off"},
+    "every": {"schedule": "one_shot"}, "iterations": {"epochs_per_iteration": 2}, "lr_factor": {"action": "warn"},
+    "gain_lr": {"learnable_gain": False}, "prior_std": {"prior_logvar": "b"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("cls", "idle", "active", "said"), IDLE, ids=lambda v: str(v)[:40])
+def test_an_argument_that_means_nothing_beside_the_others_is_said(
+    cls: type, idle: dict[str, Any], active: dict[str, Any], said: str
+) -> None:
+    beside = BESIDE.get(next(iter(idle)), {})
+    with pytest.warns(UserWarning, match=f"{cls.__name__}: {said}"):
+        cls(**idle, **beside)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cls(**idle, **active)
+        cls(**beside)
+        cls(enabled=False, **idle, **beside)
+
+
+@pytest.mark.parametrize("method", METHODS.with_callback)
+def test_what_means_something_only_with_others_is_among_the_arguments(method: str) -> None:
+    cls = callback_class(method)
+    hints = typing.get_type_hints(cls.__init__)
+    for other, values, names in cls.only_with:
+        schema = schema_of(hints[other])
+        assert set(names) <= hints.keys()
+        assert not any(schema.wrong(value) for value in values)
 
 
 @pytest.mark.parametrize("method", METHODS.with_callback)

@@ -47,6 +47,7 @@ def test_short_forms(tmp_path: Path, text: str, enabled: bool) -> None:
         ("sigma_reparam: {enabled: null}", ["sigma_reparam: `enabled` must be true or false; got None."]),
         ("temp_scale: {tau: [1, x]}", ["temp_scale: `tau[1]` must be a finite number; got 'x'."]),
         ("magnitude_pruning: {amounts: {'*': a}}", ["`amounts['*']` must be a finite number; got 'a'."]),
+        (f"temp_scale: {{tau: {10**400}}}", ["temp_scale: `tau` must be a finite number", "1000"]),
         ("sigma_reparam: 3", ["`sigma_reparam`", "3", "true, false or a mapping"]),
         ("collapse_monitor: {every_n_steps: 0}", ["`every_n_steps`", "0", "at least 1"]),
         ("- sigma_reparam", ["mapping", "['sigma_reparam']"]),
