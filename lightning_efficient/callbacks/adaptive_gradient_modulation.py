@@ -60,6 +60,7 @@ class AdaptiveGradientModulation(EfficientCallback):
     """
 
     method = "adaptive_gradient_modulation"
+    resume_may_change = frozenset({"enabled", "alpha", "module", "target", "clamp", "start", "end"})
     progress_schema = Record({"seen": Int(low=0), "means": ListOf(Number())})
 
     def __init__(

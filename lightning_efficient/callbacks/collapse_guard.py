@@ -77,6 +77,11 @@ class CollapseGuard(EfficientCallback):
         ("action", ("rollback",), ("lr_factor", "skip_batches", "max_rollbacks", "snapshot_device", "save_snapshot")),
     )
     guards = True
+    # Whatever scores the canary makes its best score what it is.
+    resume_may_change = frozenset({
+        "enabled", "every_n_steps", "max_ratio", "patience", "action", "lr_factor", "skip_batches", "max_rollbacks",
+        "snapshot_device", "save_snapshot",
+    })  # fmt: skip
     progress_schema = Record(
         {
             "best": OrNone(Number()), "failed": Int(low=0), "skipping": Int(low=0), "history": ListOf(_TRIP),
@@ -159,10 +164,12 @@ class CollapseGuard(EfficientCallback):
         }  # fmt: skip
 
     def resume(self, progress: Mapping[str, Any]) -> None:
-        """Go on from there."""
-        self._best, self._failed, self._skipping = progress["best"], progress["failed"], progress["skipping"]
-        self.history, self._plain = [dict(row) for row in progress["history"]], progress["kept"]
-        self._rewound = progress["rewound"]
+        """Go on from there, as far as the arguments of this run have a use for it."""
+        self._best, self._rewound = progress["best"], progress["rewound"]
+        self._failed = min(progress["failed"], self.patience - 1)
+        self._skipping = min(progress["skipping"], self.skip_batches)
+        self.history = [dict(row) for row in progress["history"]]
+        self._plain = progress["kept"] if self.action == "rollback" else None
 
     def check_progress(self, state: Mapping[str, Any], step: int) -> None:
         """The numbers are within their arguments, the trips in their order, and there is a way back if there should."""
@@ -170,10 +177,11 @@ class CollapseGuard(EfficientCallback):
         steps = [row["step"] for row in state["history"]]
         if steps != sorted(steps) or any((row["back_to"] or 0) > row["step"] for row in state["history"]):
             self.refuse("['history']", "a row for each trip, in their order, back to earlier steps", state["history"])
-        for field, most in (("failed", self.patience - 1), ("skipping", self.skip_batches)):
+        then = {**self.config(), **state.get("config", {})}
+        for field, most in (("failed", then["patience"] - 1), ("skipping", then["skip_batches"])):
             if state[field] > most:
                 self.refuse(f"['{field}']", f"at most {most}", state[field])
-        expected = state["best"] is not None and self.action == "rollback" and self.save_snapshot
+        expected = state["best"] is not None and then["action"] == "rollback" and then["save_snapshot"]
         if (state["kept"] is not None) != expected:
             self.refuse("['kept']", "there" if expected else "null", state["kept"])
 

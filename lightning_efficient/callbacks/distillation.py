@@ -71,6 +71,10 @@ class Distillation(EfficientCallback):
     method = "distillation"
     only_with = (("schedule", ("linear", "cosine"), ("hold", "length")), ("kind", ("kl",), ("temperature",)))
     constants = ("teacher", "fingerprint")
+    resume_may_change = frozenset({
+        "enabled", "teacher", "alpha", "temperature", "kind", "student", "teacher_module", "hidden", "teacher_hidden",
+        "mask", "axis",
+    })  # fmt: skip
     progress_schema = Record(
         {"teacher": OrNone(MapOf(Text(), TensorOf())), "fingerprint": OrNone(Number(finite=False))}
     )
@@ -164,12 +168,19 @@ class Distillation(EfficientCallback):
         self, pl_module: LightningModule, checkpoint: dict[str, Any], entries: Sequence[Entry]
     ) -> None:
         """The initial network of a run that had no teacher is lost."""
-        asked = self.enabled and self.teacher == "initial" and pl_module.trainer.state.fn == "fit"
-        state = checkpoint.get("callbacks", {}).get(self.state_key)
-        if asked and (state is None or (isinstance(state, Mapping) and state.get("fingerprint") is not None)):
+        asked = self.enabled and pl_module.trainer.state.fn == "fit"
+        state, initial = checkpoint.get("callbacks", {}).get(self.state_key), self.teacher == "initial"
+        found = isinstance(state, Mapping)
+        if asked and initial and (state is None or (found and state.get("fingerprint") is not None)):
             raise RecipeError(
                 "Distillation(teacher='initial') cannot resume from this checkpoint: the network with which its run "
                 "began is not in it, as it was trained without, or with another teacher. Give the teacher as a path."
+            )
+        if asked and not initial and found and state.get("teacher") is not None:
+            raise RecipeError(
+                f"Distillation(teacher={self.config()['teacher']!r}) cannot resume from this checkpoint, whose run has "
+                "teacher='initial'. Give that, or begin a new run from the weights alone "
+                f"({type(pl_module).__name__}.load_from_checkpoint(path))."
             )
         super().check_checkpoint(pl_module, checkpoint, entries)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_efficient.common.match import NoMatchError, select_modules
 from lightning_efficient.companions.simplex import fix_head
 from lightning_efficient.lifecycle.base import EfficientCallback
+from lightning_efficient.lifecycle.recipe import Entry, RecipeError
 
 
 class FixedETFHead(EfficientCallback):
@@ -47,6 +49,7 @@ class FixedETFHead(EfficientCallback):
     """
 
     method = "fixed_etf_head"
+    resume_may_change = frozenset({"enabled"})
 
     def __init__(
         self,
@@ -85,6 +88,20 @@ class FixedETFHead(EfficientCallback):
         globs: dict[str, Any] = {"include": self.include, "exclude": self.exclude, "method": "FixedETFHead"}
         found = select_modules(pl_module, types=(nn.Linear,), **globs).matched
         return {name: head for name, head in found.items() if isinstance(head, nn.Linear)}
+
+    def check_checkpoint(
+        self, pl_module: LightningModule, checkpoint: dict[str, Any], entries: Sequence[Entry]
+    ) -> None:
+        """The optimizers of a run with it lack the head's parameters, so it cannot come or go in the middle."""
+        super().check_checkpoint(pl_module, checkpoint, entries)
+        there = bool(checkpoint.get("callbacks", {}).get(self.state_key))
+        if pl_module.trainer.state.fn == "fit" and there != self.enabled:
+            raise RecipeError(
+                f"the checkpoint was trained {'with' if there else 'without'} {self.state_key}, and this run has it "
+                f"{'on' if self.enabled else 'off (enabled=False)'}: the state of the optimizers does not fit. Resume "
+                "as it was, or start a new run from the weights alone "
+                f"({type(pl_module).__name__}.load_from_checkpoint(path))."
+            )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Set and freeze the heads, if they are there."""

@@ -151,7 +151,7 @@ class PRepBN(StructuralCallback):
         """Begin the transition anew, from where the norms of the model are."""
         super().restart()
         self.transition.restart(1.0)
-        self._recalibrated_at, self._total = -1, None
+        self._recalibrated_at, self._total, self._finished.known = -1, None, False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Swap; norms that were swapped before, in a model from a file, are held still as well."""
@@ -288,7 +288,8 @@ class PRepBN(StructuralCallback):
             if self._over(trainer):
                 self._recalibrate(trainer, pl_module)
             copies = not is_sharded(trainer) and not trainer.sanity_checking
-            if self.finished_metrics and copies and 0 < self.transition.at(step) < 1:
+            # And once after the transition, where a run begins there, for callbacks that monitor these metrics.
+            if self.finished_metrics and copies and not (self._finished.known and self.transition.at(step) == 0):
                 self._finished.start(trainer, pl_module)
         self._finished.batch(self._norms, batch, batch_idx, dataloader_idx)
 

@@ -19,7 +19,7 @@ from lightning_efficient.common.schema import OneOf, Record, check, short
 from lightning_efficient.lifecycle import recipe
 from lightning_efficient.lifecycle.hooks import hook_cutting, hook_loading
 from lightning_efficient.lifecycle.hparams import HPARAM_PREFIX, log_hparams
-from lightning_efficient.lifecycle.recipe import Entry, RecipeError
+from lightning_efficient.lifecycle.recipe import CONFIG, Entry, RecipeError
 from lightning_efficient.lifecycle.standing import STANDING, Standing
 from lightning_efficient.lifecycle.state import attachment
 from lightning_efficient.lifecycle.strategies import check_strategy, is_sharded
@@ -49,8 +49,8 @@ class EfficientCallback(Callback):
     sharded: ClassVar[bool] = False
     # Whether it changes weights, or only looks.
     changes_weights: ClassVar[bool] = True
-    # Arguments that a resumed run may give other values, where a file holds those of the run before (its entry).
-    resume_may_change: ClassVar[frozenset[str]] = frozenset({"enabled"})
+    # Arguments that a resumed run may give other values. None: all of them.
+    resume_may_change: ClassVar[frozenset[str] | None] = None
     # Arguments that older files lack, and what was done before there were these.
     later_arguments: ClassVar[Mapping[str, Any]] = {}
     # An argument, values of it, and the arguments that mean something with these values alone.
@@ -136,18 +136,20 @@ class EfficientCallback(Callback):
         """Where the fit stands; also a marker, so that Lightning warns when one resumes without this callback."""
         if not self.enabled:
             return {}
-        return {"method": self.method, "standing": self.standing.as_plain(), **self.progress()}
+        standing = self.standing.as_plain()
+        return {"method": self.method, "standing": standing, "config": self.config(), **self.progress()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the fit that is resumed; files that are only evaluated have nothing to say of a fit."""
         if self.enabled and self._resumes and state_dict:
             self._check_state(state_dict)
             self.standing = Standing.from_plain(state_dict["standing"])
-            self.resume({k: v for k, v in state_dict.items() if k not in ("method", "standing")})
+            self.resume({k: v for k, v in state_dict.items() if k not in ("method", "standing", "config")})
 
     def _check_state(self, state: Any) -> None:
         fields = {**self.progress_schema.fields, "method": OneOf((self.method,)), "standing": STANDING}
-        check(state, Record(fields), f"the checkpoint's state of {self.state_key}", RecipeError)
+        optional = {**self.progress_schema.optional, "config": CONFIG}  # older files have none
+        check(state, Record(fields, optional), f"the checkpoint's state of {self.state_key}", RecipeError)
 
     def check_state(self, state: Mapping[str, Any], step: int) -> None:
         """Refuse a whole state, as :meth:`state_dict` returns it, that is not of a fit of this callback.
@@ -190,7 +192,7 @@ class EfficientCallback(Callback):
         """The schedule in steps in a run of ``total``, as :meth:`Standing.fix` takes it; None: there is none."""
         return None
 
-    def _check_standing(self, standing: Mapping[str, Any], step: int, entry: Entry | None) -> None:
+    def _check_standing(self, standing: Mapping[str, Any], step: int) -> None:
         """The schedule that a file holds follows from the arguments."""
         if step < 0:
             self.refuse("['standing']['start']", f"at most the checkpoint's step, {step + standing['start']}", standing)
@@ -200,16 +202,9 @@ class EfficientCallback(Callback):
             made = self._resolve(standing["total"])
         except ValueError:
             made = ()
-        if made is None or list(made) == list(standing["schedule"]):
-            return
-        if entry is None:  # which would say that the arguments are those of then
-            raise RecipeError(
-                f"{type(self).__name__}: the checkpoint's schedule, in steps, is {standing['schedule']}, and the "
-                f"arguments of this run make {list(made) or 'none'} of the {standing['total']} steps that it was for. "
-                "Resume with the saved values."
-            )
-        expected = f"{list(made)}, by its arguments in a run of {standing['total']} steps (`total`)"
-        self.refuse("['standing']['schedule']", expected if made else "one for `total`", standing["schedule"])
+        if made is not None and list(made) != list(standing["schedule"]):
+            expected = f"{list(made)}, by its arguments in a run of {standing['total']} steps (`total`)"
+            self.refuse("['standing']['schedule']", expected if made else "one for `total`", standing["schedule"])
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -235,19 +230,23 @@ class EfficientCallback(Callback):
             return
         entry = next((e for e in entries if (e.method, e.key) == (self.method, self.state_key)), None)
         if entry is not None:
-            self._check_config(entry)
+            self._check_config(entry.config)
         if self.state_key not in states:
             return
         state = states[self.state_key]
         self._check_state(state)
+        if "config" in state:
+            self._check_config(state["config"])
         if type(done := checkpoint.get("global_step")) is int:
             step = done - state["standing"]["start"]
-            self._check_standing(state["standing"], step, entry)
+            self._check_standing(state["standing"], step)
             if state["standing"]["begun"]:
                 self.check_progress(state, step)
 
-    def _check_config(self, entry: Entry) -> None:
-        then = {**self.later_arguments, **entry.config}
+    def _check_config(self, config: Mapping[str, Any]) -> None:
+        if self.resume_may_change is None:
+            return
+        then = {**self.later_arguments, **config}
         changed = [
             f"`{name}`: {then.get(name)!r} then, {value!r} now"
             for name, value in self.config().items()

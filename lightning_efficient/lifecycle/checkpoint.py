@@ -102,7 +102,7 @@ def unfold(
         if entry is not None and (others := sorted(set(entry.tensors) - changed)):
             raise RecipeError(
                 f"the checkpoint's {request.key} changed {others[:5]}, which this run's leaves alone. Use the same "
-                "`include` and `exclude`."
+                f"`include` and `exclude`, and build {type(model).__name__} as it was."
             )
         for state_name, state in states.items():
             for name, prefix, module in _prefixes(model, request.changes):
@@ -156,7 +156,7 @@ def _unfold_one(
     if entry is not None and name not in entry.tensors:
         raise RecipeError(
             f"{request.key} changes {name!r} now but did not when the checkpoint was written (it changed "
-            f"{list(entry.tensors)[:5]}). Use the same `include` and `exclude`."
+            f"{list(entry.tensors)[:5]}). Use the same `include` and `exclude`, and build the model as it was."
         )
     if entry is not None and not entry.tensors[name]:
         _check_shape(state, prefix, module, name, request, entry)
@@ -168,8 +168,9 @@ def _unfold_one(
             )
         if entry is None:
             raise RecipeError(
-                f"the checkpoint was written without {request.method}, and {type(module).__name__} {name!r} cannot "
-                "take over its tensors. Load it into a model without the callback."
+                f"the checkpoint was written without {request.key.partition('{')[0]}, and {type(module).__name__} "
+                f"{name!r} cannot take over its tensors. Load it into a model without the callback; to begin with the "
+                "callback from these weights, load them first, and fit without `ckpt_path`."
             )
         return
     plain = _take(state, prefix)

@@ -20,11 +20,12 @@ VERSION = 1
 
 _MOST_METHODS = 64
 _NAME = Text()
+CONFIG = MapOf(_NAME, Plain())
 _ENTRY = Record(
     {
         "method": _NAME,
         "key": _NAME,
-        "config": MapOf(_NAME, Plain()),
+        "config": CONFIG,
         "tensors": MapOf(_NAME, MapOf(_NAME, TensorOf())),
     },
     optional={"count": Int(low=0)},

@@ -27,6 +27,8 @@ class StructuralCallback(EfficientCallback):
     optimizers come out of it (or were there before) are rebound when ``fit`` starts.
     """
 
+    resume_may_change = frozenset({"enabled"})
+
     def request(self) -> Request:
         """What to do to a model."""
         return Request(self.method, self.state_key, self.config(), self.apply)

@@ -48,6 +48,7 @@ class WeightSpaceCallback(EfficientCallback):
 
     # Its `state_schema` is what a file's states of single weights are checked against.
     transform: ClassVar[type[Transform]] = Transform  # type: ignore[type-abstract]
+    resume_may_change = frozenset({"enabled"})
 
     def __init__(
         self, enabled: bool = True, include: list[str] | None = None, exclude: list[str] | None = None

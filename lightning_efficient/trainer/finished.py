@@ -29,6 +29,7 @@ class FinishedForm:
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
+        self.known = False  # whether a validation of this fit has logged them
         self._replay: Replay | None = None
         self._metrics: dict[str, Metric] = {}
         self._logged: list[tuple[str, Any, dict[str, Any]]] = []
@@ -65,6 +66,7 @@ class FinishedForm:
             self._run(replay, norms, replay.twin.on_validation_epoch_end)
             for name, metric in self._metrics.items():
                 replay.pl_module.log(name, metric.compute(), add_dataloader_idx=False)
+            self.known = True
         self.stop()
 
     def follow(self, trainer: Trainer) -> None:

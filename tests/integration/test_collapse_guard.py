@@ -533,6 +533,33 @@ def test_without_the_copy_files_are_small_and_a_resumed_run_keeps_one_at_once(tm
 
 
 @pytest.mark.parametrize(
+    ("then", "now", "kept"),
+    [
+        ({}, {"action": "warn", "patience": 2}, False),
+        ({}, {"save_snapshot": False, "max_ratio": 5e2}, True),
+        ({"action": "stop", "patience": 3}, {"patience": 1}, True),
+    ],
+    ids=str,
+)
+def test_a_resumed_run_may_act_otherwise(then: dict[str, Any], now: dict[str, Any], kept: bool, tmp_path: Path) -> None:
+    path, guard = halfway(tmp_path, **then), CollapseGuard(**{"every_n_steps": 2, "max_ratio": 1e3, **now})
+    seen: list[bool] = []
+    look = Do(on_train_batch_start=lambda t, m: seen.append(guard._kept is not None))
+    trainer(tmp_path, guard, look, max_steps=5).fit(
+        Classifier("cnn"), ResumableLoader(loader(6)), loader(1), ckpt_path=path, weights_only=True
+    )
+    assert seen == [kept, kept]
+
+
+def test_a_best_score_is_not_compared_with_scores_of_another_kind(tmp_path: Path) -> None:
+    path = halfway(tmp_path)
+    with pytest.raises(RecipeError, match=r"CollapseGuard.*`score`: 'perplexity' then, 'loss' now.*saved values"):
+        trainer(tmp_path, CollapseGuard(score="loss"), max_steps=5).fit(
+            Classifier("cnn"), ResumableLoader(loader(6)), loader(1), ckpt_path=path, weights_only=True
+        )
+
+
+@pytest.mark.parametrize(
     ("field", "value"),
     [
         (("best",), math.nan), (("failed",), -1), (("history",), [{"step": 1}]), (("kept", "step"), 77),

@@ -503,6 +503,8 @@ def test_resuming_without_the_teacher_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="is not the one with which the checkpoint was written"):
         resumed(tmp_path, path, Distillation(teacher=other))
     path = half(tmp_path, Distillation())
+    with pytest.raises(RecipeError, match=r"teacher='Classifier'\) cannot resume.*whose run has teacher='initial'"):
+        resumed(tmp_path, path, Distillation(teacher=other))
     content = torch.load(path, weights_only=True)
     teacher = content["callbacks"][Distillation().state_key]["teacher"]
     teacher["net.head.bias"] = torch.zeros(2)

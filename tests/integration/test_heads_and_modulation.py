@@ -126,6 +126,21 @@ def test_the_head_stays_what_it_is_and_travels(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
+def test_a_head_does_not_come_or_go_or_change_in_the_middle_of_a_run(tmp_path: Path) -> None:
+    paths = {"with": tmp_path / "with.ckpt", "without": tmp_path / "without.ckpt"}
+    fit(tmp_path, halves(), etf()).save_checkpoint(paths["with"])
+    fit(tmp_path, halves()).save_checkpoint(paths["without"])
+    for path, callback, said in (
+        ("without", etf(), r"trained without FixedETFHead.*weights alone \(Halves.load_from_checkpoint"),
+        ("with", etf(enabled=False), r"trained with FixedETFHead.*off \(enabled=False\)"),
+        ("with", etf(sparsity=0.25), "`sparsity`: 0.5 then, 0.25 now"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            fit(tmp_path, halves(), callback, max_epochs=2, ckpt_path=paths[path])
+    fit(tmp_path, halves(), etf(enabled=False), max_epochs=2, ckpt_path=paths["without"])
+
+
 def test_the_exact_frame_at_no_zeros(tmp_path: Path) -> None:
     model = halves()
     fit(tmp_path, model, etf(sparsity=0, bias="keep"))
@@ -270,5 +285,5 @@ def test_a_file_of_other_modalities_is_refused(tmp_path: Path) -> None:
     trainer = fit(tmp_path, halves(), agm())
     trainer.save_checkpoint(tmp_path / "two.ckpt")
     three = agm(modalities={"a": 0, "b": 1, "c": 2})
-    with pytest.raises(RecipeError, match=r"\['means'\], should be a list of 3"):
+    with pytest.raises(RecipeError, match=r"`modalities`: {'upper': 0, 'lower': 'lower'} then, {'a': 0, .* now"):
         fit(tmp_path, halves(), three, max_epochs=2, ckpt_path=tmp_path / "two.ckpt")

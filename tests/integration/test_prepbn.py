@@ -298,6 +298,7 @@ def test_export_makes_the_norms_vanish(tmp_path: Any, caplog: pytest.LogCaptureF
 # -- hyper-parameters --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*has no effect with target='un'")
 def test_every_hyper_parameter_of_the_method_is_an_argument(tmp_path: Any) -> None:
     arguments = inspect.signature(PRepBN).parameters
     for field in fields(NormSwapConfig):

@@ -112,7 +112,7 @@ CHANGED: list[tuple[Callable[..., Callback], dict[str, Any], dict[str, Any], str
         partial(Distillation, schedule="linear"),
         {},
         {"length": 0.5},
-        r"Distillation: .*schedule, in steps, is \[0, 6\], .*make \[0, 3\] of the 6",
+        "Distillation.*`length`: 1.0 then, 0.5 now",
     ),
 ]
 
