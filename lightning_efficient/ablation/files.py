@@ -17,6 +17,7 @@ METHODS_FILE = "methods.yaml"
 EXPORT = "export.json"  # why the trained model could not be exported
 LOG = "log.txt"
 CHECKPOINT = "resume.ckpt"
+CSV = {"fit": "csv", "test": "csv_test"}  # folders of a CSVLogger, which empties the one that it is given
 
 
 def read_json(path: Path) -> dict[str, Any]:

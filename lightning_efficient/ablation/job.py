@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from lightning_efficient.ablation.files import (
     CHECKPOINT,
+    CSV,
     LOG,
     PROGRESS,
     STATUS,
@@ -96,7 +97,7 @@ def run_job(
             if not read_json(folder / PROGRESS).get("has_test", True):
                 continue
             argv = [*argv, f"--ckpt_path={_to_test(folder)}"]
-        _set_aside_configs(folder)
+        _set_aside(folder, step)
         try:
             code, text = _run(starter, argv, folder, variables, job.cwd, lambda: stopped() or late())
         except BaseException:
@@ -128,11 +129,14 @@ def _to_test(folder: Path) -> str:
     return str(best or last_checkpoint(folder))
 
 
-def _set_aside_configs(folder: Path) -> None:
-    """LightningCLI refuses to overwrite the configuration that an earlier attempt, or ``fit``, saved in this folder."""
+def _set_aside(folder: Path, step: str) -> None:
+    """What an earlier attempt, or ``fit``, saved here: LightningCLI refuses to write over it, CSVLogger empties it."""
     for file in folder.glob("*.yaml"):
         if file.name not in _KEPT_YAML and not file.name.startswith("fit_"):
             os.replace(file, folder / f"fit_{file.name}")
+    if (logged := folder / CSV[step]).exists():
+        before = len(list(folder.glob(f"{logged.name}_attempt_*")))
+        os.replace(logged, folder / f"{logged.name}_attempt_{before + 1}")
 
 
 def _run(

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
-
 from lightning_efficient.ablation.files import (
     INPUTS,
     METHODS_FILE,
@@ -25,7 +23,7 @@ from lightning_efficient.ablation.files import (
 )
 from lightning_efficient.ablation.job import Job
 from lightning_efficient.ablation.program import Program
-from lightning_efficient.ablation.variants import Methods, methods_of
+from lightning_efficient.ablation.variants import Methods, methods_file
 from lightning_efficient.common.escaping import cannot_write, write_whole
 
 _LOCK = ".lock"
@@ -147,7 +145,7 @@ def _left(run: Planned, program: Program, test: bool, retry_failed: bool) -> dic
 def _make_anew(run: Planned, program: Program) -> None:
     if run.folder.exists():
         shutil.rmtree(run.folder)  # checked: one of ours, or empty
-    write_whole(run.folder / METHODS_FILE, yaml.safe_dump(methods_of(run.methods), sort_keys=False))
+    write_whole(run.folder / METHODS_FILE, methods_file(run.methods))
     write_json(run.folder / INPUTS, _inputs(run, program))
 
 

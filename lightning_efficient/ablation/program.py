@@ -5,17 +5,20 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
 from lightning_efficient.ablation.asking import Asked
-from lightning_efficient.ablation.files import METHODS_FILE
+from lightning_efficient.ablation.files import CSV, METHODS_FILE
 from lightning_efficient.ablation.job import error_lines
-from lightning_efficient.ablation.variants import CONFIG, Methods, methods_of, options_of
+from lightning_efficient.ablation.variants import BASELINE, CONFIG, Methods, methods_file, methods_of, options_of
+from lightning_efficient.common.escaping import write_whole
 from lightning_efficient.common.names import VARIABLE
 from lightning_efficient.common.registry import METHODS, near
 from lightning_efficient.lifecycle.methods import build_callback
@@ -23,6 +26,7 @@ from lightning_efficient.lifecycle.methods import build_callback
 _HEADER = "# lightning.pytorch=="
 _TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
 _CSV = "lightning.pytorch.loggers.CSVLogger"
+_END = '--trainer.logger=[{"class_path": "lightning_efficient.ablation.parsed.EndOfParsing"}]'
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Program:
             *options_of(methods),
             f"--seed_everything={seed}",
             f"--trainer.default_root_dir={folder}",
-            f"--trainer.logger={json.dumps(loggers(self.config, folder))}",
+            f"--trainer.logger={json.dumps(loggers(self.config, folder, step))}",
             "--trainer.enable_progress_bar=false",
         ]
         return (*argv, *([f"--ckpt_path={checkpoint}"] if checkpoint and self.subcommands else []))
@@ -76,6 +80,24 @@ class Program:
             methods: Of its variant.
         """
         return {VARIABLE: "" if self.methods_are_keys or not methods_of(methods) else str(folder / METHODS_FILE)}
+
+    def check(self, methods: Methods, asked: Asked) -> None:
+        """Parse the command line of a run as the run will, which ``--print_config`` does not: it is not complete.
+
+        Args:
+            methods: Of its variant, and its ``"config"``.
+            asked: Whoever asks the program.
+
+        Raises:
+            ValueError: It would not start, with the reason that it gives.
+        """
+        with TemporaryDirectory() as out:
+            folder = Path(out, "variant", "seed_0")
+            write_whole(folder / METHODS_FILE, methods_file(methods))
+            done = asked.ask([*self.argv("fit", folder, methods, 0), _END])
+        if done.returncode:
+            words = [*self.command, *(["fit"] if self.subcommands else []), *self.arguments, *options_of(methods)]
+            raise ValueError(f"`python {shlex.join(words)}` would not start:\n{error_lines(done.stderr)}")
 
 
 def find_program(script: str | os.PathLike[str] | None, arguments: Sequence[str], asked: Asked) -> Program:
@@ -98,7 +120,7 @@ def find_program(script: str | os.PathLike[str] | None, arguments: Sequence[str]
             config = _config(done.stdout, " ".join(command))
             if config.get("model", command) is None:  # of any class: required, and LightningCLI prints it without
                 raise ValueError(
-                    f"`python {' '.join([*command, *words, *arguments])}` would not start: it trains any model, and "
+                    f"`python {shlex.join([*command, *words, *arguments])}` would not start: it trains any model, and "
                     "none is named. Add -c CONFIG with `model:` in it, or -- --model=my_package.MyModel."
                 )
             keys = [config[method] for method in METHODS.with_callback if method in config]
@@ -107,15 +129,16 @@ def find_program(script: str | os.PathLike[str] | None, arguments: Sequence[str]
         failed = failed or error_lines(done.stderr)
         if "arguments: fit" not in done.stderr:
             break
-    raise ValueError(f"`python {' '.join([*command, 'fit', *arguments])}` would not start:\n{failed}")
+    raise ValueError(f"`python {shlex.join([*command, 'fit', *arguments])}` would not start:\n{failed}")
 
 
-def loggers(config: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
+def loggers(config: Mapping[str, Any], folder: Path, step: str) -> list[dict[str, Any]]:
     """The user's loggers, those that write files led into the run's folder, and TensorBoard in any case.
 
     Args:
         config: The whole configuration.
         folder: ``<out>/<variant>/seed_<n>``: TensorBoard shows the run under this name.
+        step: ``"fit"`` or ``"test"``.
     """
     given = config.get("trainer", {}).get("logger") or []
     entries = [e for e in (given if isinstance(given, list) else [given]) if isinstance(e, Mapping)]
@@ -128,7 +151,7 @@ def loggers(config: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
             board["init_args"] = {**init, **place, "sub_dir": None}
         elif path == _CSV:
             others.append(
-                {"class_path": _CSV, "init_args": {**init, "save_dir": str(folder), "name": "", "version": "csv"}}
+                {"class_path": _CSV, "init_args": {**init, "save_dir": str(folder), "name": "", "version": CSV[step]}}
             )
         else:
             others.append(dict(entry))
@@ -176,20 +199,20 @@ def check_variants(variants: Mapping[str, Methods], program: Program, asked: Ask
         nothing with the arguments that they have.
 
     Raises:
-        ValueError: A method refuses its arguments as they are then, two exclude each other, or the program refuses a
-            variant's ``"config"``.
+        ValueError: A method refuses its arguments as they are then, two exclude each other, or the program would not
+            start: an argument is missing, unknown or of a wrong type, in the configuration or in a variant's
+            ``"config"``.
     """
     base: Methods = {name: dict(program.config[name]) for name in METHODS.with_callback if program.methods_are_keys}
+    program.check(variants[BASELINE], asked)
     remarks, trained = [], dict[str, str]()
     for variant, changes in variants.items():
         methods = methods_of(changes)
-        if options := options_of(changes):
-            words = [*program.command, *(["fit"] if program.subcommands else []), *program.arguments, *options]
-            done = asked.ask([*words, "--print_config"])
-            if done.returncode:
-                raise ValueError(
-                    f"variant {variant!r}: `python {' '.join(words)}` would not start:\n{error_lines(done.stderr)}"
-                )
+        if options_of(changes):
+            try:
+                program.check(changes, asked)
+            except ValueError as error:
+                raise ValueError(f"variant {variant!r}: {error}") from None
         whole = {name: {**base.get(name, {}), **methods.get(name, {})} for name in {**base, **methods}}
         on = {name: arguments for name, arguments in whole.items() if arguments.get("enabled")}
         try:

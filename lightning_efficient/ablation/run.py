@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -166,7 +167,7 @@ def ablate(
                     LocalEngine(slots, starter) if local else RayEngine(slots, address, threads, each)
                 ) as started:
                     started.start(left)
-                    _watch(started, runs, View(console, metrics))
+                    _watch(started, runs, View(console, metrics), metrics)
             return _report(folder, runs, metrics, console, remarks)
 
 
@@ -199,19 +200,37 @@ def _stopped(engine: Engine) -> Iterator[Engine]:
         engine.stop()
 
 
-def _watch(engine: Engine, runs: Sequence[Planned], view: View) -> None:
-    def rows() -> list[RunRow]:
-        return [row_of(run) for run in runs]
+def _watch(engine: Engine, runs: Sequence[Planned], view: View, metrics: Sequence[str] | None) -> None:
+    compared = False
+
+    def look() -> None:
+        nonlocal compared
+        view.update(rows := [row_of(run) for run in runs])
+        if not compared and (first := next((row for row in rows if row.state == "finished"), None)) is not None:
+            compared = True
+            _compare_first(first, metrics, view.console)
 
     try:
         with view.open():
-            view.update(rows())
+            look()
             while not engine.wait(_LOOK):
-                view.update(rows())
-            view.update(rows())
+                look()
+            look()
     except KeyboardInterrupt:
         view.console.print("Interrupted: ending the runs. The same command continues.", highlight=False)
         raise
+
+
+def _compare_first(run: RunRow, metrics: Sequence[str] | None, console: Console) -> None:
+    """Say what cannot be compared before the other runs are waited for: no configuration tells what is logged."""
+    try:
+        compare([run.folder], metrics)
+    except (ValueError, OSError) as error:
+        console.print(
+            f"note: {run.variant} seed {run.seed} has finished, and cannot be compared: {printable_lines(error)} The "
+            "same command with other `metrics` continues, and repeats no finished run.",
+            style="yellow", highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
 
 
 def _not_exported(runs: Sequence[Planned]) -> list[str]:
@@ -271,5 +290,5 @@ def _report(
     if any(row.state == "failed" for row in rows):
         console.print("Failed runs are kept as they are: --retry-failed trains them anew.", **plain)
     console.print(f"written   {', '.join(str(folder / file) for file in written)}", **plain)
-    console.print(f"curves    tensorboard --logdir {folder}", **plain)
+    console.print(f"curves    tensorboard --logdir {shlex.quote(str(folder))}", **plain)
     return ablation

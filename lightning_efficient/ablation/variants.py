@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
+
 from lightning_efficient.common.registry import METHODS, near
 from lightning_efficient.lifecycle.methods import build_callback, read_yaml, spelled
 
@@ -151,6 +153,15 @@ def methods_of(variant: Methods) -> Methods:
         variant: Its methods, and perhaps ``"config"``.
     """
     return {name: arguments for name, arguments in variant.items() if name != CONFIG}
+
+
+def methods_file(variant: Methods) -> str:
+    """The text of a file of a variant's methods, as ``LIGHTNING_EFFICIENT`` and ``EfficientCLI`` read it.
+
+    Args:
+        variant: Its methods, and perhaps ``"config"``.
+    """
+    return str(yaml.safe_dump(methods_of(variant), sort_keys=False))
 
 
 def _methods(methods: Mapping[str, Any]) -> Methods:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_efficient.common.memory import peak_resident
 from lightning_efficient.lifecycle.base import EfficientCallback
 
 
@@ -126,9 +126,4 @@ def _peak_memory(device: torch.device) -> int | None:
     """Bytes; ``None`` where it cannot be told."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if device.type != "cpu" or sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_resident() if device.type == "cpu" else None

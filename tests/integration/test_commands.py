@@ -191,8 +191,9 @@ def asked() -> Iterator[Asked]:
 
 
 def program(**keys: dict[str, Any]) -> Program:
+    """One that starts, whatever it is told."""
     config = {name: {"enabled": False} for name in METHODS.with_callback} | keys
-    return Program(("-m", "x"), (), True, True, {"trainer": {}, **config})
+    return Program(("-m", "this"), (), True, True, {"trainer": {}, **config})
 
 
 def test_variants_are_checked_with_the_configuration_they_change(asked: Asked) -> None:
@@ -207,7 +208,7 @@ def test_variants_are_checked_with_the_configuration_they_change(asked: Asked) -
 
 def test_options_that_the_program_refuses_stop_before_the_first_run(tmp_path: Path, asked: Asked) -> None:
     script = tmp_path / "train.py"
-    script.write_text("import sys\nsys.exit('error: no ' + sys.argv[3] if 'widht' in sys.argv[3] else 0)")
+    script.write_text("import sys\nsys.exit('error: no --widht=3' if '--widht=3' in sys.argv else 0)")
     base = Program((str(script),), ("--lr=1",), True, True, program().config)
     twice = read_variants({"a": {"config": {"width": 3}}, "b": {"config": {"width": 4}}})
     assert check_variants(twice, base, asked) == []

@@ -46,8 +46,9 @@ def test_one_process_answers_for_all_variants(tmp_path: Path) -> None:
         assert check_variants(read_variants(VARIANTS), program, asked) == []
     processes, words = questions(tmp_path)
     assert (program.subcommands, program.config) == (False, {"trainer": {"max_epochs": 3}, "model": {"width": 8}})
-    asked_for = ["fit --lr=1", "--lr=1", *(f"--lr=1 {option}" for option in OPTIONS)]
-    assert words == [f"{line} --print_config" for line in asked_for]
+    assert words[:2] == ["fit --lr=1 --print_config", "--lr=1 --print_config"]
+    begins = ["--lr=1 --seed_everything=0", *(f"--lr=1 {option} --seed_everything=0" for option in OPTIONS)]
+    assert [line.startswith(begin) for line, begin in zip(words[2:], begins, strict=True)] == [True] * 4
     assert len(set(processes)) == 1
     assert not Path(f"/proc/{processes[0]}").exists(), "it ends with the questions"
 
@@ -94,9 +95,8 @@ def test_modules_are_run_as_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert [asked.ask(["-m", "package"]).stdout for _ in range(2)] == ["μ → 1\n"] * 2
 
 
-def test_nothing_is_started_for_variants_without_options(tmp_path: Path) -> None:
+def test_variants_without_options_start_as_the_baseline_does(tmp_path: Path) -> None:
     with Asked() as asked:
         program = find_program(script(tmp_path), [], asked)
-    with Asked() as asked:
-        check_variants(read_variants(["sigma_reparam"]), program, asked)
-    assert len(questions(tmp_path)[0]) == 2
+        check_variants(read_variants(["sigma_reparam", "norm_swap"]), program, asked)
+    assert len(questions(tmp_path)[0]) == 3

@@ -22,6 +22,7 @@ from lightning_efficient.ablation.job import Job, error_lines, run_job
 from lightning_efficient.ablation.pairing import started_alike
 from lightning_efficient.ablation.plan import check, jobs, locked, plan
 from lightning_efficient.ablation.program import Program, find_program, loggers
+from lightning_efficient.ablation.run import _watch
 from lightning_efficient.ablation.view import View, duration, errors, row_of, shown_metric, table
 
 DONE = "import json; json.dump({'fitted': True, 'best': 'b.ckpt'}, open('progress.json', 'w')); "
@@ -66,6 +67,18 @@ def test_steps_follow_each_other(tmp_path: Path) -> None:
     assert "fit_config.yaml" in text
     assert "methods.yaml" in text.split()
     assert read_json(tmp_path / STATUS)["done"] == ["fit", "test"]
+
+
+def test_no_attempt_and_no_step_loses_the_csv_file_of_another(tmp_path: Path) -> None:
+    """A CSVLogger empties the folder that it is given."""
+    given = {"trainer": {"logger": {"class_path": "lightning.pytorch.loggers.CSVLogger"}}}
+    (fit, test) = (loggers(given, tmp_path, step)[1]["init_args"]["version"] for step in ("fit", "test"))
+    write = "import os; os.makedirs('{0}', exist_ok=True); open('{0}/metrics.csv', 'w').write('{1}'); "
+    for attempt in "12":
+        run_job(job(tmp_path, write.format(fit, f"fit {attempt}") + "1/0"))
+    run_job(job(tmp_path, write.format(fit, "fit 3") + DONE, test=write.format(test, "test")))
+    assert {file.read_text("utf-8") for file in tmp_path.glob("*/metrics.csv")} == {"fit 1", "fit 2", "fit 3", "test"}
+    assert (tmp_path / fit / "metrics.csv").read_text("utf-8") == "fit 3"
 
 
 def test_a_model_without_a_test_stage_is_not_tested(tmp_path: Path) -> None:
@@ -123,6 +136,32 @@ def test_an_error_of_our_own_is_raised(tmp_path: Path) -> None:
     with pytest.raises(NotADirectoryError, match="missing"):
         engine.wait(10)
     engine.stop()
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [
+        (["val_f2"], "no run has the metric 'val_f2'. Did you mean 'val_f1'?"),
+        (["val_f1", "*loss"], "no run has the metric '*loss'"),
+        (None, "the runs share no val_*, *loss or *acc; choose `metrics`"),
+        (["score:max"], ""),
+    ],
+)
+def test_what_cannot_be_compared_is_said_after_the_first_run(
+    tmp_path: Path, metrics: list[str] | None, said: str
+) -> None:
+    name = "score" if metrics is None or said == "" else "val_f1"
+    log = f"open('metrics.csv', 'w').write('step,{name}\\n1,0.5\\n')"
+    runs = plan({"baseline": {}, "a": {}}, [0, 1], tmp_path)
+    screen = io.StringIO()
+    engine = LocalEngine([{}])
+    engine.start([job(run.folder, DONE + log) for run in runs])
+    _watch(engine, runs, View(Console(file=screen, width=200), metrics), metrics)
+    engine.stop()
+    lines = [line for line in screen.getvalue().splitlines() if "note: " in line]
+    assert len(lines) == bool(said)
+    assert not lines or f"baseline seed 0 has finished, and cannot be compared: {said}" in lines[0]
+    assert not lines or lines[0].endswith("other `metrics` continues, and repeats no finished run.")
 
 
 @pytest.mark.parametrize(
@@ -261,7 +300,7 @@ def test_loggers_of_the_user_stay(tmp_path: Path) -> None:
         {"class_path": board, "init_args": {"save_dir": "there", "log_graph": True}},
     ]
     place = {"save_dir": str(tmp_path), "name": "sigma", "version": "seed_3"}
-    assert loggers({"trainer": {"logger": given}}, folder) == [
+    assert loggers({"trainer": {"logger": given}}, folder, "fit") == [
         {"class_path": board, "init_args": {**place, "log_graph": True, "sub_dir": None}},
         {
             "class_path": csv,
@@ -270,7 +309,7 @@ def test_loggers_of_the_user_stay(tmp_path: Path) -> None:
         given[1],
     ]
     for nothing in (None, True, False):
-        assert loggers({"trainer": {"logger": nothing}}, folder) == [{"class_path": board, "init_args": place}]
+        assert loggers({"trainer": {"logger": nothing}}, folder, "fit") == [{"class_path": board, "init_args": place}]
 
 
 def test_a_missing_script() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_efficient import CollapseMonitor, RunCost
+from lightning_efficient.common.memory import peak_resident
 from lightning_efficient.common.registry import METHODS
 from lightning_efficient.comparison import compare
 from lightning_efficient.deploy.measure import log_exported
@@ -80,6 +83,15 @@ def test_steps_are_timed_without_validation_warm_up_and_pauses(tmp_path: Path) -
         assert 10 <= values["ms per step, median"] < 60  # 200 ms a validation, 100 ms the first step
         assert values["parameters"] == 15
         assert 20 < values["peak memory, MiB"] < 1e6
+
+
+def test_the_memory_of_a_small_process_that_a_large_one_starts() -> None:
+    """Such as every run of `ablate`, on a model that is smaller than `ablate` itself."""
+    ours = peak_resident()
+    assert ours is not None
+    code = "from lightning_efficient.common.memory import peak_resident; print(peak_resident())"
+    told = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
+    assert 2**20 < int(told.stdout) < ours / 3
 
 
 def test_accumulated_steps_are_steps_of_the_optimizer(tmp_path: Path) -> None:
