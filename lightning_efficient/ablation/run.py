@@ -233,6 +233,16 @@ def _compare_first(run: RunRow, metrics: Sequence[str] | None, console: Console)
         )  # fmt: skip
 
 
+def _not_compared(rows: Sequence[RunRow]) -> list[str]:
+    """For whoever sees the page alone: runs that are not in it, with the first line of why."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.state != "finished":
+            why = f"{row.state}: {row.error.splitlines()[0]}" if row.error else row.state
+            found.setdefault((row.variant, why), []).append(str(row.seed))
+    return [f"Not compared: {variant}, seed {', '.join(seeds)}, {why}" for (variant, why), seeds in found.items()]
+
+
 def _not_exported(runs: Sequence[Planned]) -> list[str]:
     found: dict[str, list[str]] = {}
     for run in runs:
@@ -266,7 +276,7 @@ def _report(
         with shown_or_skipped("page", left_out.append):
             from lightning_efficient.comparison.html import to_html  # with jinja2 and matplotlib
 
-            write_whole(folder / PAGE, to_html(comparison))
+            write_whole(folder / PAGE, to_html(comparison, remarks=[*_not_compared(rows), *notes]))
             written.append(PAGE)
         with shown_or_skipped("order of TensorBoard's table", left_out.append):
             write_whole(

@@ -15,7 +15,7 @@ from rich.text import Text
 from torch import nn
 
 from lightning_efficient.cli.efficient_cli import EfficientCLI
-from lightning_efficient.cli.errors import only_libraries, short_errors
+from lightning_efficient.cli.errors import only_libraries, plain_warnings, short_errors
 from lightning_efficient.cli.targets import show_targets
 from lightning_efficient.cli.tune import tune
 from lightning_efficient.common.escaping import printable, printable_lines, shown_or_skipped, write_whole
@@ -184,7 +184,7 @@ def run_compare(options: Namespace) -> None:
     from lightning_efficient.comparison.html import to_html
     from lightning_efficient.comparison.pictures import png
 
-    with short_errors():
+    with short_errors(), plain_warnings():
         comparison = compare(options.logdir, options.metrics, options.baseline, options.judge)
         # Files first: whoever reads what is printed may go away (`| head`).
         console, of_files = Console(), list[Text]()

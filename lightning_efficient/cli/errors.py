@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -45,6 +46,14 @@ def short_errors() -> Iterator[None]:
         else:
             print(_UNEXPECTED, file=sys.stderr)
         raise
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """A line for each warning, without the place in this package that it comes from."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"warning: {printable_lines(message)}", file=sys.stderr)
+        yield
 
 
 def refused(error: BaseException) -> bool:

@@ -122,7 +122,8 @@ class Comparison:
 
     def table(self) -> Table:
         """The rows as a rich table, a section per quantity."""
-        table = Table(title=f"{len(self.runs)} runs of {len(self.variants)} variants", caption=CAPTION)
+        title = f"{counted(len(self.runs), 'run')} of {counted(len(self.variants), 'variant')}"
+        table = Table(title=title, caption=CAPTION)
         table.add_column("quantity", overflow="fold")
         table.add_column("variant", overflow="fold")
         table.add_column("runs", justify="right")
@@ -186,6 +187,11 @@ CAPTION = (
     "±: half-width of the Student-t 95 % interval over runs. Differences and ratios (×): paired by seed where runs "
     "have one, each with its own 95 % interval."
 )
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 run``, ``2 runs``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def shown_count(row: ComparisonRow) -> str:

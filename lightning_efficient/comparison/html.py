@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from lightning_efficient.common.escaping import printable_lines
 from lightning_efficient.common.running import first_line
-from lightning_efficient.comparison.comparison import shown_count, shown_difference, shown_mean
+from lightning_efficient.comparison.comparison import counted, shown_count, shown_difference, shown_mean
 from lightning_efficient.comparison.curves import COLOURS, DASHES, MARKERS, single, title_of
 from lightning_efficient.comparison.pictures import differences, pareto, pareto_costs, svg
 from lightning_efficient.comparison.quantities import ENTROPY, ENTROPY_NAME, Quantity
@@ -25,19 +26,20 @@ if TYPE_CHECKING:
 _DARK = ("#58a9ea", "#ff8a4c", "#2fc79a", "#e39cc4", "#f2b640", "#8ccdf5")
 _BADGES = {
     "better": "Better", "worse": "Worse", "higher": "Higher", "lower": "Lower", "none": "No evidence",
-    "open": "Too few runs",
+    "open": "No verdict",
 }  # fmt: skip
 _DASH_LENGTHS = {"-": "", "--": "7 4", "-.": "7 3 2 3", ":": "2 3"}
 _GLYPHS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "<": "◀", "*": "★"}
 _WAYS = {"min": "lower", "max": "higher"}
 
 
-def to_html(comparison: Comparison, title: str | None = None) -> str:
+def to_html(comparison: Comparison, title: str | None = None, remarks: Sequence[str] = ()) -> str:
     """The page of a comparison.
 
     Args:
         comparison: What ``compare`` found.
         title: Its heading. ``None``: says what was compared.
+        remarks: What to know of these runs, below the verdicts.
     """
     environment = Environment(
         loader=PackageLoader("lightning_efficient.comparison", "."), autoescape=True, undefined=StrictUndefined
@@ -46,12 +48,13 @@ def to_html(comparison: Comparison, title: str | None = None) -> str:
     names = list(comparison.variants)
     template = environment.get_template("report.html.j2")
     return template.render(
-        title=title or f"{_count(len(names), 'variant')}, {_count(len(comparison.runs), 'run')}",
+        title=title or f"{counted(len(names), 'variant')}, {counted(len(comparison.runs), 'run')}",
         subtitle=_subtitle(comparison),
         colours=COLOURS[:-1],
         dark_colours=_DARK,
         baseline=comparison.baseline,
         verdicts=_verdicts(comparison),
+        remarks=[printable_lines(remark) for remark in remarks],
         comparisons=max((verdict.comparisons for verdict in comparison.verdicts()), default=0),
         legend=_legend(comparison),
         groups=_groups(comparison),
@@ -146,7 +149,7 @@ def _legend(comparison: Comparison) -> list[dict[str, str]]:
             "colour": _colour(index),
             "marker": _GLYPHS[MARKERS[index % len(MARKERS)]],
             "dashes": _DASH_LENGTHS[DASHES[index % len(DASHES)]],
-            "runs": _count(len(runs), "run"),
+            "runs": counted(len(runs), "run"),
         }
         for index, (name, runs) in enumerate(comparison.variants.items())
     ]
@@ -217,7 +220,3 @@ def _shown(value: float | None) -> str:
 def _colour(index: int) -> str:
     place = index % len(COLOURS)
     return f"var(--c{place})" if place < len(_DARK) else "currentColor"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

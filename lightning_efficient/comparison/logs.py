@@ -8,7 +8,7 @@ import os
 import re
 import statistics
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -90,9 +90,10 @@ class Run:
 def read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Run]:
     """Every run in the folders and below them, ordered by variant and replica.
 
-    A run is a folder with TensorBoard event files or a ``metrics.csv``; folders inside a run (TensorBoard makes some)
-    are no runs of their own. ``<variant>/seed_<n>`` are replicas of one variant; so are ``<variant>/version_<k>``,
-    unless their ``hparams.yaml`` differ in more than the seed. Of several versions of one seed the last counts.
+    A run is a folder with TensorBoard event files or a ``metrics.csv``. Folders inside a run (TensorBoard makes some)
+    are no runs of their own, but for replicas in a folder that is none: a log that lies above them hides nothing.
+    ``<variant>/seed_<n>`` are replicas of one variant; so are ``<variant>/version_<k>``, unless their ``hparams.yaml``
+    differ in more than the seed. Of several versions of one seed the last counts.
 
     Args:
         paths: Folders to search.
@@ -101,32 +102,52 @@ def read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Run]:
         FileNotFoundError: A folder does not exist, or none holds a log.
         ValueError: No log holds a scalar.
     """
-    folders = _log_folders([Path(path).resolve() for path in paths])
-    series, broken = {}, []
-    for folder in folders:
+    series: dict[Path, dict[str, Series]] = {}
+    broken, empty, known = [], [], set[Path]()
+    for folder in _log_folders([Path(path).resolve() for path in paths]):
+        if _is_part(folder, known):
+            continue
         try:
-            series[folder] = _read(folder)
+            found = _read(folder)
         except ValueError as error:
             broken.append(str(error))
+        else:
+            if found:
+                series[folder] = found
+            else:
+                empty.append(str(folder))
+        if folder in series or _is_replica(folder):
+            known.add(folder)
     if broken and not series:
         raise ValueError(broken[0] + (f" So are {len(broken) - 1} more." if len(broken) > 1 else ""))
     for text in broken:
         warnings.warn(f"{text} The run is left out.", stacklevel=2)
-    folders = list(series)
-    if empty := [str(folder) for folder in folders if not series[folder]]:
-        if len(empty) == len(folders):
+    if empty:
+        if not series:
             raise ValueError(f"the logs hold no scalars: {', '.join(empty)}.")
         warnings.warn(f"no scalars logged in {', '.join(empty)}: left out.", stacklevel=2)
-    variants = _variants([folder for folder in folders if series[folder]])
+    variants = _variants(list(series))
+    names = _shown({variant for variant, _ in variants.values()})
+    tags = _shown({tag for logged in series.values() for tag in logged})
     runs = [
-        Run(f, printable(variant), printable(replica), _printable(series[f]), _noted_seed(f), frozenset(series[f]))
+        Run(f, names[variant], printable(replica), {tags[tag]: one for tag, one in series[f].items()}, _noted_seed(f),
+            frozenset(series[f]))
         for f, (variant, replica) in variants.items()
-    ]
+    ]  # fmt: skip
     return sorted(_last_version_of_each_seed(runs), key=lambda run: (run.variant, _natural(run.replica)))
 
 
-def _printable(series: dict[str, Series]) -> dict[str, Series]:
-    return {printable(name): logged for name, logged in series.items()}
+def _shown(names: Iterable[str]) -> dict[str, str]:
+    """Name → what is shown of it; names that would read alike are numbered."""
+    found: dict[str, str] = {}
+    for name in sorted(names, key=lambda name: (printable(name) != name, name)):
+        taken, number = set(found.values()), 1
+        shown = printable(name)
+        while shown in taken:
+            number += 1
+            shown = f"{printable(name)} ({number})"
+        found[name] = shown
+    return found
 
 
 def _log_folders(roots: Iterable[Path]) -> list[Path]:
@@ -139,9 +160,20 @@ def _log_folders(roots: Iterable[Path]) -> list[Path]:
         looked = ", ".join(map(str, roots)) or "an empty list of folders"
         raise FileNotFoundError(
             f"no logs in {looked}: looked for TensorBoard event files ({_EVENTS}) and Lightning's CSVLogger ({_CSV}) "
-            "there and in every folder below."
+            "there and in every folder below. What Weights & Biases, MLflow and others write is not read: give the "
+            "Trainer a CSVLogger beside theirs."
         )
-    return [folder for folder in folders if not any(parent in folders for parent in folder.parents)]
+    return folders
+
+
+def _is_replica(folder: Path) -> bool:
+    return _REPLICA.fullmatch(folder.name) is not None
+
+
+def _is_part(folder: Path, runs: Collection[Path]) -> bool:
+    """Of a run around it, and no run of its own."""
+    around = [parent for parent in folder.parents if parent in runs]
+    return bool(around) and not (_is_replica(folder) and not any(map(_is_replica, around)))
 
 
 # -- one log -------------------------------------------------------------------------------------------------------
@@ -162,8 +194,9 @@ def _read(folder: Path) -> dict[str, Series]:
 
 
 def _files(folder: Path, pattern: str, below: bool = False) -> list[Path]:
-    """Regular files: opening a pipe would wait for ever."""
-    return sorted(file for file in (folder.rglob if below else folder.glob)(pattern) if file.is_file())
+    """Regular files, the later of a process's after the earlier: opening a pipe would wait for ever."""
+    found = (file for file in (folder.rglob if below else folder.glob)(pattern) if file.is_file())
+    return sorted(found, key=lambda file: _natural(str(file)))
 
 
 _Point = tuple[int, float, float | None]
@@ -194,7 +227,7 @@ def _read_events(folder: Path) -> tuple[dict[str, list[_Point]], list[str]]:
 def _read_csv(file: Path) -> dict[str, list[_Point]]:
     points: dict[str, list[_Point]] = {}
     try:
-        with file.open(newline="", encoding="utf-8", errors="backslashreplace") as lines:
+        with file.open(newline="", encoding="utf-8-sig", errors="backslashreplace") as lines:
             for row in csv.DictReader(lines):
                 if not (row.get("step") or "").strip():
                     raise ValueError(f"a row without `step`: {row}; expected what Lightning's CSVLogger writes")

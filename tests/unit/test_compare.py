@@ -276,6 +276,16 @@ def test_a_resumed_run_is_read_as_one(tmp_path: Path) -> None:
     assert series.values == [5.0, 2.0, 1.0, 0.5]
 
 
+def test_the_tenth_file_of_a_process_comes_after_the_ninth(tmp_path: Path) -> None:
+    log(tmp_path / "a", {"val_loss": [5.0, 4.0]})
+    (first,) = (tmp_path / "a").iterdir()
+    log(tmp_path / "b", {"val_loss": [5.0, 2.0]})
+    (second,) = (tmp_path / "b").iterdir()
+    first.rename(tmp_path / "a" / "events.out.tfevents.1700000000.host.7.9")
+    second.rename(tmp_path / "a" / "events.out.tfevents.1700000000.host.7.10")
+    assert read_runs([tmp_path / "a"])[0].series["val_loss"].values == [5.0, 2.0]
+
+
 def test_more_points_than_tensorboard_shows_by_default(tmp_path: Path) -> None:
     log(tmp_path, {"val_loss": [float(i) for i in range(12_000)]}, every=1)
     assert read_runs([tmp_path])[0].series["val_loss"].values == list(map(float, range(12_000)))

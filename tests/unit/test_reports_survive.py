@@ -10,6 +10,8 @@ import math
 import os
 import re
 import warnings
+from contextlib import nullcontext
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from lightning_efficient.ablation.run import _not_compared
 from lightning_efficient.ablation.view import RunRow, errors
 from lightning_efficient.ablation.view import table as runs_table
 from lightning_efficient.cli import main
@@ -239,6 +242,28 @@ def test_faster_by_itself_and_together() -> None:
     assert gain_of(faster, "worse") == gain_of(faster, "open") == gain_of({}, "none") == ""
 
 
+def test_no_verdict_is_called_so_whatever_the_reason(tmp_path: Path) -> None:
+    """Not "too few runs" where all of them diverged."""
+    page = to_html(comparison("val_loss", [1.0, math.nan]))
+    assert "runs ended in nan" in page
+    assert '<span class="badge open">No verdict</span>' in page
+
+
+def test_the_page_of_an_ablation_names_what_is_not_in_it() -> None:
+    row = RunRow("wide <b>", 0, "x", "failed", "ValueError: no $ [/]\nFile", 1, 2.0, 0, 1, 1, 2, None, {})
+    rows = [
+        row, replace(row, seed=2), replace(row, seed=3, state="killed", error="killed by SIGKILL"),
+        replace(row, variant="waits", state="waiting", error=None), replace(row, variant="b", state="finished"),
+    ]  # fmt: skip
+    remarks = _not_compared(rows)
+    assert remarks == [
+        "Not compared: wide <b>, seed 0, 2, failed: ValueError: no $ [/]",
+        "Not compared: wide <b>, seed 3, killed: killed by SIGKILL", "Not compared: waits, seed 0, waiting",
+    ]  # fmt: skip
+    page = to_html(comparison("val_loss", VALUES["usual"]), remarks=remarks)
+    assert "<li>Not compared: wide &lt;b&gt;, seed 0, 2, failed: ValueError: no $ [/]</li>" in page
+
+
 def test_a_smaller_model_that_loses_is_said_to_lose() -> None:
     (verdict,) = costs(0.5, 0.0, -0.1).verdicts()
     assert verdict.cost == "" or verdict.cost.startswith("0.50 × the size and")
@@ -367,6 +392,72 @@ def test_a_cut_event_file_gives_what_it_has(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-7])
     (run,) = read_runs([tmp_path])
     assert run.series["val_loss"].steps[:40] == list(range(1, 41))
+
+
+@pytest.mark.parametrize("above", ["foreign", "rubbish", "none", "a run"])
+def test_a_log_above_runs_hides_none_of_them(above: str, tmp_path: Path) -> None:
+    """Such as the one that a monitor of the machine, or a first try, has left in the folder of all runs."""
+    for variant, seed in itertools.product(("baseline", "small"), range(2)):
+        write_csv(tmp_path / variant / f"seed_{seed}")
+        write_csv(tmp_path / variant / f"seed_{seed}" / "version_0")  # part of it
+    if above == "a run":
+        write_csv(tmp_path)
+    elif above == "none":
+        write_events(tmp_path, [])
+    else:
+        (tmp_path / "metrics.csv").write_text("time,cpu\n1,2\n" if above == "foreign" else "\0\0")
+    with nullcontext() if above == "a run" else pytest.warns(UserWarning, match="left out"):
+        found = compare(tmp_path)
+    runs = [("baseline", 0), ("baseline", 1), ("small", 0), ("small", 1)]
+    assert [(run.variant, run.seed) for run in found.runs if run.seed is not None] == runs
+    assert len(found.runs) == len(runs) + (above == "a run")
+
+
+def test_what_belongs_to_a_run_is_none_of_its_own(tmp_path: Path) -> None:
+    for folder in ("a/version_0", "a/version_0/loss_train", "a/version_1", "b", "b/more"):
+        write_csv(tmp_path / folder)
+    assert [(run.variant, run.replica) for run in compare(tmp_path).runs] == [
+        ("a", "version_0"), ("a", "version_1"), ("b", ""),
+    ]  # fmt: skip
+
+
+def test_names_that_read_alike_stay_apart(tmp_path: Path) -> None:
+    long = "grad_norm/" + "x" * 200
+    tags = ["val_loss\n", "val_loss\\n", f"{long}1{long}", f"{long}2{long}"]
+    for index, tag in enumerate(tags):
+        for variant in ("a\tb", "a\\tb"):
+            write_events(tmp_path / variant / "seed_0", [(1, index, 1.0)], tag)
+    found = compare(tmp_path, ["*"])
+    assert sorted({run.variant for run in found.runs}) == ["a\\tb", "a\\tb (2)"]
+    for run in found.runs:
+        assert sorted(series.values[0] for series in run.series.values()) == [0, 1, 2, 3]
+        assert run.series["val_loss\\n"].values == [1], "the name itself comes first"
+        assert run.series["val_loss\\n (2)"].values == [0]
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_command_says_in_one_line_each_what_it_leaves_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_csv(tmp_path / "good")
+    write_csv(tmp_path / "saved by a spreadsheet", "\ufeffstep,val_loss\n1,0.5\n")
+    write_csv(tmp_path / "\x1b[31mred", "time,cpu\n1,2\n")
+    write_csv(tmp_path / "empty", "")
+    assert run_command("compare", tmp_path) == 0
+    shown = capsys.readouterr()
+    lines = shown.err.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["warning"] * 2
+    assert "a row without `step`" in lines[0]
+    assert "no scalars logged in" in lines[1]
+    assert "2 runs of 2 variants" in shown.out
+
+
+@pytest.mark.parametrize("file", ["run-1.wandb", "mlruns/0/1/metrics/val_loss", "mlflow.db"])
+def test_logs_of_another_kind_alone(file: str, tmp_path: Path) -> None:
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text("1 0.5 1")
+    with pytest.raises(FileNotFoundError, match=r"Weights & Biases, MLflow and others .* CSVLogger beside theirs"):
+        compare(tmp_path)
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
