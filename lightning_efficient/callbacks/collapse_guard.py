@@ -133,6 +133,11 @@ class CollapseGuard(EfficientCallback):
                 f"{self.snapshot_device!r}."
             ) from None
 
+    @property
+    def goes_back(self) -> bool:
+        """If it collapses."""
+        return self.action == "rollback"
+
     def config(self) -> dict[str, Any]:
         """The arguments of this callback as plain data; a canary that is none is named by its type."""
         names = (

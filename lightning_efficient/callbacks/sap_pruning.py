@@ -118,6 +118,11 @@ class SAPPruning(PruningCallback):
         names = ("iterations", "epochs_per_iteration", "monitor", "mode", "select", "stop_at", "tolerance")
         return super().config() | vars(self.options) | {name: getattr(self, name) for name in names}
 
+    @property
+    def goes_back(self) -> bool:
+        """Unless each fit is an iteration, with optimizers and schedulers of its own."""
+        return self.iterations > 0 or self.epochs_per_iteration is not None
+
     # -- life cycle ------------------------------------------------------------------------------------------------
 
     def progress(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from lightning_efficient.lifecycle.hparams import HPARAM_PREFIX, log_hparams
 from lightning_efficient.lifecycle.recipe import CONFIG, Entry, RecipeError
 from lightning_efficient.lifecycle.standing import STANDING, Standing
 from lightning_efficient.lifecycle.state import attachment
-from lightning_efficient.lifecycle.strategies import check_strategy, is_sharded
+from lightning_efficient.lifecycle.strategies import check_finders, check_schedules, check_strategy, is_sharded
 
 
 class EfficientCallback(Callback):
@@ -83,6 +83,7 @@ class EfficientCallback(Callback):
         self.rewinds = 0
         self._resumes = True
         self._logged_step = -1
+        self._optimizers: list[int] = []
 
     @property
     def prefix(self) -> str:
@@ -110,6 +111,11 @@ class EfficientCallback(Callback):
     @property
     def only_looks(self) -> bool:
         """Whether the arguments ask for that."""
+        return False
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether a fit may go back to an earlier training state of its own, schedules of learning rates included."""
         return False
 
     # -- what belongs to a fit -----------------------------------------------------------------------------------
@@ -261,6 +267,9 @@ class EfficientCallback(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note whether a fit resumes. What is on has been asked by the module's hook already."""
         self._resumes = trainer.state.fn == "fit"
+        # Before there are optimizers, it is the file to resume from, and not one that a finder has written.
+        if self._resumes and self.enabled and self._optimizers == [id(one) for one in trainer.optimizers]:
+            check_finders(trainer, type(self).__name__)
         if not self.enabled:
             self.check_checkpoint(pl_module, checkpoint, recipe.read(checkpoint))
 
@@ -274,11 +283,13 @@ class EfficientCallback(Callback):
             if self.enabled:
                 METHODS.check([cb.method for cb in peers(trainer)])
                 check_strategy(trainer, type(self).__name__, self.sharded, self.changes_weights)
+                if self.goes_back:
+                    check_schedules(trainer, type(self).__name__)
                 if is_sharded(trainer):
                     self.check_sharded(pl_module)
                     hook_cutting(pl_module)
             self.standing = Standing()
-            self._logged_step = -1
+            self._logged_step, self._optimizers = -1, [id(one) for one in trainer.optimizers]
             self.restart()
 
     def check_sharded(self, pl_module: LightningModule) -> None:

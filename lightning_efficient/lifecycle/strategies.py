@@ -1,4 +1,4 @@
-"""Which strategies a callback works with: whole parameters on every process, or shards of them."""
+"""What a callback works with: strategies, which hold whole parameters or shards of them, and Lightning's callbacks."""
 
 from __future__ import annotations
 
@@ -87,6 +87,53 @@ def check_strategy(trainer: Trainer, who: str, sharded: bool, weights: bool = Tr
         f"{who} does not support {type(strategy).__name__}: {why}. Use {_WHOLE};{more} or switch it off with "
         f"{who}(enabled=False)."
     )
+
+
+def check_schedules(trainer: Trainer, who: str) -> None:
+    """Refuse what has a schedule of its own, for a callback that goes back to earlier training states.
+
+    Args:
+        trainer: Of the fit.
+        who: Name of the callback.
+
+    Raises:
+        ValueError: Says what works instead.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    if any(isinstance(other, StochasticWeightAveraging) for other in callbacks):
+        raise ValueError(
+            f"StochasticWeightAveraging puts a schedule of learning rates in the place of the run's, and {who} goes "
+            "back to training states of before. Use WeightAveraging or EMAWeightAveraging, or leave one of them out."
+        )
+
+
+def check_finders(trainer: Trainer, who: str) -> None:
+    """Refuse a resumed run that Lightning would begin at step 0, with every schedule of this package.
+
+    Args:
+        trainer: Which reads a file to resume from, not the one that a finder has written.
+        who: Name of the callback.
+
+    Raises:
+        ValueError: Says what to do instead.
+    """
+    for name in (type(finder).__name__ for finder in finders(trainer)):
+        raise ValueError(
+            f"{name} tries a run before Lightning reads the training state of a resumed one, and Lightning does not "
+            f"read it afterwards: the run would begin at step 0, and {who} with it. Leave {name} out when you resume; "
+            "what it found is in the file."
+        )
+
+
+def finders(trainer: Trainer) -> list[Any]:
+    """Lightning's callbacks that try a run where the fit starts; ones that do so later have a hook of theirs.
+
+    Args:
+        trainer: Of the fit.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    starts = [finder.on_fit_start for finder in _TUNING]
+    return [cb for cb in callbacks if type(cb).on_fit_start in starts]
 
 
 def _check_company(trainer: Trainer, who: str) -> None:

@@ -23,7 +23,7 @@ from lightning_efficient.lifecycle.base import EfficientCallback, peers
 from lightning_efficient.lifecycle.hooks import hook_files
 from lightning_efficient.lifecycle.recipe import Entry, RecipeError
 from lightning_efficient.lifecycle.state import attachment
-from lightning_efficient.lifecycle.strategies import is_sharded, misplaced_states
+from lightning_efficient.lifecycle.strategies import finders, is_sharded, misplaced_states
 from lightning_efficient.lifecycle.structural import rebind_all
 from lightning_efficient.surgery.optimizer import add_parameters
 from lightning_efficient.surgery.schedulers import adopt_untrained_groups, take_added_groups
@@ -95,13 +95,12 @@ class WeightSpaceCallback(EfficientCallback):
         super().setup(trainer, pl_module, stage)
         if self.enabled:
             hook_files(pl_module)
-        if self.enabled and stage == "fit":
-            callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-            if _members(trainer)[0] is self and any(isinstance(cb, LearningRateFinder) for cb in callbacks):
-                rank_zero_warn(
-                    f"LearningRateFinder runs before {type(self).__name__} starts, so it finds a rate for the model "
-                    "without it. Set the learning rate from short runs instead."
-                )
+        searches = any(isinstance(finder, LearningRateFinder) for finder in finders(trainer))
+        if self.enabled and stage == "fit" and searches and _members(trainer)[0] is self:
+            rank_zero_warn(
+                f"LearningRateFinder runs before {type(self).__name__} starts, so it finds a rate for the model "
+                "without it. Set the learning rate from short runs instead."
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the transforms on, after weights are loaded and before the optimizer's state is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,9 +23,10 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
+from lightning_efficient import CollapseGuard, MagnitudePruning, RunCost, SAPPruning
 from lightning_efficient.common.registry import METHODS
 from lightning_efficient.lifecycle.methods import callback_class
-from lightning_efficient.lifecycle.strategies import check_strategy, misplaced_states
+from lightning_efficient.lifecycle.strategies import check_schedules, check_strategy, misplaced_states
 
 CARD = Path(__file__).parents[2] / "docs" / "sharded.md"
 
@@ -70,6 +72,51 @@ def test_narrow_weights_are_refused_where_they_are_cut(precision: str) -> None:
 def test_what_copies_the_model_is_refused_beside_it(other: type) -> None:
     with pytest.raises(ValueError, match=f"^{other.__name__} .*ModelParallelStrategy"):
         check_strategy(run(ModelParallelStrategy, "32-true", object.__new__(other)), "Mine", True)
+
+
+class Later(LearningRateFinder):
+    """Tries a run in the middle of the fit, when the training state has been read."""
+
+    def on_fit_start(self, *args: Any) -> None: ...
+
+
+class Sized(BoringModel):
+    batch_size = 2
+
+
+@pytest.mark.filterwarnings("ignore:LearningRateFinder runs before")
+@pytest.mark.parametrize("finder", [LearningRateFinder, BatchSizeFinder, Later])
+@pytest.mark.parametrize("method", [MagnitudePruning, RunCost])
+def test_a_resumed_run_has_no_finder(method: type, finder: type, tmp_path: Path) -> None:
+    """Lightning loses the training state then, and begins at step 0."""
+    options: dict[str, Any] = {
+        "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
+        "enable_checkpointing": False, "default_root_dir": tmp_path, "limit_train_batches": 2, "limit_val_batches": 0,
+    }  # fmt: skip
+    first = Trainer(max_epochs=1, callbacks=[method()], **options)
+    first.fit(Sized())
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    again = Trainer(max_epochs=2, callbacks=[finder(), method()], **options)
+    message = rf"{finder.__name__} tries a run before .*{method.__name__} with it. Leave {finder.__name__} out"
+    with pytest.raises(ValueError, match=message) if finder is not Later else nullcontext():
+        again.fit(Sized(), ckpt_path=tmp_path / "last.ckpt")
+    assert again.global_step == (4 if finder is Later else 0)
+
+
+@pytest.mark.parametrize(
+    ("method", "refused"),
+    [
+        (SAPPruning(iterations=2), True),
+        (SAPPruning(iterations=0), False),
+        (CollapseGuard(), True),
+        (CollapseGuard(action="stop"), False),
+        (MagnitudePruning(), False),
+    ],
+)
+def test_nothing_goes_back_over_another_schedule(method: Any, refused: bool) -> None:
+    swa = StochasticWeightAveraging(swa_lrs=0.1)
+    with pytest.raises(ValueError, match=r"StochasticWeightAveraging.*Use WeightAv") if refused else nullcontext():
+        method.goes_back and check_schedules(run(None, "32-true", swa), "Mine")
 
 
 @pytest.mark.parametrize("order", ["the model's", "backwards"])
