@@ -32,6 +32,29 @@ class RefusedSave:
         """
         raise ExportError(" ".join(dict.fromkeys(f"{SAVE} {why}" for _, why in self.holders)))
 
+    def besides(self, holder: Any) -> Any:
+        """What stood there, if nothing but this holder would be lost; else the refusal."""
+        return self if any(one is not holder and one != holder for one, _ in self.holders) else self.inner
+
+
+def save_besides(model: Any, holder: Any, folder: str) -> None:
+    """The library's own way to a folder, which may refuse for the sake of a holder alone: the caller keeps that.
+
+    Args:
+        model: The model.
+        holder: As for :func:`refuse_saving`.
+        folder: To write.
+
+    Raises:
+        ExportError: It refuses for another reason.
+    """
+    own = vars(model).get(SAVE)
+    save = own.besides(holder) if isinstance(own, RefusedSave) else own
+    if save is None:
+        type(model).save_pretrained(model, folder)
+    else:
+        save(folder)
+
 
 def refuse_saving(model: nn.Module, holder: Any, why: str, of: Sequence[nn.Module] | None = None) -> None:
     """Have ``save_pretrained`` refuse, on the instances; until :func:`allow_saving`.

@@ -18,7 +18,10 @@ from torch import nn
 from lightning_efficient.common.comparing import Difference, ExportError, difference
 from lightning_efficient.common.escaping import cannot_write
 from lightning_efficient.common.running import Inputs, as_call, evaluating, first_line, logs_from
+from lightning_efficient.common.saving import save_besides
+from lightning_efficient.deploy.cut_code import CODE, class_in, cut_of, write_code
 from lightning_efficient.deploy.diverged import check_weights
+from lightning_efficient.structured.pretrained import REFUSED
 
 _CARD = "README.md"
 
@@ -36,6 +39,11 @@ def save_pretrained(
 
     ``from_pretrained(folder)`` of a Hugging Face model's class, ``timm.create_model("local-dir:<folder>")`` of a timm
     model. Beside config and ``model.safetensors`` lies a model card, ``README.md``: methods, arguments, sizes, checks.
+
+    Where pruning has left widths that a Hugging Face config has no numbers for (heads of BERT, layers that are not
+    equally wide), the folder also holds a few lines of code that build them, ``modeling_cut.py``, and is read with
+    ``AutoModel...from_pretrained(folder, trust_remote_code=True)``; the card names the class. That needs nothing of
+    this package. Without the code the library's loader stops with an error at sizes that do not match.
 
     Args:
         model: What :func:`lightning_efficient.export` returned of a Hugging Face or timm model: ``export(module.net,
@@ -64,20 +72,20 @@ def save_pretrained(
         # Its loader logs a table of what does not fit; what comes of that is said here.
         stack.enter_context(logs_from(logging.ERROR, library))
         try:
-            _write(model, library, draft)
+            how = _write(model, library, draft)
         except ExportError:
             raise
         except Exception as error:
             raise OSError(first_line(error)) from error
         try:
-            read = _read(model, library, draft)
+            read = _read(model, library, Path(draft))
         except Exception as error:
             raise ExportError(_changed(model, library, first_line(error))) from error
         call = as_call(example_inputs)
         with evaluating(model), evaluating(read):
             apart = difference(call.run(model), call.run(read))
         apart.check(tolerance, f"what {library} reads from the folder")
-        (Path(draft) / _CARD).write_text(_card(model, library, methods or {}, before, apart), encoding="utf-8")
+        (Path(draft) / _CARD).write_text(_card(model, library, methods or {}, before, apart, how), encoding="utf-8")
         target.mkdir(exist_ok=True)
         for path in Path(draft).iterdir():
             shutil.move(path, target / path.name)
@@ -96,20 +104,24 @@ def _library(model: nn.Module) -> str:
     )
 
 
-def _write(model: Any, library: str, folder: str) -> None:
+def _write(model: Any, library: str, folder: str) -> str:
+    """Write it; returns how it is read."""
     if library == "timm":
         timm.models.save_for_hf(model, folder, safe_serialization=True)
-    else:
-        model.save_pretrained(folder)
+        return 'timm.create_model("local-dir:<folder>", pretrained=True)'
+    cut = cut_of(model)
+    save_besides(model, REFUSED if cut else None, folder)
+    return write_code(model, cut, Path(folder)) if cut else f"{type(model).__name__}.from_pretrained(folder)"
 
 
-def _read(model: Any, library: str, folder: str) -> nn.Module:
+def _read(model: Any, library: str, folder: Path) -> nn.Module:
     network: nn.Module
     if library == "timm":
         network = timm.create_model(f"local-dir:{folder}", pretrained=True)
         return network
+    cls = class_in(model, folder) if (folder / CODE).is_file() else type(model)
     # Mismatched sizes are refused below, by name; the library's own error names an option of its loader.
-    network, told = type(model).from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True)
+    network, told = cls.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True)
     odd = [*told["missing_keys"], *told["unexpected_keys"], *(key[0] for key in told["mismatched_keys"])]
     if odd:
         raise ValueError(f"tensors that its config does not build: {sorted(odd)[:3]}")
@@ -130,6 +142,7 @@ def _card(
     methods: Mapping[str, Mapping[str, Any] | None],
     before: nn.Module | None,
     apart: Difference,
+    how: str,
 ) -> str:
     """Markdown with the metadata that hubs read."""
     lines = ["---", f"library_name: {library}", "tags:", "- lightning-efficient"]
@@ -149,5 +162,6 @@ def _card(
             count = sum(p.numel() for p in network.parameters())
             zeros = sum(int((p == 0).sum()) for p in network.parameters()) / max(count, 1)
             lines.append(f"| {title} | {count:,} | {zeros:.1%} |")
-    lines += ["", "## Checks", "", f"Read back with {library} and run on example inputs: {apart}.", ""]
+    lines += ["", "## To load it", "", f"`{how}`, of {library}.", ""]
+    lines += ["## Checks", "", f"Read back with {library} and run on example inputs: {apart}.", ""]
     return "\n".join(lines)

@@ -21,8 +21,10 @@ from lightning_efficient.loops.methods import PARTS, REFUSED, names_of
 from lightning_efficient.loops.parts import Part, Run
 from lightning_efficient.loops.processes import check_whole
 from lightning_efficient.loops.state import check_driver_state
+from lightning_efficient.loops.wrappers import bare_model, bare_optimizer
 from lightning_efficient.surgery.optimizer import rebind
 from lightning_efficient.surgery.schedulers import Scheduler
+from lightning_efficient.weightspace import Transform
 from lightning_efficient.weightspace.site import check_state
 
 _LOG = logging.getLogger(__name__)
@@ -130,6 +132,25 @@ class Driver:
         for part in self._parts.values():
             part.release()
 
+    @torch.no_grad()
+    def _held(self, model: nn.Module) -> dict[str, dict[str, dict[str, Tensor]]]:
+        """Method → weight → state of what a model's weights still hold of this run, over or broken off."""
+        self._run.boundary.restore()
+        self.detach()
+        held: dict[str, dict[str, dict[str, Tensor]]] = {}
+        for name, part in self._parts.items() if self._run.model is model else ():
+            states = self._run.boundary.saved(part.transforms)
+            held[name] = {weight: s for weight, s in states.items() if self._fits(weight, part.transforms[weight], s)}
+        return held
+
+    def _fits(self, weight: str, transform: Transform, state: Mapping[str, Tensor]) -> bool:
+        """Whether a weight is as large as its state (`finish` cuts)."""
+        try:
+            check_state(state, type(transform), self._run.boundary.sites[weight].param.detach(), weight, ValueError)
+        except ValueError:
+            return False
+        return True
+
     # -- going on with a run ---------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -227,6 +248,7 @@ def attach(
     schedulers: Sequence[Scheduler] = (),
     example: Inputs | None = None,
     state: Mapping[str, Any] | None = None,
+    previous: Driver | None = None,
 ) -> Driver:
     """Switch methods on in a training loop of your own: plain torch, Fabric, accelerate, ``transformers.Trainer``.
 
@@ -246,6 +268,8 @@ def attach(
             Needed by ``temp_scale`` and ``hesso_pruning``, and by ``norm_swap`` with running statistics.
         state: From :meth:`Driver.state_dict`, where the model's weights are loaded already; otherwise call
             :meth:`Driver.load_state_dict` once they are.
+        previous: Driver of an earlier run of this model, over or broken off, without a state: schedules begin anew, but
+            masks stay on, units stay gone, and a temperature is not given twice.
 
     Returns:
         The driver: call ``step()`` after each optimizer step, and ``finish()`` at the end.
@@ -256,7 +280,7 @@ def attach(
     given = _by_name(methods)
     parts = {name: _part(name, given[name]) for name in names_of(given)}
     arguments = {name: given[name] for name in parts}
-    optimizer = _inner(optimizer)
+    optimizer = bare_optimizer(optimizer)
     if total_steps is not None and (type(total_steps) is not int or total_steps < 1):
         raise ValueError(f"`total_steps` must be a number of optimizer steps from 1, or None; got {total_steps!r}.")
     saved, progress = {}, {}
@@ -268,7 +292,9 @@ def attach(
     call = None if example is None else as_call(example)
     check_whole(model)
     parallel = any(isinstance(module, DistributedDataParallel) for module in model.modules())
-    run = Run(_bare(model), optimizer, total_steps, call, saved, progress, parallel)
+    if previous is not None and state is None:
+        saved = previous._held(bare_model(model))
+    run = Run(bare_model(model), optimizer, total_steps, call, saved, progress, parallel)
     for name, part in parts.items():
         part.steps = part.resolve(total_steps) if state is None else tuple(state["methods"][name]["schedule"])
         if state is not None:
@@ -277,7 +303,7 @@ def attach(
         for part in parts.values():
             part.reshape(run)
         for name, part in parts.items():
-            _add(run, name, part, None if state is None else saved[name])
+            _add(run, name, part, saved.get(name, {}), whole=state is not None)
         run.boundary.check([optimizer])
         rebind([optimizer], [part.change for part in parts.values() if part.change is not None], schedulers, run.model)
     except BaseException:
@@ -323,7 +349,16 @@ def _part(name: str, arguments: Mapping[str, Any]) -> Part:
     return PARTS[name](**arguments)
 
 
-def _add(run: Run, name: str, part: Part, saved: Mapping[str, Mapping[str, Tensor]] | None) -> None:
+def _add(run: Run, name: str, part: Part, saved: Mapping[str, Mapping[str, Tensor]], whole: bool) -> None:
+    """Put a part's transforms on its weights.
+
+    Args:
+        run: The run.
+        name: The method.
+        part: Its part.
+        saved: Weight → state of a transform that it holds already.
+        whole: Whether that is all there is: a run that goes on.
+    """
     trained = trained_by(run.optimizer)
     sites = part.sites(run)
     kept = {weight: site for weight, site in sites.items() if id(site[0]) in trained}
@@ -333,14 +368,14 @@ def _add(run: Run, name: str, part: Part, saved: Mapping[str, Mapping[str, Tenso
         if part.change is not None:
             part.change.targets.pop(weight, None)
             part.change.skipped[weight] = "in no optimizer"
-    if saved is not None:
+    if whole:
         if missing := sorted(saved.keys() - kept.keys()):
             raise ValueError(f"{name}: the state has {len(missing)} weights that are no targets now: {missing[:5]}.")
         kept = {weight: site for weight, site in kept.items() if weight in saved}
     for weight, (param, transform) in kept.items():
-        if saved is not None:
-            check_state(saved[weight], type(transform), param.detach(), f"{name}: the state of {weight!r}", ValueError)
-        run.boundary.add(weight, param, transform, None if saved is None else saved[weight])
+        if (state := saved.get(weight)) is not None:
+            check_state(state, type(transform), param.detach(), f"{name}: the state of {weight!r}", ValueError)
+        run.boundary.add(weight, param, transform, state)
     part.transforms = {weight: transform for weight, (_, transform) in kept.items()}
 
 
@@ -351,27 +386,6 @@ def _check_weights(run: Run, part: Part, saved: Mapping[str, Mapping[str, Tensor
     for weight, transform in part.transforms.items():
         value = run.boundary.sites[weight].param.detach()
         check_state(saved[weight], type(transform), value, f"{part.method}: the state of {weight!r}", ValueError)
-
-
-def _bare(model: nn.Module) -> nn.Module:
-    """Without wrappers that pass everything on to one module."""
-    while True:
-        inner = model._modules.get("_orig_mod")
-        if inner is None and (isinstance(model, DistributedDataParallel) or type(model).__name__ == "_FabricModule"):
-            inner = getattr(model, "module", None)
-        if inner is None:
-            return model
-        model = inner
-
-
-def _inner(optimizer: Any) -> Optimizer:
-    """torch's optimizer, inside Fabric's or accelerate's wrapper."""
-    found = optimizer
-    while isinstance(inner := getattr(found, "optimizer", None), Optimizer):  # accelerate's is an Optimizer itself
-        found = inner
-    if not isinstance(found, Optimizer):
-        raise TypeError(f"`optimizer` must be a torch.optim.Optimizer or a wrapper of one; got {type(found).__name__}.")
-    return found
 
 
 def _report(parts: Mapping[str, Part]) -> None:

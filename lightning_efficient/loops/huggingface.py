@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lightning_efficient.common.running import Inputs
+from lightning_efficient.common.schema import Anything, Int, Record, check
 from lightning_efficient.loops.driver import Driver, attach
 
 try:
@@ -20,6 +21,9 @@ except ImportError as error:
     ) from error
 
 FILE = "efficient_methods.pt"
+_CONTENT = Record({"driver": Anything(), "weights": Int()})
+# Whole numbers of as many bytes, to sum bits without rounding.
+_WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class EfficientTrainerCallback(TrainerCallback):  # type: ignore[misc]
@@ -65,10 +69,12 @@ class EfficientTrainerCallback(TrainerCallback):  # type: ignore[misc]
         for name in ("deepspeed", "fsdp"):
             if getattr(args, name, None):
                 raise ValueError(f"EfficientTrainerCallback: `{name}` shards weights; leave it out.")
+        previous, self.driver = self.driver, None  # it is over, broke off, or `auto_find_batch_size` begins anew
         saved = None
         if state.global_step > 0:
-            folder = Path(self.resume_from or _folder(args, state.global_step))
-            saved = _read(folder)
+            if previous is not None:
+                previous.detach()
+            saved = _read(Path(self.resume_from or _folder(args, state.global_step)), kwargs["optimizer"])
         model: nn.Module = kwargs["model"]
         self.driver = attach(
             model,
@@ -77,6 +83,7 @@ class EfficientTrainerCallback(TrainerCallback):  # type: ignore[misc]
             total_steps=state.max_steps,
             example=self.example,
             state=saved,
+            previous=previous,
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -93,14 +100,15 @@ class EfficientTrainerCallback(TrainerCallback):  # type: ignore[misc]
                 f"EfficientTrainerCallback: no checkpoint folder {str(folder)!r}, where the Trainer writes one. (In "
                 "`hyperparameter_search` folders lie elsewhere: save_strategy='no'.)"
             )
+        driver = self.driver.state_dict()
         if state.is_world_process_zero:
-            torch.save(self.driver.state_dict(), folder / FILE)
+            torch.save({"driver": driver, "weights": _checksum(kwargs["optimizer"])}, folder / FILE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the methods; of the best model, if that has been loaded."""
         assert self.driver is not None
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self.driver.load_state_dict(_read(Path(state.best_model_checkpoint)))
+            self.driver.load_state_dict(_read(Path(state.best_model_checkpoint), kwargs["optimizer"]))
         self.driver.finish()
 
 
@@ -108,12 +116,31 @@ def _folder(args: Any, step: int) -> Path:
     return Path(args.output_dir) / f"checkpoint-{step}"
 
 
-def _read(folder: Path) -> Mapping[str, Any]:
-    if not (folder / FILE).is_file():
+def _read(folder: Path, optimizer: Any) -> Mapping[str, Any]:
+    """The driver's state in a folder, of the weights that the model has now."""
+    path = folder / FILE
+    if not path.is_file():
         raise FileNotFoundError(
             f"EfficientTrainerCallback: {str(folder)!r} has no {FILE}, so the run cannot go on from it. Was it written "
             "without this callback? Then start a new run from its weights. Does it lie elsewhere? Then say where: "
             "`resume_from`."
         )
-    state: Mapping[str, Any] = torch.load(folder / FILE, map_location="cpu", weights_only=True)
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    check(content, _CONTENT, str(path))
+    if content["weights"] != _checksum(optimizer):
+        raise ValueError(
+            f"EfficientTrainerCallback: the model's weights are not those that {str(path)!r} was written with. Does "
+            "the checkpoint that the run goes on from lie elsewhere? Then say where: `resume_from`."
+        )
+    state: Mapping[str, Any] = content["driver"]
     return state
+
+
+@torch.no_grad()
+def _checksum(optimizer: Any) -> int:
+    """Of the bits of the weights that an optimizer moves, which files hold; the same on any device."""
+    total = 0
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        size = parameter.element_size()
+        total += int(parameter.detach().contiguous().view(_WHOLE[size]).sum(dtype=torch.int64))
+    return total % 2**63

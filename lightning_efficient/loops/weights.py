@@ -20,6 +20,9 @@ from lightning_efficient.weightspace import ScaleTransform, Temperature, sigma_r
 from lightning_efficient.weightspace.mask import MaskTransform, forget, set_mask
 from lightning_efficient.weightspace.scale import tau_at
 
+# On a model whose weights hold a temperature; plain, so that it is copied and pickled with it.
+HELD = "_lightning_efficient_temperature"
+
 
 class SigmaReparamPart(Part):
     """See :class:`~lightning_efficient.SigmaReparam`."""
@@ -99,6 +102,12 @@ class TempScalePart(Part):
     def sites(self, run: Run) -> Sites:
         """The weights behind the logits of every attention."""
         call = run.needs_example(self.method, "attention is found while the model runs")
+        if HELD in vars(run.model) and self.method not in run.saved:
+            raise ValueError(
+                "temp_scale: the model's weights hold the temperature of an earlier run already, and a second one "
+                "would multiply it. Leave temp_scale out of `methods`, which keeps it; pass `previous=` the driver of "
+                "that run; or make the model anew."
+            )
         trained = trained_by(run.optimizer)
         fixed = {name for name, p in parameters_by_name(run.model).items() if id(p) not in trained}
         given = call.args if not call.kwargs else dict(call.kwargs)
@@ -123,6 +132,10 @@ class TempScalePart(Part):
         self.change = found.change()
         made: dict[str, tuple[nn.Parameter, ScaleTransform]] = make_transforms(run.model, found, temperatures)
         return {name: (param, transform) for name, (param, transform) in made.items()}
+
+    def at(self, run: Run, step: int) -> None:
+        """The weights hold a temperature from now on, which a driver to come has to know."""
+        setattr(run.model, HELD, True)
 
     def _law(self, tau: float) -> Callable[[int], float]:
         return lambda step: tau_at(step, tau, self.steps[0])

@@ -1,4 +1,8 @@
-"""Finished norms as modules of torch alone: small ``torch.fx`` graphs that pickle, export and load without us."""
+"""Finished norms as modules of torch alone: small ``torch.fx`` graphs that pickle, export and load without us.
+
+Their parameters are ``scale`` and ``shift``, never ``weight`` and ``bias``: a loader that builds the network as it was
+would take those for a layer norm's, and the network would compute something else without a word.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ class Affine(NamedTuple):
 
 
 def affine_module(affine: Affine, axis: int, like: Tensor) -> nn.Module:
-    """One fused multiply-add, with parameters ``weight`` (the scale) and ``bias`` (the shift).
+    """One fused multiply-add, with parameters ``scale`` and ``shift``.
 
     Args:
         affine: The map.
@@ -29,7 +33,7 @@ def affine_module(affine: Affine, axis: int, like: Tensor) -> nn.Module:
 
 
 def tanh_module(scale: Tensor, shift: Tensor | None, alpha: Tensor, axis: int) -> nn.Module:
-    """``weight · tanh(alpha · x) + bias``.
+    """``scale · tanh(alpha · x) + shift``.
 
     Args:
         scale: Factor per channel.
@@ -41,7 +45,7 @@ def tanh_module(scale: Tensor, shift: Tensor | None, alpha: Tensor, axis: int) -
 
 
 def rms_module(scale: Tensor, shift: Tensor | None, eps: float | None, axis: int) -> nn.Module:
-    """``weight · x / rms(x) + bias``: ``nn.RMSNorm`` where that says it all.
+    """``scale · x / rms(x) + shift``.
 
     Args:
         scale: Factor per channel.
@@ -49,10 +53,6 @@ def rms_module(scale: Tensor, shift: Tensor | None, eps: float | None, axis: int
         eps: Added to the mean square; None: machine epsilon of the input.
         axis: Axis of the channels, -1 or 1.
     """
-    if axis == -1 and shift is None:
-        norm = nn.RMSNorm(scale.numel(), eps=eps, device=scale.device, dtype=scale.dtype)
-        norm.weight = _parameter(scale, axis)
-        return norm
     return fx.symbolic_trace(PlainRMS(scale, shift, eps, axis))
 
 
@@ -65,23 +65,23 @@ def _parameter(vector: Tensor, axis: int) -> nn.Parameter:
 
 
 class FusedAffine(nn.Module):
-    """``weight · x + bias``."""
+    """``scale · x + shift``."""
 
-    bias: nn.Parameter | None
+    shift: nn.Parameter | None
 
     def __init__(self, scale: Tensor, shift: Tensor | None, axis: int) -> None:
         super().__init__()
         self.axis = axis
-        self.weight = _parameter(scale, axis)
-        self.bias = None if shift is None else _parameter(shift, axis)
+        self.scale = _parameter(scale, axis)
+        self.shift = None if shift is None else _parameter(shift, axis)
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale and shift."""
-        return x * self.weight if self.bias is None else torch.addcmul(self.bias, x, self.weight)
+        return x * self.scale if self.shift is None else torch.addcmul(self.shift, x, self.scale)
 
 
 class PlainTanh(FusedAffine):
-    """``weight · tanh(alpha · x) + bias``."""
+    """``scale · tanh(alpha · x) + shift``."""
 
     def __init__(self, scale: Tensor, shift: Tensor | None, alpha: Tensor, axis: int) -> None:
         super().__init__(scale, shift, axis)
@@ -93,7 +93,7 @@ class PlainTanh(FusedAffine):
 
 
 class PlainRMS(FusedAffine):
-    """``weight · x / rms(x) + bias``."""
+    """``scale · x / rms(x) + shift``."""
 
     def __init__(self, scale: Tensor, shift: Tensor | None, eps: float | None, axis: int) -> None:
         super().__init__(scale, shift, axis)

@@ -99,7 +99,7 @@ class RMS(Scaled):
 
     Args:
         channels: Size of the channel axis.
-        bias: Whether there is a bias (the source has one); without it the finished form is ``nn.RMSNorm``.
+        bias: Whether there is a bias (the source has one).
         eps: Added to the mean square; None: machine epsilon of the input.
     """
 
@@ -112,5 +112,5 @@ class RMS(Scaled):
         return self.scaled(F.rms_norm(x, [self.channels], None, self.eps).to(x.dtype), self.weight)
 
     def plain(self, axis: int) -> nn.Module:
-        """``nn.RMSNorm``, or the same function as a graph where there is a bias or channels come first."""
+        """The same function as a graph of torch's own."""
         return rms_module(self.weight, self.bias, self.eps, axis)

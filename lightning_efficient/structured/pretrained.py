@@ -147,10 +147,10 @@ def put_configs(model: nn.Module, cuts: Cuts, reasons: Mapping[str, str] | None 
 
 def _refusal(reason: str) -> str:
     return (
-        f"would write a model that from_pretrained cannot build: units were cut out of it, and {reason}. Prune with "
-        "`uniform=True`, which keeps equal widths equal, and `exclude` what the config has no number for; or write a "
-        "program, lightning_efficient.save_exported; or keep a Trainer's checkpoint, for "
-        "lightning_efficient.load_from_checkpoint."
+        f"would write a model that from_pretrained cannot build: units were cut out of it, and {reason}. Write it with "
+        "lightning_efficient.save_pretrained(model, folder, inputs), which adds the code that builds it; or keep a "
+        "Trainer's checkpoint, for lightning_efficient.load_from_checkpoint. (To need neither: prune with "
+        "`uniform=True`, which keeps equal widths equal, and `exclude` what the config has no number for.)"
     )
 
 
@@ -275,10 +275,23 @@ def _scaled(value: int | float, ratio: Fraction) -> int | float | None:
     return int(scaled) if scaled.denominator == 1 and scaled > 0 else None
 
 
-def _build(owner: nn.Module, fields: Fields, device: str) -> nn.Module | None:
+def build_from_config(owner: nn.Module, cls: type[nn.Module]) -> nn.Module | None:
+    """What a class builds from a model's config, on the meta device.
+
+    Args:
+        owner: The model.
+        cls: Its class, or the one beneath it that the library brings.
+
+    Returns:
+        The model; None if it refuses.
+    """
+    return _build(owner, {}, "meta", cls)
+
+
+def _build(owner: nn.Module, fields: Fields, device: str, cls: type[nn.Module] | None = None) -> nn.Module | None:
     with torch.random.fork_rng(devices=[]), torch.device(device):
         try:
-            return type(owner)(_changed(owner.config, fields))
+            return (cls or type(owner))(_changed(owner.config, fields))
         except Exception:  # whatever a class or a config raises at numbers that do not go together
             return None
 

@@ -251,3 +251,56 @@ def test_transformers_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-4" / "efficient_methods.pt").unlink()
     with pytest.raises(FileNotFoundError, match="resume_from"):
         trained(tmp_path, 6, resume=True)
+
+
+TEMPERATURE = {"temp_scale": {"tau": 0.5}}
+
+
+def queries(trainer: Any) -> Tensor:
+    return trainer.model.model.layers[0].self_attn.q_proj.weight.detach().clone()
+
+
+def test_transformers_trains_twice(tmp_path: Path) -> None:
+    """A temperature is not given twice, and what was pruned stays so; unknown to a new callback, it is refused."""
+    both = TEMPERATURE | {"magnitude_pruning": {"amount": 0.5, "schedule": "one_shot", "start": 3}}
+    trainer, ours = trained(tmp_path, 4, methods=both, learning_rate=0.0)
+    once = queries(trainer)
+    assert float((once == 0).float().mean()) > 0.2
+    trainer.train()
+    torch.testing.assert_close(queries(trainer), once)
+    assert ours.driver.steps == 4
+    trainer.remove_callback(type(ours))
+    trainer.add_callback(EfficientTrainerCallback(TEMPERATURE, example={"input_ids": Rows().rows[:2]}))
+    with pytest.raises(ValueError, match=r"hold the temperature of an earlier run already.*Leave temp_scale out"):
+        trainer.train()
+    torch.testing.assert_close(queries(trainer), once)
+
+
+def test_transformers_finds_its_batch_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run that did not fit into memory leaves no trace in the one that does."""
+    import transformers as hf
+
+    step = hf.Trainer.training_step
+
+    def small(self: Any, model: nn.Module, inputs: Any, *more: Any) -> Tensor:
+        if len(inputs["input_ids"]) > 4:
+            raise RuntimeError("CUDA out of memory. Tried to allocate a lot.")
+        return step(self, model, inputs, *more)
+
+    monkeypatch.setattr(hf.Trainer, "training_step", small)
+    options = {"methods": METHODS | TEMPERATURE, "auto_find_batch_size": True}
+    found, ours = trained(tmp_path, 4, per_device_train_batch_size=8, **options)
+    batch = found._train_batch_size
+    assert batch <= 4
+    whole, _ = trained(tmp_path, 4, per_device_train_batch_size=batch, **options)
+    assert ours.driver.steps == 4
+    assert equal(found.model, whole.model)
+
+
+@pytest.mark.filterwarnings("ignore:magnitude_pruning ends at step")
+def test_transformers_refuses_another_runs_state(tmp_path: Path) -> None:
+    """Folders of one name in two places: the Trainer reads one, and the callback looked into the other."""
+    trained(tmp_path / "mine", 4)
+    trained(tmp_path / "other", 4, learning_rate=2e-2)
+    with pytest.raises(ValueError, match=r"not those that .*mine.*written with.*resume_from"):
+        trained(tmp_path / "mine", 6, resume=str(tmp_path / "other" / "checkpoint-4"))

@@ -11,6 +11,7 @@ import timm
 import torch
 from torch import nn
 
+import lightning_efficient.functional as LF
 from lightning_efficient import attach, export, save_pretrained
 from lightning_efficient.common.comparing import ExportError
 from lightning_efficient.common.saving import refuse_saving
@@ -86,14 +87,73 @@ def test_a_changed_form_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_widths_that_the_config_does_not_say_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def pruned(model: Any, example: dict[str, torch.Tensor], heads: bool = True) -> Any:
+    """Heads, and other widths in each layer: no config says any of that."""
+    groups = LF.find_groups(model, example)
+    found = [(name, g.units) for name, g in groups.found.items() if heads or not g.heads]
+    keep = {name: range(max(1, units - 1 - i)) for i, (name, units) in enumerate(found)}
+    LF.apply_slim(model, keep, groups)
+    return model.eval()
+
+
+def small(kind: str, **options: Any) -> Any:
+    """A model of Hugging Face's with two layers, perturbed, as initial biases are zero."""
+    import transformers as hf
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
+    config = getattr(hf, kind.partition("For")[0].removesuffix("Model") + "Config")(**sizes, **options)
+    model = getattr(hf, kind)(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    return model
+
+
+PRUNED: dict[str, tuple[Any, dict[str, torch.Tensor]]] = {
+    "AutoModelForSequenceClassification": (
+        lambda: small("ElectraForSequenceClassification", vocab_size=32, embedding_size=8), TOKENS
+    ),
+    "AutoModel": (lambda: small("DebertaModel", vocab_size=32, pos_att_type="c2p", relative_attention=True), TOKENS),
+    "AutoModelForImageClassification": (
+        lambda: small("ViTForImageClassification", image_size=32, patch_size=8), {"pixel_values": IMAGES}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("auto", PRUNED)
+def test_what_no_config_can_say_is_built_by_code(auto: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loaded without this package, trained as it is, and written once more."""
+    import transformers as hf
+
+    monkeypatch.setattr(hf.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
+    make, example = PRUNED[auto]
+    model = pruned(make(), example)
+    with pytest.raises(RuntimeError, match=r"lightning_efficient\.save_pretrained"):
+        model.save_pretrained(tmp_path / "no")
+    folder = tmp_path / "model"
+    assert save_pretrained(model, folder, example).absolute == 0
+    with pytest.raises(RuntimeError, match="ismatch"):
+        type(model).from_pretrained(folder)
+    assert f"{auto}.from_pretrained(folder, trust_remote_code=True)" in (folder / "README.md").read_text("utf-8")
+    assert "lightning_efficient" not in (folder / "modeling_cut.py").read_text("utf-8")
+    again = getattr(hf, auto).from_pretrained(folder, trust_remote_code=True)
+    assert isinstance(again, type(model))
+    with torch.no_grad():
+        torch.testing.assert_close(again(**example)[0], model(**example)[0], rtol=0, atol=0)
+    smaller = pruned(again, example, heads=False)
+    assert save_pretrained(smaller, folder, example).absolute == 0
+    again = getattr(hf, auto).from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        torch.testing.assert_close(again(**example)[0], smaller(**example)[0], rtol=0, atol=0)
+
+
+def test_tensors_that_the_class_does_not_build_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model: Any = bert()
-    layer = model.bert.encoder.layer[0]
-    layer.intermediate.dense = nn.Linear(layer.intermediate.dense.in_features, 5)
-    layer.output.dense = nn.Linear(5, layer.output.dense.out_features)
+    model.bert.encoder.layer[0].extra = nn.Linear(2, 2)
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
-    with pytest.raises(ExportError, match=r"does not build: \['bert\.encoder\.layer\.0\.intermediate\.dense\.bias'"):
+    with pytest.raises(ExportError, match=r"does not build: \['bert\.encoder\.layer\.0\.extra\.bias'"):
         save_pretrained(model.eval(), tmp_path / "model", TOKENS)
     assert not list(tmp_path.iterdir())
     logger.removeHandler(caplog.handler)
