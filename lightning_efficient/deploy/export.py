@@ -26,10 +26,9 @@ from lightning_efficient.deploy.semi_structured import to_semi_structured
 from lightning_efficient.folding.affine import Affine
 from lightning_efficient.folding.fold import fold_affines
 from lightning_efficient.lifecycle.state import NAME, zeroed
-from lightning_efficient.norms.blend import blend_norms
 from lightning_efficient.norms.recalibrate import recalibrate as recalibrate_norms
 from lightning_efficient.structured.cuts import Cuts
-from lightning_efficient.structured.pretrained import build_from_config, calls_of, find_configs, pretrained, put_configs
+from lightning_efficient.structured.pretrained import calls_of, find_configs, put_configs
 from lightning_efficient.structured.slim import replay_slim
 
 _ALONE = (
@@ -96,7 +95,6 @@ def export(
     check_foreign(plain)
     if fold and (affines := _channel_affines(model)):
         rank_zero_info(f"export: {fold_affines(plain, affines, lambda: call.run(plain))}")
-    _say_unsaved(model, plain)
     cuts = zeroed(model) if slim else None
     if cuts is not None:
         _cut(plain, cuts, call)
@@ -121,19 +119,6 @@ def _compared(plain: nn.Module, call: Call, expected: Any, tolerance: float, hin
     except ExportError as error:
         raise ExportError(f"{error}{hint}") from error.__cause__
     return apart
-
-
-def _say_unsaved(model: nn.Module, plain: nn.Module) -> None:
-    """Norms that took the place of others are in no config: the library would build those, and fill them anew."""
-    for name, owner in pretrained(plain).items() if blend_norms(model) else ():
-        built = build_from_config(owner, type(owner))
-        if built is None or built.state_dict().keys() != owner.state_dict().keys():
-            rank_zero_warn(
-                f"export: save_pretrained of {name or 'the copy'!r} would write a model that from_pretrained builds "
-                "with the norms that it had before, as no config knows of others. Write a program: "
-                "lightning_efficient.save_exported(copy, inputs, 'model.pt2')."
-            )
-            return
 
 
 def _cut(plain: nn.Module, cuts: Cuts, call: Call) -> None:

@@ -131,8 +131,7 @@ def _read(model: Any, library: str, folder: Path) -> nn.Module:
 def _changed(model: nn.Module, library: str, why: str) -> str:
     return (
         f"{library} cannot build {type(model).__name__} as it is now ({why}): a method has changed its form, and the "
-        "config has no word for that (where units were cut out, `uniform=True` keeps layers equally wide). Write a "
-        "program instead: `save_exported(model, x, 'model.pt2')`."
+        "config has no word for that. Write a program instead: `save_exported(model, x, 'model.pt2')`."
     )
 
 
