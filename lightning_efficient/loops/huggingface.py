@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_efficient.common.match import parameters_by_name
 from lightning_efficient.common.running import Inputs
-from lightning_efficient.common.schema import Anything, Int, Record, check
+from lightning_efficient.common.schema import Int, Record, check
 from lightning_efficient.loops.driver import Driver, attach
+from lightning_efficient.loops.state import STATE
 
 try:
     from transformers import TrainerCallback
@@ -21,7 +23,7 @@ except ImportError as error:
     ) from error
 
 FILE = "efficient_methods.pt"
-_CONTENT = Record({"driver": Anything(), "weights": Int()})
+_CONTENT = Record({"driver": STATE, "weights": Int()})
 # Whole numbers of as many bytes, to sum bits without rounding.
 _WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -69,13 +71,13 @@ class EfficientTrainerCallback(TrainerCallback):  # type: ignore[misc]
         for name in ("deepspeed", "fsdp"):
             if getattr(args, name, None):
                 raise ValueError(f"EfficientTrainerCallback: `{name}` shards weights; leave it out.")
+        model: nn.Module = kwargs["model"]
         previous, self.driver = self.driver, None  # it is over, broke off, or `auto_find_batch_size` begins anew
         saved = None
         if state.global_step > 0:
             if previous is not None:
                 previous.detach()
-            saved = _read(Path(self.resume_from or _folder(args, state.global_step)), kwargs["optimizer"])
-        model: nn.Module = kwargs["model"]
+            saved = _read(Path(self.resume_from or _folder(args, state.global_step)), model)
         self.driver = attach(
             model,
             kwargs["optimizer"],
@@ -102,13 +104,13 @@ class EfficientTrainerCallback(TrainerCallback):  # type: ignore[misc]
             )
         driver = self.driver.state_dict()
         if state.is_world_process_zero:
-            torch.save({"driver": driver, "weights": _checksum(kwargs["optimizer"])}, folder / FILE)
+            torch.save({"driver": driver, "weights": _checksum(kwargs["model"], driver)}, folder / FILE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the methods; of the best model, if that has been loaded."""
         assert self.driver is not None
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self.driver.load_state_dict(_read(Path(state.best_model_checkpoint), kwargs["optimizer"]))
+            self.driver.load_state_dict(_read(Path(state.best_model_checkpoint), kwargs["model"]))
         self.driver.finish()
 
 
@@ -116,7 +118,7 @@ def _folder(args: Any, step: int) -> Path:
     return Path(args.output_dir) / f"checkpoint-{step}"
 
 
-def _read(folder: Path, optimizer: Any) -> Mapping[str, Any]:
+def _read(folder: Path, model: nn.Module) -> Mapping[str, Any]:
     """The driver's state in a folder, of the weights that the model has now."""
     path = folder / FILE
     if not path.is_file():
@@ -127,20 +129,18 @@ def _read(folder: Path, optimizer: Any) -> Mapping[str, Any]:
         )
     content = torch.load(path, map_location="cpu", weights_only=True)
     check(content, _CONTENT, str(path))
-    if content["weights"] != _checksum(optimizer):
+    state: Mapping[str, Any] = content["driver"]
+    if content["weights"] != _checksum(model, state):
         raise ValueError(
             f"EfficientTrainerCallback: the model's weights are not those that {str(path)!r} was written with. Does "
             "the checkpoint that the run goes on from lie elsewhere? Then say where: `resume_from`."
         )
-    state: Mapping[str, Any] = content["driver"]
     return state
 
 
 @torch.no_grad()
-def _checksum(optimizer: Any) -> int:
-    """Of the bits of the weights that an optimizer moves, which files hold; the same on any device."""
-    total = 0
-    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-        size = parameter.element_size()
-        total += int(parameter.detach().contiguous().view(_WHOLE[size]).sum(dtype=torch.int64))
-    return total % 2**63
+def _checksum(model: nn.Module, driver: Mapping[str, Any]) -> int:
+    """Of the bits of the weights that a driver's state is about; the same on any device."""
+    weights = {name for method in driver["methods"].values() for name in method["weights"]}
+    parameters = [p.detach().contiguous() for name, p in parameters_by_name(model).items() if name in weights]
+    return sum(int(p.view(_WHOLE[p.element_size()]).sum(dtype=torch.int64)) for p in parameters) % 2**63

@@ -30,7 +30,7 @@ _METHOD = Record(
         "weights": _STATES,
     }
 )
-_STATE = Record(
+STATE = Record(
     {"version": OneOf((1,)), "step": Int(low=0), "total_steps": OrNone(Int(low=1)), "methods": MapOf(Text(), _METHOD)}
 )
 
@@ -45,7 +45,7 @@ def check_driver_state(state: Any, arguments: Mapping[str, Mapping[str, Any]]) -
     Raises:
         ValueError: It says what was expected.
     """
-    check(state, _STATE, "the driver's state")
+    check(state, STATE, "the driver's state")
     then = {name: method["arguments"] for name, method in state["methods"].items()}
     if then.keys() != arguments.keys():
         raise ValueError(f"the state is of {sorted(then)}; this run has {sorted(arguments)}. Resume with the same.")
