@@ -31,7 +31,7 @@ def save_pretrained(
     folder: str | os.PathLike[str],
     example_inputs: Inputs,
     *,
-    methods: Mapping[str, Mapping[str, Any] | None] | None = None,
+    methods: Mapping[str, Mapping[str, Any] | bool | None] | None = None,
     before: nn.Module | None = None,
     tolerance: float = 1e-5,
 ) -> Difference:
@@ -138,7 +138,7 @@ def _changed(model: nn.Module, library: str, why: str) -> str:
 def _card(
     model: nn.Module,
     library: str,
-    methods: Mapping[str, Mapping[str, Any] | None],
+    methods: Mapping[str, Mapping[str, Any] | bool | None],
     before: nn.Module | None,
     apart: Difference,
     how: str,
@@ -152,8 +152,9 @@ def _card(
         "## What was done",
         "",
     ]
-    for name, arguments in methods.items():
-        lines += [f"- `{name}`", "", "  ```json", f"  {json.dumps(dict(arguments or {}), default=str)}", "  ```", ""]
+    for name, given in methods.items():
+        arguments = given if isinstance(given, Mapping) else {}
+        lines += [f"- `{name}`", "", "  ```json", f"  {json.dumps(dict(arguments), default=str)}", "  ```", ""]
     lines += ["" if methods else "Nothing that the author named.", "## Size", "", "| | parameters | zeros |"]
     lines += ["|---|---|---|"]
     for title, network in (("before", before), ("this model", model)):

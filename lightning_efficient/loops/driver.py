@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,10 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_efficient.common.match import REFERENCE
-from lightning_efficient.common.registry import METHODS, near
 from lightning_efficient.common.running import Inputs, as_call
 from lightning_efficient.common.weights import trained_by
-from lightning_efficient.loops.methods import PARTS, REFUSED, names_of
+from lightning_efficient.loops.methods import PARTS, read_methods
 from lightning_efficient.loops.parts import Part, Run
 from lightning_efficient.loops.processes import check_whole
 from lightning_efficient.loops.state import check_driver_state
@@ -242,7 +240,7 @@ class Driver:
 def attach(
     model: nn.Module,
     optimizer: Any,
-    methods: Mapping[str, Mapping[str, Any] | None],
+    methods: Mapping[str, Mapping[str, Any] | bool | None],
     *,
     total_steps: int | None = None,
     schedulers: Sequence[Scheduler] = (),
@@ -277,9 +275,8 @@ def attach(
     Raises:
         ValueError: A method, an argument, a combination or a state that cannot work; or a weight is in no optimizer.
     """
-    given = _by_name(methods)
-    parts = {name: _part(name, given[name]) for name in names_of(given)}
-    arguments = {name: given[name] for name in parts}
+    arguments = read_methods(methods)
+    parts = {name: PARTS[name](**given) for name, given in arguments.items()}
     optimizer = bare_optimizer(optimizer)
     if total_steps is not None and (type(total_steps) is not int or total_steps < 1):
         raise ValueError(f"`total_steps` must be a number of optimizer steps from 1, or None; got {total_steps!r}.")
@@ -318,35 +315,6 @@ def attach(
     driver._begin(strangers)
     _report(parts)
     return driver
-
-
-def _by_name(methods: Mapping[str, Mapping[str, Any] | None]) -> dict[str, dict[str, Any]]:
-    """Method → arguments, for whatever spelling of the method was given."""
-    if not isinstance(methods, Mapping) or not methods:
-        raise ValueError(f"`methods` maps keys of methods to arguments, {{'sigma_reparam': {{}}}}; got {methods!r}.")
-    found: dict[str, dict[str, Any]] = {}
-    for key, arguments in methods.items():
-        name = METHODS.named(key)
-        if name is None:
-            hint = METHODS.near(key) or f"; possible are {', '.join(PARTS)}"
-            raise ValueError(f"`methods`: no method {key!r}{hint}.")
-        if name not in PARTS:
-            why = REFUSED.get(name, "it is a callback, for a Lightning Trainer")
-            raise ValueError(f"{name} does not run in a loop of your own: {why}.")
-        if name in found:
-            raise ValueError(f"`methods` names {name} twice.")
-        found[name] = dict(arguments or {})
-    METHODS.check(list(found))
-    return found
-
-
-def _part(name: str, arguments: Mapping[str, Any]) -> Part:
-    known = list(inspect.signature(PARTS[name]).parameters)
-    for argument in arguments:
-        if argument not in known:
-            hint = near(argument, known) or f"; possible are {', '.join(known)}"
-            raise ValueError(f"{name}: no argument {argument!r} in a loop{hint}.")
-    return PARTS[name](**arguments)
 
 
 def _add(run: Run, name: str, part: Part, saved: Mapping[str, Mapping[str, Tensor]], whole: bool) -> None:

@@ -13,6 +13,7 @@ from lightning_efficient.common.match import parameters_by_name
 from lightning_efficient.common.running import Inputs
 from lightning_efficient.common.schema import Int, Record, check
 from lightning_efficient.loops.driver import Driver, attach
+from lightning_efficient.loops.methods import PARTS, read_methods
 from lightning_efficient.loops.state import STATE
 
 try:
@@ -48,21 +49,25 @@ class EfficientTrainerCallback(TrainerCallback):  # type: ignore[misc]
         driver: Of the run that goes on, or of the last.
 
     Raises:
-        ValueError: A method that does not work here.
+        ValueError: A method that does not work here, an argument that is wrong, or no ``example`` where one is needed.
     """
 
     def __init__(
         self,
-        methods: Mapping[str, Mapping[str, Any] | None],
+        methods: Mapping[str, Mapping[str, Any] | bool | None],
         example: Inputs | None = None,
         resume_from: str | Path | None = None,
     ) -> None:
-        if {"norm_swap", "PRepBN"} & set(methods):
+        read = read_methods(methods)
+        if "norm_swap" in read:
             raise ValueError(
                 "norm_swap does not work in a transformers.Trainer: its checkpoint folders hold what `from_pretrained` "
                 "reads, and that knows no model between two norms. Use lightning_efficient.attach in a loop of your "
                 "own (docs/without_lightning.md), or PRepBN in a Lightning Trainer."
             )
+        for name, arguments in read.items():
+            if (part := PARTS[name](**arguments)).example_for and example is None:
+                raise ValueError(part.no_example())
         self.methods, self.example, self.resume_from = methods, example, resume_from
         self.driver: Driver | None = None
 

@@ -23,6 +23,7 @@ class NormSwapPart(Part):
     """See :class:`~lightning_efficient.PRepBN`; without its guard, which judges losses."""
 
     method = "norm_swap"
+    example_for = "whether the model is causal, and what is padding, shows when it runs"
     lengths = (2,)
 
     def __init__(
@@ -94,7 +95,7 @@ class NormSwapPart(Part):
             self._look(run, batch)
 
     def _look(self, run: Run, batch: bool) -> None:
-        call = run.needs_example(self.method, "whether the model is causal, and what is padding, shows when it runs")
+        call = run.needs_example(self)
 
         again, inputs = Recording(run.model, lambda given: Call(*given).run(run.model)), call.on(run.model)
         if batch and not self.allow_causal and (causal := causal_norms(run.model, again, inputs)):

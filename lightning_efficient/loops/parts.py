@@ -42,13 +42,10 @@ class Run:
     parallel: bool = False
     boundary: Boundary = field(default_factory=Boundary)
 
-    def needs_example(self, method: str, why: str) -> Call:
+    def needs_example(self, part: Part) -> Call:
         """The example; an error if there is none."""
         if self.example is None:
-            raise ValueError(
-                f"{method}: {why}. Pass `example`: a small batch as the model takes it (a tensor, a tuple of "
-                "positional or a dict of keyword arguments)."
-            )
+            raise ValueError(part.no_example())
         return self.example
 
 
@@ -60,6 +57,8 @@ class Part(ABC):
     lengths: ClassVar[tuple[int, ...]] = (0,)
     # What :meth:`progress` is.
     progress_schema: ClassVar[Schema] = MapOf(Text(), Number(low=0, high=1))
+    # What it needs an example for; empty: nothing.
+    example_for: ClassVar[str] = ""
     # Whether what it leaves alone is worth a warning; every model has widths that cannot be cut.
     complains: ClassVar[bool] = True
 
@@ -69,6 +68,13 @@ class Part(ABC):
         # The schedule in steps, once the run is known.
         self.steps: tuple[int, ...] = ()
         self.transforms: dict[str, Transform] = {}
+
+    def no_example(self) -> str:
+        """That an example is missing, and what for."""
+        return (
+            f"{self.method}: {self.example_for}. Pass `example`: a small batch as the model takes it (a tensor, a "
+            "tuple of positional or a dict of keyword arguments)."
+        )
 
     def resolve(self, total: int | None) -> tuple[int, ...]:
         """The schedule in steps; raises ``ValueError`` if it does not fit into the run."""

@@ -55,6 +55,7 @@ class HessoPart(Part):
     """See :class:`~lightning_efficient.HESSOPruning`; without its cycles, which are undone."""
 
     method = "hesso_pruning"
+    example_for = "what goes together is found while the model runs"
     lengths = (3,)
     progress_schema = Record({"groups": GROUPS, "cost": OrNone(COST), "hesso": HESSO_STATE})
     complains = False
@@ -113,7 +114,7 @@ class HessoPart(Part):
         return {name: (param, UnitMask()) for name, param in self._params.items()}
 
     def _find(self, run: Run) -> tuple[Groups, dict[str, Any] | None]:
-        call = run.needs_example(self.method, "what goes together is found while the model runs")
+        call = run.needs_example(self)
         given = call.args if not call.kwargs else dict(call.kwargs)
         groups = find_groups(run.model, given, self.include, self.exclude, inexact=self.inexact, round_to=self.round_to)
         if self.options.unit != "macs":

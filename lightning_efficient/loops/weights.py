@@ -68,6 +68,7 @@ class TempScalePart(Part):
     """See :class:`~lightning_efficient.TempScale`."""
 
     method = "temp_scale"
+    example_for = "attention is found while the model runs"
     lengths = (0, 1)
 
     def __init__(
@@ -101,7 +102,7 @@ class TempScalePart(Part):
 
     def sites(self, run: Run) -> Sites:
         """The weights behind the logits of every attention."""
-        call = run.needs_example(self.method, "attention is found while the model runs")
+        call = run.needs_example(self)
         if HELD in vars(run.model) and self.method not in run.saved:
             raise ValueError(
                 "temp_scale: the model's weights hold the temperature of an earlier run already, and a second one "

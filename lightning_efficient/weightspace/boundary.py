@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_efficient.weightspace.memory import Memory, misfit
+from lightning_efficient.weightspace.memory import Memory, is_factored, misfit
 from lightning_efficient.weightspace.site import Site
 from lightning_efficient.weightspace.sums import run
 from lightning_efficient.weightspace.transform import Transform
@@ -172,11 +172,17 @@ class Boundary:
         return [(theta, site) for theta, site in self._thetas(optimizer) if id(theta) not in residents]
 
     def _check_memory(self, optimizer: Optimizer) -> None:
-        for theta, site in self._visitors(optimizer):
-            known = [optimizer.state[s.param] for s in self._sites_of(theta, optimizer) if optimizer.state.get(s.param)]
-            wrong = [misfit(self.memory[theta], theta, state) for state in known if theta in self.memory]
+        for theta, site in ((t, site) for t, site in self._visitors(optimizer) if t in self.memory):
+            wrong = [misfit(self.memory[theta], theta, state) for state in self._like(theta, optimizer)]
             if wrong and all(wrong):
                 raise ValueError(f"the saved state of {site.name!r} does not fit: {wrong[0]}.")
+
+    def _like(self, theta: nn.Parameter, optimizer: Optimizer) -> list[dict[str, Any]]:
+        """What the optimizer remembers of parameters that it treats as it does this one of a transform."""
+        states = {p: optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"]}
+        weights = [site.param for site in self._sites_of(theta, optimizer)]
+        mine = [states[p] for p in weights if states[p] and not is_factored(states[p], p)]
+        return mine or [state for p, state in states.items() if state and p.ndim == theta.ndim]
 
     def _sites_of(self, theta: nn.Parameter, optimizer: Optimizer) -> list[Site]:
         return [site for site in self._held(optimizer) if any(t.theta is theta for t in site.chain)]

@@ -46,11 +46,11 @@ def misfit(memory: Mapping[str, Any], theta: nn.Parameter, like: Mapping[str, An
     Args:
         memory: As :func:`unpack` returns it.
         theta: The parameter.
-        like: What the same optimizer remembers of the weight: the same things, of that weight's shape.
+        like: What the same optimizer remembers of another parameter: the same things, of that one's shape.
     """
     known = {name: value for name, value in like.items() if isinstance(value, Tensor) or type(value) in (int, float)}
     if memory.keys() != known.keys():
-        return f"the optimizer remembers {sorted(known)} of the weight, and of its parameter {sorted(memory)}"
+        return f"the optimizer should remember {sorted(known)} of its parameter, and there is {sorted(memory)}"
     for name, value in memory.items():
         other = known[name]
         if not isinstance(value, Tensor) or not isinstance(other, Tensor):
@@ -62,6 +62,16 @@ def misfit(memory: Mapping[str, Any], theta: nn.Parameter, like: Mapping[str, An
         if not fits:
             return f"{MEMORY}{name} is {_kind(value)}, beside {_kind(other)} of the weight"
     return None
+
+
+def is_factored(memory: Mapping[str, Any], parameter: nn.Parameter) -> bool:
+    """Whether an optimizer remembers a matrix by other things than a vector (Adafactor, 8 bits).
+
+    Args:
+        memory: What it remembers of a parameter.
+        parameter: That one.
+    """
+    return any(isinstance(v, Tensor) and v.ndim > 0 and v.shape != parameter.shape for v in memory.values())
 
 
 def _kind(value: Any) -> str:

@@ -244,7 +244,14 @@ def test_transformers_ends_with_the_best_model(tmp_path: Path) -> None:
 
 def test_transformers_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="norm_swap does not work in a transformers"):
-        EfficientTrainerCallback({"norm_swap": {}})
+        EfficientTrainerCallback({"prepbn": True})
+    for wrong, message in {
+        "sigma_reparm": "did you mean",
+        "temp_scale": "Pass `example`",
+        "distillation": "loop",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            EfficientTrainerCallback({wrong: {}})
     trained(tmp_path, 4)
     with pytest.raises(ValueError, match="`amount` was 0"):
         trained(tmp_path, 6, resume=True, methods=METHODS | {"magnitude_pruning": {"amount": 0.6}})

@@ -152,6 +152,34 @@ def test_resumed_is_uninterrupted(case: str) -> None:
     assert same(whole.driver.finish(), again.driver.finish())
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_resumed_with_a_factored_memory(bias: bool) -> None:
+    """Adafactor remembers other things of a matrix than of its gain."""
+
+    def make() -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(16, 12, bias=bias), nn.GELU(), nn.Linear(12, 4, bias=bias))
+        optimizer = torch.optim.Adafactor(net.parameters(), 1e-2)
+        return net, optimizer, attach(net, optimizer, {"sigma_reparam": True}, total_steps=6)
+
+    def train(net: nn.Module, optimizer: torch.optim.Optimizer, driver: Any, steps: range) -> None:
+        for step in steps:
+            net(torch.full((2, 16), 1.0 + step)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            driver.step()
+
+    whole = make()
+    train(*whole, range(3))
+    saved = copy.deepcopy([part.state_dict() for part in whole])
+    train(*whole, range(3, 6))
+    again = make()
+    for part, state in zip(again, saved, strict=True):
+        part.load_state_dict(state)
+    train(*again, range(3, 6))
+    assert same(whole[0], again[0])
+
+
 @pytest.mark.parametrize("pruned", ["magnitude_pruning", "hesso"])
 def test_state_given_to_attach(pruned: str) -> None:
     """Where weights are loaded before the optimizer exists."""
@@ -231,6 +259,8 @@ class Sequence(nn.Module):
         ({"pagcp_pruning": {}}, {}, "pagcp_pruning does not run in a loop.*PAGCPPruning"),
         ({"SigmaReparam": {"qvk": "split"}}, {}, "no argument 'qvk' in a loop .did you mean 'qkv'"),
         ({"norm_swap": {"guard": "off"}}, {}, "no argument 'guard'"),
+        ({"sigma_reparam": [1]}, {}, "should be true, false or a mapping"),
+        ({"sigma_reparam": False, "norm_swap": {"enabled": False}}, {}, "are off"),
         ({"norm_swap": {}}, {}, "`hold`=0.05 is 0 steps"),
         ({"norm_swap": {"hold": 1}}, {"example": None}, "Pass `example`"),
         ({"norm_swap": {"hold": 1, "transition": 40}}, {}, "together end at step 41"),
