@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,13 +38,14 @@ class RefusedSave:
         return self if any(one is not holder and one != holder for one, _ in self.holders) else self.inner
 
 
-def save_besides(model: Any, holder: Any, folder: str) -> None:
+def save_besides(model: Any, holder: Any, folder: str | os.PathLike[str], **options: Any) -> None:
     """The library's own way to a folder, which may refuse for the sake of a holder alone: the caller keeps that.
 
     Args:
         model: The model.
         holder: As for :func:`refuse_saving`.
         folder: To write.
+        options: Of that way.
 
     Raises:
         ExportError: It refuses for another reason.
@@ -51,9 +53,9 @@ def save_besides(model: Any, holder: Any, folder: str) -> None:
     own = vars(model).get(SAVE)
     save = own.besides(holder) if isinstance(own, RefusedSave) else own
     if save is None:
-        type(model).save_pretrained(model, folder)
+        type(model).save_pretrained(model, folder, **options)
     else:
-        save(folder)
+        save(folder, **options)
 
 
 def refuse_saving(model: nn.Module, holder: Any, why: str, of: Sequence[nn.Module] | None = None) -> None:

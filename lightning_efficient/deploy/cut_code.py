@@ -8,6 +8,7 @@ the smaller model without this package. A loader that does not run the code stop
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,18 +17,19 @@ from typing import Any
 from torch import nn
 
 from lightning_efficient.common.match import modules_by_name
+from lightning_efficient.common.saving import save_besides
 from lightning_efficient.structured.cuts import held_numbers, tensors_by_name
-from lightning_efficient.structured.pretrained import build_from_config
+from lightning_efficient.structured.pretrained import REFUSED, build_from_config
 
 CODE = "modeling_cut.py"
 _SOURCE = '''"""{name} as wide as pruning has left it: `{auto}.from_pretrained(folder, trust_remote_code=True)`."""
 
 import copy
 
-from {module} import {name}
+from {module} import {name} as Whole
 
 
-class Cut{name}({name}):
+class {name}(Whole):
     """Built from its config, then as wide as `config.cut` says."""
 
     def __init__(self, config, *args, **kwargs):
@@ -82,17 +84,25 @@ def cut_of(model: nn.Module) -> dict[str, Any]:
     return {"sizes": sizes, "numbers": numbers}
 
 
-def write_code(model: nn.Module, cut: dict[str, Any], folder: Path) -> str:
-    """Put the code into a folder that ``save_pretrained`` has written, and into its ``config.json`` what it needs.
+def write_cut(model: Any, cut: dict[str, Any], folder: Path) -> str:
+    """Write config, weights, and the code that builds them.
 
     Args:
         model: The model.
         cut: From :func:`cut_of`.
-        folder: Written already.
+        folder: To write.
 
     Returns:
         How to load it.
     """
+    # Names of weights as the modules have them: the library translates old ones for its own classes only.
+    known = inspect.signature(type(model).save_pretrained).parameters
+    save_besides(model, REFUSED, folder, **{name: False for name in ("save_original_format",) if name in known})
+    return _write_code(model, cut, folder)
+
+
+def _write_code(model: nn.Module, cut: dict[str, Any], folder: Path) -> str:
+    """The code, and in ``config.json`` what it needs; returns how to load it."""
     base = _library_class(model)
     autos = _auto_classes(model, base)
     code = _SOURCE.format(name=base.__name__, module=base.__module__, auto=autos[0])
@@ -101,7 +111,7 @@ def write_code(model: nn.Module, cut: dict[str, Any], folder: Path) -> str:
     config = json.loads(path.read_text(encoding="utf-8"))
     config |= {
         "architectures": [base.__name__],
-        "auto_map": dict.fromkeys(autos, f"{Path(CODE).stem}.Cut{base.__name__}"),
+        "auto_map": dict.fromkeys(autos, f"{Path(CODE).stem}.{base.__name__}"),
         "cut": cut,
     }
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -120,7 +130,7 @@ def class_in(model: nn.Module, folder: Path) -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return getattr(module, f"Cut{_library_class(model).__name__}")
+    return getattr(module, _library_class(model).__name__)
 
 
 def _library_class(model: nn.Module) -> type[nn.Module]:

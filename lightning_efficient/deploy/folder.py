@@ -18,10 +18,8 @@ from torch import nn
 from lightning_efficient.common.comparing import Difference, ExportError, difference
 from lightning_efficient.common.escaping import cannot_write
 from lightning_efficient.common.running import Inputs, as_call, evaluating, first_line, logs_from
-from lightning_efficient.common.saving import save_besides
-from lightning_efficient.deploy.cut_code import CODE, class_in, cut_of, write_code
+from lightning_efficient.deploy.cut_code import CODE, class_in, cut_of, write_cut
 from lightning_efficient.deploy.diverged import check_weights
-from lightning_efficient.structured.pretrained import REFUSED
 
 _CARD = "README.md"
 
@@ -109,9 +107,10 @@ def _write(model: Any, library: str, folder: str) -> str:
     if library == "timm":
         timm.models.save_for_hf(model, folder, safe_serialization=True)
         return 'timm.create_model("local-dir:<folder>", pretrained=True)'
-    cut = cut_of(model)
-    save_besides(model, REFUSED if cut else None, folder)
-    return write_code(model, cut, Path(folder)) if cut else f"{type(model).__name__}.from_pretrained(folder)"
+    if cut := cut_of(model):
+        return write_cut(model, cut, Path(folder))
+    model.save_pretrained(folder)
+    return f"{type(model).__name__}.from_pretrained(folder)"
 
 
 def _read(model: Any, library: str, folder: Path) -> nn.Module:

@@ -11,7 +11,8 @@ from torch import nn
 
 from lightning_efficient.common.match import parameters_by_name
 from lightning_efficient.common.running import Inputs
-from lightning_efficient.common.schema import Int, Record, check
+from lightning_efficient.common.schema import Int, MapOf, Record, Text, check
+from lightning_efficient.common.weights import trained_by
 from lightning_efficient.loops.driver import Driver, attach
 from lightning_efficient.loops.methods import PARTS, read_methods
 from lightning_efficient.loops.state import STATE
@@ -24,7 +25,7 @@ except ImportError as error:
     ) from error
 
 FILE = "efficient_methods.pt"
-_CONTENT = Record({"driver": STATE, "weights": Int()})
+_CONTENT = Record({"driver": STATE, "weights": MapOf(Text(), Int())})
 # Whole numbers of as many bytes, to sum bits without rounding.
 _WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -82,7 +83,7 @@ class EfficientTrainerCallback(TrainerCallback):  # type: ignore[misc]
         if state.global_step > 0:
             if previous is not None:
                 previous.detach()
-            saved = _read(Path(self.resume_from or _folder(args, state.global_step)), model)
+            saved = _read(Path(self.resume_from or _folder(args, state.global_step)), model, kwargs["optimizer"])
         self.driver = attach(
             model,
             kwargs["optimizer"],
@@ -109,13 +110,15 @@ class EfficientTrainerCallback(TrainerCallback):  # type: ignore[misc]
             )
         driver = self.driver.state_dict()
         if state.is_world_process_zero:
-            torch.save({"driver": driver, "weights": _checksum(kwargs["model"], driver)}, folder / FILE)
+            weights = _checksums(kwargs["model"], kwargs["optimizer"])
+            torch.save({"driver": driver, "weights": weights}, folder / FILE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the methods; of the best model, if that has been loaded."""
         assert self.driver is not None
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self.driver.load_state_dict(_read(Path(state.best_model_checkpoint), kwargs["model"]))
+            best = _read(Path(state.best_model_checkpoint), kwargs["model"], kwargs["optimizer"])
+            self.driver.load_state_dict(best)
         self.driver.finish()
 
 
@@ -123,7 +126,7 @@ def _folder(args: Any, step: int) -> Path:
     return Path(args.output_dir) / f"checkpoint-{step}"
 
 
-def _read(folder: Path, model: nn.Module) -> Mapping[str, Any]:
+def _read(folder: Path, model: nn.Module, optimizer: Any) -> Mapping[str, Any]:
     """The driver's state in a folder, of the weights that the model has now."""
     path = folder / FILE
     if not path.is_file():
@@ -135,17 +138,20 @@ def _read(folder: Path, model: nn.Module) -> Mapping[str, Any]:
     content = torch.load(path, map_location="cpu", weights_only=True)
     check(content, _CONTENT, str(path))
     state: Mapping[str, Any] = content["driver"]
-    if content["weights"] != _checksum(model, state):
+    now = _checksums(model, optimizer)
+    if other := sorted(name for name, value in content["weights"].items() if now.get(name) != value):
         raise ValueError(
-            f"EfficientTrainerCallback: the model's weights are not those that {str(path)!r} was written with. Does "
-            "the checkpoint that the run goes on from lie elsewhere? Then say where: `resume_from`."
+            f"EfficientTrainerCallback: {len(other)} of {len(now)} weights of the model ({other[:3]}) are not those "
+            f"that {str(path)!r} was written with. Does the checkpoint lie elsewhere? Then say where: `resume_from`. "
+            "Else the Trainer has not read them, as happens where weights have other names in files than in the model: "
+            f"make the model with `{type(model).__name__}.from_pretrained({str(folder)!r})`, and go on as before."
         )
     return state
 
 
 @torch.no_grad()
-def _checksum(model: nn.Module, driver: Mapping[str, Any]) -> int:
-    """Of the bits of the weights that a driver's state is about; the same on any device."""
-    weights = {name for method in driver["methods"].values() for name in method["weights"]}
-    parameters = [p.detach().contiguous() for name, p in parameters_by_name(model).items() if name in weights]
-    return sum(int(p.view(_WHOLE[p.element_size()]).sum(dtype=torch.int64)) for p in parameters) % 2**63
+def _checksums(model: nn.Module, optimizer: Any) -> dict[str, int]:
+    """Of the bits of the weights that train; the same on any device."""
+    trained = trained_by(optimizer)
+    parameters = {n: p.detach().contiguous() for n, p in parameters_by_name(model).items() if id(p) in trained}
+    return {n: int(p.view(_WHOLE[p.element_size()]).sum(dtype=torch.int64)) for n, p in parameters.items()}

@@ -10,10 +10,9 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_efficient.attention.sites import run_float64
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.match import parameters_by_name
-from lightning_efficient.common.running import float64_copy
+from lightning_efficient.common.running import evaluating
 from lightning_efficient.common.schema import OrNone, Record, TensorOf, check
 from lightning_efficient.folding.probes import Probe
 from lightning_efficient.loops.parts import Part, Run, Sites
@@ -216,10 +215,10 @@ class HessoPart(Part):
 
 def _calls(run: Run) -> Mapping[str, Probe]:
     """How models of Hugging Face's are called, which no file says: by it the config of the smaller one is tried."""
-    if run.example is None:
+    if (call := run.example) is None:
         return {}
-    probe, twin = Probe("the example", run.example.args, dict(run.example.kwargs or {})), float64_copy(run.model)
-    return calls_of(twin, lambda: run_float64(twin, probe))
+    with evaluating(run.model):
+        return calls_of(run.model, lambda: call.run(run.model))
 
 
 def _agreed(units: Mapping[str, Tensor], device: torch.device) -> Mapping[str, Tensor]:
