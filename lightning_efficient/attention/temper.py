@@ -60,6 +60,13 @@ class Law:
         """What is not a function of the length and does not move."""
         return 1.0 / self.tau / (math.log(self.length) if self.mode == "log_n" else 1.0)
 
+    @property
+    def number(self) -> float | None:
+        """The temperature, where it is one for all heads, queries and lengths."""
+        moved = [] if self.log_tau is None else [float(tau) for tau in self.log_tau.detach().double().exp()]
+        alike = self.mode == "constant" and len(set(moved)) <= 1
+        return (self.tau * moved[0] if moved else self.tau) if alike else None
+
     def of(self, keys: Tensor | None) -> Tensor | float:
         """The factor on logits ``(..., heads, queries, keys)``.
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from lightning_efficient.attention.adapter import LOST, install, installed, remove
+from lightning_efficient.attention.owners import ROOT
 from lightning_efficient.attention.temper import Law, Mode
 from lightning_efficient.attention.temperature_targets import (
     MARK,
@@ -29,7 +30,7 @@ from lightning_efficient.attention.temperature_targets import (
 )
 from lightning_efficient.attention.verify import module_at, scale_blocks
 from lightning_efficient.common.change import Change
-from lightning_efficient.common.match import canonical_name
+from lightning_efficient.common.match import canonical_name, modules_by_name
 from lightning_efficient.common.running import forget
 from lightning_efficient.common.saving import allow_saving, refuse_saving
 from lightning_efficient.weightspace import Block, ScaleTransform, Temperature
@@ -43,6 +44,7 @@ __all__ = [
     "carriers",
     "check_gradients",
     "find_targets",
+    "hold_in_weights",
     "install_targets",
     "keep_saving_honest",
     "make_transforms",
@@ -120,6 +122,52 @@ def keep_saving_honest(model: nn.Module, scaled: Collection[str]) -> None:
         written = {t.data_ptr() for t in peft.get_peft_model_state_dict(owner, save_embedding_layers=False).values()}
         if any(ours.get(id(p)) not in written | {None} for p in owner.parameters()):
             refuse_saving(model, MARK, LOST, [owner])
+
+
+@torch.no_grad()
+def hold_in_weights(model: nn.Module, example: Any) -> dict[str, str]:
+    """Have weights hold what adapters do in a model that is not trained on: frozen ones, too, may change then.
+
+    Only what is a number for each attention, and exact in the weights, as for :func:`apply_temp_scale`; other adapters
+    stay.
+
+    Args:
+        model: Changed in place.
+        example: See :func:`find_targets`.
+
+    Returns:
+        Attentions whose adapters stay, and why.
+
+    Raises:
+        ValueError: See :func:`find_targets`. The model is unchanged then.
+    """
+    modules = modules_by_name(model)
+    forwards = {name or ROOT: forward for name, module in modules.items() if (forward := installed(module))}
+    taus = {site: tau for site, forward in forwards.items() if (tau := forward.law.number) is not None}
+    left = {
+        site: "a temperature for each head" if forward.law.mode == "constant" else f"mode={forward.law.mode!r}"
+        for site, forward in forwards.items()
+        if site not in taus
+    }
+    if not taus:
+        return left
+    mark = vars(model).pop(MARK, None)
+    held: set[str] = set()
+    for site in forwards:
+        remove(model, module_at(model, site))
+    try:
+        targets = find_targets(model, example, TempScaleConfig(taus), include=list(taus))
+        left |= targets.adapters
+        held = forwards.keys() - left.keys()
+        scale_blocks({canonical_name(name): p for name, p in model.named_parameters()}, targets.factors)
+    finally:
+        for site, forward in forwards.items():
+            if site not in held:
+                install(model, module_at(model, site), forward.law, saved=True)
+        if mark is not None:
+            setattr(model, MARK, mark | {"adapters": [site for site in mark["adapters"] if site not in held]})
+    forget(model)
+    return left
 
 
 @torch.no_grad()

@@ -32,14 +32,15 @@ class TempScaleConfig:
     """Hyper-parameters of TempScale.
 
     Args:
-        tau: Temperature, or one per targeted attention in the order of the forward. 1 changes nothing.
+        tau: Temperature, or one per targeted attention in the order of the forward, or by their names (1 for others).
+            1 changes nothing.
         mode: ``"constant"``, or a factor that grows with the number of keys a query sees: see
             :class:`~lightning_efficient.attention.temper.Law`.
         length: Number of keys at which ``mode="log_n"`` changes nothing.
         per_head: One learned temperature per head (only where every weight behind the logits divides by heads).
     """
 
-    tau: float | Sequence[float] = 1.0
+    tau: float | Sequence[float] | Mapping[str, float] = 1.0
     mode: Mode = "constant"
     length: float = 512.0
     per_head: bool = False
@@ -49,7 +50,8 @@ class TempScaleConfig:
             raise ValueError(f"TempScale(`mode`) takes 'constant', 'log_n' or 'ssmax'; got {self.mode!r}.")
         if not (math.isfinite(self.length) and self.length > 1):
             raise ValueError(f"TempScale(`length`) is {self.length!r}; expected a number of keys above 1.")
-        taus = [self.tau] if isinstance(self.tau, float | int) else self.tau
+        tau = self.tau.values() if isinstance(self.tau, Mapping) else self.tau
+        taus = [tau] if isinstance(tau, float | int) else list(tau)
         if not taus:
             raise ValueError(f"TempScale(`tau`) is {taus!r}; expected a number, or one for each attention.")
         for tau in taus:
@@ -64,6 +66,8 @@ class TempScaleConfig:
         Raises:
             ValueError: ``tau`` is a list of another length.
         """
+        if isinstance(self.tau, Mapping):
+            return {site: Law(float(self.tau.get(site, 1.0)), self.mode, self.length) for site in sites}
         taus = [float(self.tau)] * len(sites) if isinstance(self.tau, float | int) else [float(t) for t in self.tau]
         if len(taus) != len(sites):
             raise ValueError(

@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from lightning_efficient.attention.temperature import hold_in_weights
 from lightning_efficient.common.comparing import Difference, ExportError, difference
 from lightning_efficient.common.match import canonical_name
 from lightning_efficient.common.running import Call, Inputs, as_call, calls_of_batch, device_of, evaluating, first_line
@@ -92,6 +93,7 @@ def export(
         call, expected = _first_that_runs(model, candidates)
     check_range(model, call, expected)
     plain = plain_copy(model).eval()
+    _hold_temperatures(plain, call)
     check_foreign(plain)
     if fold and (affines := _channel_affines(model)):
         rank_zero_info(f"export: {fold_affines(plain, affines, lambda: call.run(plain))}")
@@ -104,6 +106,19 @@ def export(
     apart = _compared(plain, call, expected, tolerance, _ALONE if alone else "")
     rank_zero_info(f"export: {type(model).__name__} on [{call}]: {apart}")
     return plain
+
+
+def _hold_temperatures(plain: nn.Module, call: Call) -> None:
+    try:
+        left = hold_in_weights(plain, lambda: call.run(plain))
+    except ValueError as why:
+        raise ExportError(f"the attention temperature of the copy cannot be put into its weights: {why}") from why
+    if left:
+        some = "; ".join(f"{site} ({why})" for site, why in list(left.items())[:3]) + ("; ..." if len(left) > 3 else "")
+        raise ExportError(
+            f"no weights hold the attention temperature of {some}: a plain module cannot have it. torch.export.export "
+            "and torch.onnx.export trace through the trained module as it is."
+        )
 
 
 def _compared(plain: nn.Module, call: Call, expected: Any, tolerance: float, hint: str) -> Difference:

@@ -40,7 +40,7 @@ ADAPTED: dict[str, Any] = {
     "ssmax": partial(TempScale, mode="ssmax", learnable=True),
 }
 REFUSED = {
-    "plain": "no plain form",  # the export, after everything else in the scenario
+    "plain": "no weights hold the attention temperature",  # the export, after everything else in the scenario
     "ddp": "would take over the weights alone",
     "ddp_spawn": "would take over the weights alone",
 }

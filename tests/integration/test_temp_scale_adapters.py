@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from zoo import Classifier, loader
 
-from lightning_efficient import TempScale, load_from_checkpoint
+from lightning_efficient import TempScale, export, load_from_checkpoint
 from lightning_efficient.attention.adapter import installed
 from lightning_efficient.attention.temperature import TempScaleError, apply_temp_scale
+from lightning_efficient.common.comparing import ExportError
 from lightning_efficient.testing.checks import assert_equal
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
@@ -100,6 +101,40 @@ def test_training_is_that_of_a_model_that_divides_by_tau(tmp_path: Any, how: str
     if learns:
         assert law.law.log_tau.tolist() == pytest.approx(log_tau.flatten().tolist(), abs=1e-10)
         assert abs(float(log_tau.detach().exp()[0]) - 0.4) > 1e-5, "it has learned something"
+
+
+class Probed(Classifier):
+    """A frozen encoder under a head that learns: its temperature cannot go into weights that no optimizer steps."""
+
+    def __init__(self) -> None:
+        super().__init__("encoder")
+        self.net.requires_grad_(False)
+        last = [m for m in self.net.modules() if isinstance(m, nn.Linear)][-1]
+        last.requires_grad_(True)
+
+
+@pytest.mark.parametrize("options", [{}, {"learnable": True}, {"transition": 3}])
+def test_the_exported_weights_hold_what_training_left_to_adapters(tmp_path: Any, options: dict[str, Any]) -> None:
+    module = Probed()
+    trainer(tmp_path, TempScale(tau=0.6, **options)).fit(module, loader(6), loader(1))
+    adapted = [name for name, part in module.named_modules() if installed(part)]
+    assert adapted
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    x = next(iter(loader(1)))[0]
+    module.eval()
+    plain = export(module, x)
+    torch.testing.assert_close(plain(x), module(x), rtol=1e-5, atol=1e-6)
+    assert not any("forward" in vars(part) for part in plain.modules())
+    assert {name for name, p in plain.named_parameters() if not torch.equal(p, module.get_parameter(name))}
+    assert_equal(module.state_dict(), before)
+    assert [name for name, part in module.named_modules() if installed(part)] == adapted
+
+
+def test_what_no_weights_hold_is_not_exported(tmp_path: Any) -> None:
+    module = Probed()
+    trainer(tmp_path, TempScale(mode="log_n", length=64)).fit(module, loader(6), loader(1))
+    with pytest.raises(ExportError, match=r"no weights hold the attention temperature of .*'log_n'.*torch.export"):
+        export(module, next(iter(loader(1)))[0])
 
 
 def test_one_changes_no_bit_and_puts_nothing_on(tmp_path: Any) -> None:
