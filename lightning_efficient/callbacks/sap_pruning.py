@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -239,7 +239,7 @@ class SAPPruning(PruningCallback):
     def _go_on(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._next is not None and self._snapshot is not None  # noqa: PT018
         self._set_masks(trainer, pl_module, self._unpacked(self._next), advance=True)
-        if self.iterations == 0 and self.epochs_per_iteration is None:  # this fit's optimizers are new already
+        if not self.goes_back:  # this fit's optimizers are new already
             self._put_back(pl_module, Snapshot(self._snapshot.model, self._snapshot.transforms))
         else:
             self._rewind(trainer, pl_module, self._snapshot)
@@ -339,15 +339,13 @@ class SAPPruning(PruningCallback):
         )
 
     def _restore(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self._keep is not None
-        snapshot, packed = self._keep
+        snapshot, packed = cast(tuple[Snapshot, dict[str, Tensor]], self._keep)
         for name, mask in self._unpacked(packed).items():
             set_mask(self._sites()[name], self._mask_transforms()[name], mask)
         self._put_back(pl_module, snapshot)
 
     def _stop(self, trainer: Trainer, reason: str) -> None:
-        self.stopped, trainer.should_stop = reason, True
-        last = len(self.history) - 1
+        self.stopped, trainer.should_stop, last = reason, True, len(self.history) - 1
         if reason == "collapse":
             rank_zero_info(
                 f"{type(self).__name__}: {self.monitor} collapsed in iteration {last}; weights and masks of iteration "
@@ -387,7 +385,7 @@ def sap_fits(
     Raises:
         ValueError: The callback divides a fit into iterations itself, or a Trainer lacks it.
     """
-    if pruning.iterations or pruning.epochs_per_iteration is not None:
+    if pruning.goes_back:
         raise ValueError(
             f"sap_fits makes every fit one iteration; got iterations={pruning.iterations}, epochs_per_iteration="
             f"{pruning.epochs_per_iteration}. Use SAPPruning(iterations=0)."
