@@ -55,7 +55,8 @@ def rebind(
     A replaced parameter's successor takes its position in its group, and its state if the shapes agree (a
     state with parts missing would make most optimizers fail, so otherwise all of it goes, with one warning).
     Removed parameters leave groups and state; groups stay, even when empty. Added ones go through
-    ``add_parameters``. Doing it twice changes nothing more.
+    ``add_parameters``; one that follows a frozen weight in no optimizer is frozen with it. Doing it twice changes
+    nothing more.
 
     Args:
         optimizers: All optimizers of the model.
@@ -72,7 +73,7 @@ def rebind(
     """
     plan = _compose(changes)
     after = [_groups_after(optimizer, plan) for optimizer in optimizers]
-    homes = _homes_of_added(optimizers, after, plan, model)
+    homes, frozen = _homes_of_added(optimizers, after, plan, model)
     places = Counter(new for groups in after for group in groups for _, new in group)
     places.update(new for pairs in homes for new, _ in pairs)
     for new in plan.replaced.values():
@@ -85,6 +86,8 @@ def rebind(
             counts["added"] += len(new_parameters)
     for optimizer, groups in zip(optimizers, after, strict=True):
         _commit(optimizer, groups, counts)
+    for parameter in frozen:
+        parameter.requires_grad_(False)
     if counts["state_dropped"]:
         warnings.warn(
             f"The optimizer state of {counts['state_dropped']} replaced parameters was dropped, because their shape"
@@ -246,10 +249,14 @@ def _groups_after(optimizer: Optimizer, plan: _Plan) -> Groups:
 
 def _homes_of_added(
     optimizers: Sequence[Optimizer], after: list[Groups], plan: _Plan, model: nn.Module | None
-) -> list[list[tuple[nn.Parameter, nn.Parameter]]]:
-    """Per optimizer, (added parameter, the parameter in it now whose group it follows)."""
+) -> tuple[list[list[tuple[nn.Parameter, nn.Parameter]]], list[nn.Parameter]]:
+    """Per optimizer, (added parameter, the parameter in it now whose group it follows); those of frozen weights.
+
+    Lightning's BackboneFinetuning freezes a part of the network but for its batch norms, which a new one may be.
+    """
     now = [{new: old for group in groups for old, new in group} for groups in after]
     homes: list[list[tuple[nn.Parameter, nn.Parameter]]] = [[] for _ in optimizers]
+    frozen: list[nn.Parameter] = []
     for new, source in plan.added:
         places = sum(new in origin for origin in now)
         found = [i for i, origin in enumerate(now) if source in origin]
@@ -257,10 +264,12 @@ def _homes_of_added(
             source, found = next(iter(now[0])), [0]
         if places == 0 and len(found) == 1 and source is not None:
             homes[found[0]].append((new, now[found[0]][source]))
+        elif places == 0 and not found and source is not None and not source.requires_grad:
+            frozen.append(new)
         elif new.requires_grad and places != 1:
             weight = "no particular weight" if source is None else plan.name(source, model)
             raise ValueError(_misplaced(plan.name(new, model), places or len(found), weight))
-    return homes
+    return homes, frozen
 
 
 def _misplaced(name: str, places: int, weight: str | None = None) -> str:

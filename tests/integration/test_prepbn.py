@@ -13,7 +13,7 @@ import yaml
 from causal_models import W, hf
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import BackboneFinetuning, Callback
 from torch import nn
 from torch.utils.data import DataLoader
 from zoo import CLASSES, Classifier, loader
@@ -299,6 +299,26 @@ def test_export_makes_the_norms_vanish(tmp_path: Any, caplog: pytest.LogCaptureF
 
 
 @pytest.mark.filterwarnings("ignore:.*has no effect with target='un'")
+@pytest.mark.parametrize("first", [True, False])
+def test_a_frozen_backbone_is_unfrozen_with_its_new_norms(tmp_path: Any, first: bool) -> None:
+    class Headed(Classifier):
+        def __init__(self) -> None:
+            super().__init__("timm_vit")
+            self.backbone, self.head = self.net.blocks, self.net.head
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+    module = Headed()
+    ours, theirs = PRepBN(include=["net.blocks"], transition=4, hold=2), BackboneFinetuning(1, lambda epoch: 1.0)
+    t = trainer(tmp_path, *((ours, theirs) if first else (theirs, ours)), max_steps=-1, max_epochs=3)
+    t.fit(module, loader(batches=3), loader(1))
+    stepped = {id(p) for group in t.optimizers[0].param_groups for p in group["params"]}
+    for norm in blend_norms(module).values():
+        assert all(p.requires_grad and id(p) in stepped for p in norm.target.parameters())
+        assert not torch.equal(norm.target.bn.bias, norm.source.bias)
+
+
 def test_every_hyper_parameter_of_the_method_is_an_argument(tmp_path: Any) -> None:
     arguments = inspect.signature(PRepBN).parameters
     for field in fields(NormSwapConfig):

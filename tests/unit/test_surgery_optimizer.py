@@ -563,6 +563,18 @@ def test_a_frozen_addition_joins_its_weight_so_that_unfreezing_works():
     assert params(optimizer) == [[id(weight)], [id(gain)]]
 
 
+def test_what_follows_a_frozen_weight_is_frozen_with_it(net):
+    """Lightning's BackboneFinetuning freezes all but batch norms, and the new norm may be one."""
+    optimizer, change = torch.optim.SGD(net.fc.parameters(), lr=0.1), swap(net)
+    gains = [new for new, _ in change.added]
+    for p in net.parameters():
+        p.requires_grad = any(p is gain for gain in gains)
+    rebind([optimizer], [change], model=net)
+    assert gains
+    assert not any(gain.requires_grad for gain in gains)
+    assert params(optimizer) == [[id(p) for p in net.fc.parameters()]]
+
+
 # --- errors: nothing changes ------------------------------------------------------------------------------------
 
 
