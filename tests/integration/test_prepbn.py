@@ -319,6 +319,7 @@ def test_a_frozen_backbone_is_unfrozen_with_its_new_norms(tmp_path: Any, first: 
         assert not torch.equal(norm.target.bn.bias, norm.source.bias)
 
 
+@pytest.mark.filterwarnings("ignore:.*has no effect with target")  # each target has its own
 def test_every_hyper_parameter_of_the_method_is_an_argument(tmp_path: Any) -> None:
     arguments = inspect.signature(PRepBN).parameters
     for field in fields(NormSwapConfig):
