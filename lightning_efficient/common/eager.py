@@ -6,6 +6,13 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import nn
+
+
+def inside_compiled(module: nn.Module) -> nn.Module | None:
+    """What ``torch.compile`` has wrapped, if the module is such a wrapper."""
+    children = module._modules  # of a scripted module no dict
+    return children["_orig_mod"] if "_orig_mod" in children else None  # noqa: SIM401
 
 
 def uncompiled() -> AbstractContextManager[object]:

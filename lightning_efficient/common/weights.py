@@ -43,9 +43,26 @@ def weight_attributes(layer: nn.Module) -> Iterator[str]:
         yield "weight"
 
 
+def sparse_gradients(module: nn.Module) -> str | None:
+    """Why the weight of a module cannot have a mask, if that is because of its gradients."""
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+        return "its gradients are sparse (`sparse=True`), and the entries of a mask are not"
+    return None
+
+
 def trained_by(*optimizers: Optimizer) -> set[int]:
     """``id`` of every parameter that an optimizer moves: what trains, whatever ``requires_grad`` says."""
     return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+
+
+def check_values(name: str, param: nn.Parameter) -> None:
+    """Refuse a parameter of a lazy module that has not run, or of one on the meta device.
+
+    Raises:
+        ValueError: It has no values yet.
+    """
+    if isinstance(param, nn.parameter.UninitializedParameter) or param.is_meta:
+        raise ValueError(f"{name!r} has no values yet (lazy or meta). Run one batch through the model, or exclude it.")
 
 
 def check_weight(name: str, param: nn.Parameter, method: str) -> str | None:
@@ -59,8 +76,7 @@ def check_weight(name: str, param: nn.Parameter, method: str) -> str | None:
     Raises:
         ValueError: It has no values yet, or is not real, dense and floating-point.
     """
-    if isinstance(param, nn.parameter.UninitializedParameter) or param.is_meta:
-        raise ValueError(f"{name!r} has no values yet (lazy or meta). Run one batch through the model, or exclude it.")
+    check_values(name, param)
     known = type(param.data) in (Tensor, nn.Parameter) or is_cut(param)
     dense = known and param.layout == torch.strided and not param.is_quantized
     if param.is_complex() or not param.is_floating_point() or not dense:

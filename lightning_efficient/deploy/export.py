@@ -17,6 +17,7 @@ from torch import nn
 
 from lightning_efficient.attention.temperature import hold_in_weights
 from lightning_efficient.common.comparing import Difference, ExportError, difference
+from lightning_efficient.common.eager import inside_compiled
 from lightning_efficient.common.match import canonical_name
 from lightning_efficient.common.running import Call, Inputs, as_call, calls_of_batch, device_of, evaluating, first_line
 from lightning_efficient.deploy.batch_norms import batch_norms
@@ -192,7 +193,7 @@ def _calls(model: nn.Module, example_inputs: Inputs | None) -> list[Call]:
 
 def _whole(model: nn.Module) -> nn.Module:
     """Without ``torch.compile`` around it; refused if it is sharded."""
-    while (wrapped := model._modules.get("_orig_mod")) is not None:
+    while (wrapped := inside_compiled(model)) is not None:
         model = wrapped
     sharded = [name for name, p in model.named_parameters() if hasattr(p, "full_tensor")]
     sharded += [name or "the model" for name, m in model.named_modules() if "_fsdp_wrapped_module" in m._modules]

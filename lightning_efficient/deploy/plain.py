@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, cast
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_efficient.common.comparing import ExportError
+from lightning_efficient.common.eager import inside_compiled
 from lightning_efficient.common.running import first_line
 from lightning_efficient.common.saving import allow_saving
 from lightning_efficient.lifecycle.hooks import detach
@@ -40,13 +42,15 @@ def plain_copy(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if id(module) in memo:
             continue
-        if (wrapped := module._modules.get("_orig_mod")) is not None:
+        if (wrapped := inside_compiled(module)) is not None:
             memo[id(module)] = _copy(wrapped, memo)
+        elif isinstance(module, torch.jit.ScriptModule):
+            memo[id(module)] = _scripted(module, memo)
         elif _offers_fuse(module):
             memo[id(module)] = _fused(_copy(module, memo))
     plain = _without_hooks(_copy(model, memo))
     # A layer inside one that was fused just now has been copied with it, as it was.
-    nested = any("_orig_mod" in module._modules or _offers_fuse(module) for module in plain.modules())
+    nested = any(inside_compiled(module) is not None or _offers_fuse(module) for module in plain.modules())
     return plain_copy(plain) if nested else plain
 
 
@@ -101,6 +105,14 @@ def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
             f"{type(module).__name__} cannot be copied ({first_line(error)}). In the way: {culprits or 'unknown'}. "
             "Remove it, or export the submodule that computes: `export(module.net, x)`."
         ) from error
+
+
+def _scripted(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    with torch.no_grad():  # or the copy's parameters have a history
+        copied = _copy(module, memo)
+    for mine, theirs in zip(copied.parameters(), module.parameters(), strict=True):
+        mine.requires_grad_(theirs.requires_grad)
+    return copied
 
 
 def _copies(value: Any) -> bool:

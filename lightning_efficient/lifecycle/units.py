@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_efficient.common.change import Change
 from lightning_efficient.common.match import parameters_by_name
 from lightning_efficient.common.schema import OrNone, Schema
+from lightning_efficient.common.weights import check_values
 from lightning_efficient.lifecycle.asking import asked
 from lightning_efficient.lifecycle.cuts import mark_zeroed
 from lightning_efficient.lifecycle.recipe import RecipeError
@@ -287,7 +288,10 @@ class UnitPruningCallback(WeightSpaceCallback):
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: param.shape for name, param in parameters_by_name(model).items()}
+    parameters = parameters_by_name(model)
+    for name, param in parameters.items():
+        check_values(name, param)
+    return {name: param.shape for name, param in parameters.items()}
 
 
 def _change(method: str, groups: Groups) -> Change:

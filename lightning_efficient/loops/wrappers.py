@@ -8,11 +8,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lightning_efficient.common.eager import inside_compiled
+
 
 def bare_model(model: nn.Module) -> nn.Module:
     """Without wrappers that pass everything on to one module: DDP's, ``torch.compile``'s, Fabric's."""
     while True:
-        inner = model._modules.get("_orig_mod")
+        inner = inside_compiled(model)
         if inner is None and (isinstance(model, DistributedDataParallel) or type(model).__name__ == "_FabricModule"):
             inner = getattr(model, "module", None)
         if inner is None:

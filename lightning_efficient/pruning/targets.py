@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from lightning_efficient.attention.owners import head_count
 from lightning_efficient.common.match import canonical_name, modules_by_name, select_modules
 from lightning_efficient.common.shards import whole
-from lightning_efficient.common.weights import check_weight, is_transposed, weight_attributes, weight_layers
+from lightning_efficient.common.weights import (
+    check_weight,
+    is_transposed,
+    sparse_gradients,
+    weight_attributes,
+    weight_layers,
+)
 from lightning_efficient.pruning.granularity import Granularity
 
 # Under these names attention modules keep the layer that reads the heads side by side.
@@ -97,6 +103,7 @@ def find_targets(
             reason = (
                 _shared(name, param, users, embeddings)
                 or _unranked(name, param)
+                or sparse_gradients(module)
                 or _unscorable(modules, name, layer, criterion, name in known)
                 or (None if cut.kind != "head" or layer in heads else _NO_HEADS)
             )

@@ -23,7 +23,7 @@ from lightning_efficient.common.match import (
     modules_by_name,
     references,
 )
-from lightning_efficient.common.weights import check_weight
+from lightning_efficient.common.weights import check_weight, sparse_gradients
 from lightning_efficient.structured.cost import Cost
 from lightning_efficient.structured.groups import Groups, UnitGroup, check_rounding, rounded
 from lightning_efficient.structured.labels import INSIDE
@@ -287,6 +287,8 @@ def _bad_tensors(model: nn.Module) -> dict[str, str]:
                 bad[name], bad[other] = f"the same tensor as {other!r} (tied)", f"the same tensor as {name!r} (tied)"
     for name, module in modules_by_name(model).items():
         own = [f"{name}.{n}" if name else n for n, _ in module.named_parameters(recurse=False)]
+        if (why := sparse_gradients(module)) is not None:
+            bad |= dict.fromkeys(own, why)
         if isinstance(module, torch.jit.ScriptModule):  # its backward keeps the sizes that it saw first
             bad |= dict.fromkeys(own, "inside a scripted module (torch.jit)")
         if parametrize.is_parametrized(module):

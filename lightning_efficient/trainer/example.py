@@ -67,7 +67,8 @@ class ModuleView(nn.Module):
             if name:
                 swapped[id(module)] = copied
             for old, new in ((module._parameters, copied._parameters), (module._buffers, copied._buffers)):
-                swapped |= {id(tensor): new.get(key) for key, tensor in old.items() if tensor is not None}
+                there = dict(new.items())  # of a scripted module no dict
+                swapped |= {id(tensor): there.get(key) for key, tensor in old.items() if tensor is not None}
         return swapped
 
     def _precision(self) -> AbstractContextManager[Any]:

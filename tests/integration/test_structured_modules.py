@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_efficient import HESSOPruning, export, load_from_checkpoint
+from lightning_efficient import HESSOPruning, MagnitudePruning, export, load_from_checkpoint
 from lightning_efficient.common.match import NoMatchError
 from lightning_efficient.structured.graph import find_groups
 from lightning_efficient.structured.groups import Groups
@@ -326,3 +326,38 @@ def test_widths_that_hang_on_what_nothing_trains_are_an_error() -> None:
     trainer = Trainer(max_epochs=1, callbacks=[hesso], enable_model_summary=False, accelerator="cpu", **options)
     with pytest.raises(NoMatchError, match=r"nothing that is trained .*: target\.0\.weight is in no optimizer"):
         trainer.fit(Followed(), _data(), _data())
+
+
+class Words(Layers):
+    """The first layer is a table whose gradients are sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 12, sparse=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.table((x[:, 0].abs() * 3).long().clamp(max=8)))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 1e-2)
+
+
+class Unborn(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_2 = nn.LazyLinear(20)
+
+
+def test_sparse_gradients_and_weights_without_values_are_told() -> None:
+    options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    options |= {"enable_model_summary": False, "accelerator": "cpu", "max_epochs": 1}
+    hesso = HESSOPruning(target=0.3, start=0.1, duration=0.5, periods=2)
+    Trainer(callbacks=[hesso], **options).fit(Words(), _data(), _data())
+    assert "gradients are sparse" in hesso.groups.refused["table"]
+    assert set(hesso.groups.found) == {"layer_1", "layer_2"}
+    masks = MagnitudePruning(amount=0.5, embeddings=True)
+    with pytest.warns(UserWarning, match=r"leaves 1 weight.*table.weight \(its gradients are sparse"):
+        Trainer(callbacks=[masks], **options).fit(Words(), _data(), _data())
+    for method in (HESSOPruning(), MagnitudePruning()):
+        with pytest.raises(ValueError, match=r"'layer_2.weight' has no values yet.*Run one batch"):
+            Trainer(callbacks=[method], **options).fit(Unborn(), _data(), _data())

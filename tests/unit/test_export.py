@@ -549,3 +549,24 @@ def test_after_a_real_fit() -> None:
     assert model.trainer is trainer
     with pytest.raises(RuntimeError, match="not attached"):
         plain.trainer  # noqa: B018
+
+
+class Scripted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.head = torch.jit.script(nn.Sequential(nn.Linear(6, 5), nn.ReLU())), nn.Linear(5, 3)
+        self.part[0].bias.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.part(x))
+        return out
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated", "ignore:.*torch.jit.*is not supported")
+def test_a_scripted_part_is_copied() -> None:
+    model, x = Scripted(), torch.randn(2, 6)
+    plain = export(model, x)
+    torch.testing.assert_close(plain(x), model(x), rtol=0, atol=0)
+    flags = {name: (p.requires_grad, p.is_leaf) for name, p in plain.named_parameters()}
+    assert flags == {name: (name != "part.0.bias", True) for name, _ in model.named_parameters()}
+    assert not {p.data_ptr() for p in plain.parameters()} & {p.data_ptr() for p in model.parameters()}
