@@ -26,6 +26,10 @@ from lightning_efficient.lifecycle.methods import build_callback
 _HEADER = "# lightning.pytorch=="
 _TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
 _CSV = "lightning.pytorch.loggers.CSVLogger"
+_NO_CLI = (
+    "\nIt was asked for its configuration, `--print_config`, as LightningCLI scripts tell it. Another script runs with "
+    "LIGHTNING_EFFICIENT=methods.yaml set, once for each file and seed, and `lightning-efficient compare` reads the logs."
+)
 _END = '--trainer.logger=[{"class_path": "lightning_efficient.ablation.parsed.EndOfParsing"}]'
 
 
@@ -126,7 +130,7 @@ def find_program(script: str | os.PathLike[str] | None, arguments: Sequence[str]
             keys = [config[method] for method in METHODS.with_callback if method in config]
             efficient = bool(keys) and all(isinstance(key, Mapping) and "enabled" in key for key in keys)
             return Program(command, tuple(arguments), bool(words), efficient, config)
-        failed = failed or error_lines(done.stderr)
+        failed = failed or error_lines(done.stderr) + (_NO_CLI if "Traceback" in done.stderr else "")
         if "arguments: fit" not in done.stderr:
             break
     raise ValueError(f"`python {shlex.join([*command, 'fit', *arguments])}` would not start:\n{failed}")

@@ -267,22 +267,12 @@ def _report(
     ablation = Ablation(folder, rows, comparison, notes)
     write_json(folder / RESULT, ablation.to_dict())
     written, left_out = [RESULT], list[Text]()
+    unwritten: OSError | None = None
     if comparison is not None:  # files first: whoever reads what is printed may go away (`| head`)
-        with shown_or_skipped("picture", left_out.append):
-            from lightning_efficient.comparison.pictures import png  # with matplotlib
-
-            write_whole(folder / PICTURE, png(comparison.figure()))
-            written.append(PICTURE)
-        with shown_or_skipped("page", left_out.append):
-            from lightning_efficient.comparison.html import to_html  # with jinja2 and matplotlib
-
-            write_whole(folder / PAGE, to_html(comparison, remarks=[*_not_compared(rows), *notes]))
-            written.append(PAGE)
-        with shown_or_skipped("order of TensorBoard's table", left_out.append):
-            write_whole(
-                runs[0].folder / BOARD,
-                board([run.folder for run in runs], {tag for run in comparison.runs for tag in run.tags}),
-            )
+        try:
+            _write(folder, runs, comparison, [*_not_compared(rows), *notes], written, left_out)
+        except OSError as error:  # what has been found is worth printing, and then this
+            unwritten = error
     plain: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
     console.print(table(rows, shown_metric(rows, metrics)))
     for text in errors(rows):
@@ -301,4 +291,27 @@ def _report(
         console.print("Failed runs are kept as they are: --retry-failed trains them anew.", **plain)
     console.print(f"written   {', '.join(str(folder / file) for file in written)}", **plain)
     console.print(f"curves    tensorboard --logdir {shlex.quote(str(folder))}", **plain)
+    if unwritten is not None:
+        raise unwritten
     return ablation
+
+
+def _write(
+    folder: Path, runs: Sequence[Planned], comparison: Comparison, remarks: Sequence[str], written: list[str],
+    left_out: list[Text],
+) -> None:  # fmt: skip
+    with shown_or_skipped("picture", left_out.append):
+        from lightning_efficient.comparison.pictures import png  # with matplotlib
+
+        write_whole(folder / PICTURE, png(comparison.figure()))
+        written.append(PICTURE)
+    with shown_or_skipped("page", left_out.append):
+        from lightning_efficient.comparison.html import to_html  # with jinja2 and matplotlib
+
+        write_whole(folder / PAGE, to_html(comparison, remarks=remarks))
+        written.append(PAGE)
+    with shown_or_skipped("order of TensorBoard's table", left_out.append):
+        write_whole(
+            runs[0].folder / BOARD,
+            board([run.folder for run in runs], {tag for run in comparison.runs for tag in run.tags}),
+        )

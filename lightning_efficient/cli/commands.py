@@ -86,6 +86,11 @@ def run_export(options: Namespace) -> None:
         data = None if options.data is None else import_class(options.data, LightningDataModule, "--data")()
         model: nn.Module = _load(cls, options.checkpoint, options.weights_only)
         example: Any = getattr(model, "example_input_array", None) if given is None else given
+        if example is None and data is None:
+            raise ValueError(
+                f"{cls.__name__} has no `example_input_array`, and `export` compares outputs: give --input with the "
+                "shape of each input, such as --input 1,3,224,224 or --input ids=1,16:int, or --data."
+            )
         if options.submodule is not None:
             model = submodule(model, options.submodule)
         if data is not None:
@@ -209,7 +214,7 @@ def run_compare(options: Namespace) -> None:
 
 
 def run_ablate(options: Namespace) -> None:
-    """``ablate``: exit code 1 if a run failed, 130 if it was interrupted.
+    """``ablate``: exit code 1 if a run failed or nothing could be compared, 130 if it was interrupted.
 
     Args:
         options: As ``lightning-efficient ablate --help`` lists them; ``rest``: arguments of every run; ``warm``: the
@@ -235,7 +240,7 @@ def run_ablate(options: Namespace) -> None:
             )  # fmt: skip
         except KeyboardInterrupt:
             raise SystemExit(130) from None
-    if not done.finished:
+    if not done.finished or done.comparison is None:
         raise SystemExit(1)
 
 

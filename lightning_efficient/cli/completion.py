@@ -26,7 +26,9 @@ def script(shell: str, parser: argparse.ArgumentParser) -> str:
         lines = [f"complete -c {_PROG} -n 'not __fish_seen_subcommand_from {known}' -f -a '{known}'"]
         for command, options in words.items():
             seen = f"__fish_seen_subcommand_from {command}"
-            lines += [f"complete -c {_PROG} -n '{seen}' -l '{option.removeprefix('--')}'" for option in options]
+            for option in options:
+                word = f"-l '{option.removeprefix('--')}'" if option.startswith("--") else f"-f -a '{option}'"
+                lines.append(f"complete -c {_PROG} -n '{seen}' {word}")
         return "\n".join(lines)
     cases = "\n".join(f"    {command}) words='{' '.join(options)}' ;;" for command, options in words.items())
     head = "autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else ""
@@ -43,7 +45,7 @@ complete -o default -o nosort -F _lightning_efficient {_PROG}"""
 
 
 def _words(parser: argparse.ArgumentParser) -> dict[str, list[str]]:
-    """Command → its options; those that have none here are LightningCLI's."""
+    """Command → its words and options; those that have none here are LightningCLI's."""
     (commands,) = [a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
     methods = [
         f"--{name}.{argument}"
@@ -53,10 +55,14 @@ def _words(parser: argparse.ArgumentParser) -> dict[str, list[str]]:
     trainer = [f"--trainer.{name}" for name in inspect.signature(Trainer).parameters]
     of_cli = ["--help", "--config", "--print_config", "--model", "--data", "--seed_everything", "--ckpt_path"]
     of_cli += [*trainer, *(f"--{name}" for name in METHODS.with_callback), *methods]
-    extra = {"targets": ["--input"], "tune-temperature": ["--metric", "--taus", "--mode", "--png", "--json"]}
+    extra = {
+        "targets": ["--input"],
+        "tune-temperature": ["--metric", "--taus", "--mode", "--resamples", "--png", "--json"],
+    }
     found = {}
     for name, command in commands.items():
         own = [option for action in command._actions for option in action.option_strings if option.startswith("--")]
         of_lightning = own == ["--help"] and not any(not action.option_strings for action in command._actions)
-        found[name] = [*of_cli, *extra.get(name, [])] if of_lightning else own
+        words = [str(word) for action in command._actions if not action.option_strings for word in action.choices or ()]
+        found[name] = [*of_cli, *extra.get(name, [])] if of_lightning else [*words, *own]
     return found

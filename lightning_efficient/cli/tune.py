@@ -19,14 +19,14 @@ from lightning_efficient.tuning.sweep import TAUS
 from lightning_efficient.tuning.validation import tune_on_validation
 
 USAGE = """\
-usage: lightning-efficient tune-temperature [-c CONFIG ...] --metric NAME [--taus T,T,...] [--ckpt_path FILE] ...
+usage: lightning-efficient tune-temperature [-c CONFIG ...] --metric NAME [--taus T,T] [--ckpt_path FILE] ...
 
 Validates a model at several temperatures of its attention and says which is best, or that the choice is noise.
 
   -c CONFIG           a config file as for `lightning-efficient fit`; several merge
   --ckpt_path FILE    weights to load first
   --metric NAME       what the module logs in its validation, such as val_acc
-  --taus '[T, ...]'   temperatures above 0; default: {taus}
+  --taus T,T          temperatures above 0; default: {taus}
   --mode max|min      whether more of the metric is better; default: by its name
   --resamples N       bootstrap samples; default: 10000
   --png FILE          also draw the curve
@@ -41,7 +41,7 @@ class _TuneCLI(EfficientCLI):
 
     def __init__(self, args: Sequence[str]) -> None:
         prog = {"prog": "lightning-efficient tune-temperature"}
-        super().__init__(save_config_callback=None, parser_kwargs=prog, args=list(args), run=False)
+        super().__init__(save_config_callback=None, parser_kwargs=prog, args=_listed(args), run=False)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_core_arguments_to_parser(parser)
@@ -62,6 +62,16 @@ class _TuneCLI(EfficientCLI):
         # Every batch is a validation of its own here: nothing to log, and no bar for each.
         for unwanted in ("logger", "enable_progress_bar", "enable_model_summary"):
             self.config["trainer"][unwanted] = False
+
+
+def _listed(args: Sequence[str]) -> list[str]:
+    """``--taus 0.8,0.9`` is a list without its brackets, too."""
+    found: list[str] = []
+    for arg in args:
+        option, equals, value = arg.partition("=") if arg.startswith("--taus=") else ("", "", arg)
+        of_taus = equals or found[-1:] == ["--taus"]
+        found.append(f"{option}{equals}[{value}]" if of_taus and not value.startswith("[") else arg)
+    return found
 
 
 def tune(args: Sequence[str], console: Console | None = None) -> None:

@@ -49,6 +49,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["ablate", "--time"], ["--time-limit"]),
         (["targets", "--inp"], ["--input"]),
         (["compare", "x"], []),
+        (["completion", "z"], ["zsh"]),
+        (["tune-temperature", "--resam"], ["--resamples"]),
     ],
 )
 def test_completion_in_bash(line: list[str], expected: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,6 +162,13 @@ def test_what_cannot_be_written_is_refused_before_the_checkpoint_is_read(
     shown = capsys.readouterr().err
     assert said in shown
     assert "no_such.ckpt" not in shown
+
+
+def test_inputs_that_nothing_tells_are_asked_for_by_their_option(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("export", checkpoint, "--model", "token_models.Callable", "--out", tmp_path / "x.onnx") == 2
+    assert "give --input with the shape of each input, such as" in capsys.readouterr().err
 
 
 def test_axes_that_are_not_there(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

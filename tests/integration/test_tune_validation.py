@@ -193,7 +193,7 @@ def test_the_command(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str
     saver = trainer(max_epochs=0)
     saver.strategy.connect(module)
     saver.save_checkpoint(tmp_path / "a.ckpt")
-    out = ["--ckpt_path=a.ckpt", "--metric=val_acc", "--taus=[0.9,0.5]", "--resamples=200"]
+    out = ["--ckpt_path=a.ckpt", "--metric=val_acc", "--taus", "0.9,0.5", "--resamples=200"]
     assert run(*SMALL, *out, "--png=out/c.png", "--json=out/c.json") == 0
     shown = capsys.readouterr().out
     assert "val_acc by temperature, 50 groups of samples" in shown

@@ -22,7 +22,7 @@ from lightning_efficient.ablation.job import Job, error_lines, run_job
 from lightning_efficient.ablation.pairing import started_alike
 from lightning_efficient.ablation.plan import check, jobs, locked, plan
 from lightning_efficient.ablation.program import Program, find_program, loggers
-from lightning_efficient.ablation.run import _watch
+from lightning_efficient.ablation.run import _report, _watch
 from lightning_efficient.ablation.view import View, duration, errors, row_of, shown_metric, table
 
 DONE = "import json; json.dump({'fitted': True, 'best': 'b.ckpt'}, open('progress.json', 'w')); "
@@ -162,6 +162,23 @@ def test_what_cannot_be_compared_is_said_after_the_first_run(
     assert len(lines) == bool(said)
     assert not lines or f"baseline seed 0 has finished, and cannot be compared: {said}" in lines[0]
     assert not lines or lines[0].endswith("other `metrics` continues, and repeats no finished run.")
+
+
+@pytest.mark.parametrize("file", ["curves.png", "report.html"])
+def test_what_was_found_is_printed_even_if_a_file_of_it_cannot_be_written(tmp_path: Path, file: str) -> None:
+    runs = plan({"baseline": {}, "a": {}}, [0], tmp_path)
+    for run in runs:
+        run.folder.mkdir(parents=True)
+        (run.folder / "metrics.csv").write_text("step,val_loss\n1,0.5\n")
+        write_json(run.folder / STATUS, {"state": "finished"})
+    (tmp_path / file).mkdir()  # as well as a full disk
+    screen = io.StringIO()
+    with pytest.raises(OSError, match=rf"cannot write '.*{file}': Is a directory"):
+        _report(tmp_path, runs, None, Console(file=screen, width=200), [])
+    assert "val_loss, final" in screen.getvalue()
+    assert "No verdict from 1 seed" in screen.getvalue()
+    assert file not in screen.getvalue()
+    assert read_json(tmp_path / "ablation.json")["comparison"]["metrics"] == ["val_loss"]
 
 
 @pytest.mark.parametrize(
@@ -325,7 +342,11 @@ def test_a_missing_script() -> None:
         ("print('training for hours')", "printed no configuration: `ablate` runs LightningCLI scripts"),
         (
             "raise SystemExit('usage: x\\nx: error: no key model.widht')",
-            r"would not start:\nx: error: no key model.widht",
+            r"would not start:\nx: error: no key model.widht$",
+        ),
+        (
+            "import sys\nint(sys.argv[1])",
+            "(?s)with base 10: 'fit'.*as LightningCLI scripts tell it. Another script runs with LIGHT",
         ),
     ],
 )
