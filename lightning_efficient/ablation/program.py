@@ -27,8 +27,8 @@ _HEADER = "# lightning.pytorch=="
 _TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
 _CSV = "lightning.pytorch.loggers.CSVLogger"
 _NO_CLI = (
-    "\nIt was asked for its configuration, `--print_config`, as LightningCLI scripts tell it. Another script runs with "
-    "LIGHTNING_EFFICIENT=methods.yaml set, once for each file and seed, and `lightning-efficient compare` reads the logs."
+    "\nIt was asked for its configuration, `--print_config`, as LightningCLI scripts tell it. Run another script with "
+    "LIGHTNING_EFFICIENT=methods.yaml, once for each file and seed; `lightning-efficient compare` reads the logs."
 )
 _END = '--trainer.logger=[{"class_path": "lightning_efficient.ablation.parsed.EndOfParsing"}]'
 

@@ -346,7 +346,7 @@ def test_a_missing_script() -> None:
         ),
         (
             "import sys\nint(sys.argv[1])",
-            "(?s)with base 10: 'fit'.*as LightningCLI scripts tell it. Another script runs with LIGHT",
+            "(?s)with base 10: 'fit'.*as LightningCLI scripts tell it. Run another",
         ),
     ],
 )
