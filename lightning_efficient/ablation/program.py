@@ -146,7 +146,9 @@ def loggers(config: Mapping[str, Any], folder: Path, step: str) -> list[dict[str
     """
     given = config.get("trainer", {}).get("logger") or []
     entries = [e for e in (given if isinstance(given, list) else [given]) if isinstance(e, Mapping)]
-    place = {"save_dir": str(folder.parents[1]), "name": folder.parent.name, "version": folder.name}
+    place: dict[str, Any] = {"save_dir": str(folder.parents[1]), "name": folder.parent.name, "version": folder.name}
+    # Else a script that logs hyper-parameters when it begins makes these the only columns, and `hp_metric` the metric.
+    place["default_hp_metric"] = False
     board: dict[str, Any] = {"class_path": _TENSORBOARD, "init_args": place}
     others: list[dict[str, Any]] = []
     for entry in entries:

@@ -49,7 +49,8 @@ def log_hparams(trainer: Trainer, pl_module: LightningModule, callbacks: Sequenc
     active_methods = [cb.method for cb in callbacks if cb.enabled]
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-            write_hparams(logger, {**users, **ours})
+            # What the script has logged by itself: a Trainer's loggers make one record of it and of this.
+            write_hparams(logger, {**logger.hparams, **users, **ours})
             write_layout(logger, active_methods)
         else:
             logger.log_hyperparams({**users, **ours})

@@ -316,7 +316,7 @@ def test_loggers_of_the_user_stay(tmp_path: Path) -> None:
         {"class_path": other, "init_args": {"project": "p"}},
         {"class_path": board, "init_args": {"save_dir": "there", "log_graph": True}},
     ]
-    place = {"save_dir": str(tmp_path), "name": "sigma", "version": "seed_3"}
+    place = {"save_dir": str(tmp_path), "name": "sigma", "version": "seed_3", "default_hp_metric": False}
     assert loggers({"trainer": {"logger": given}}, folder, "fit") == [
         {"class_path": board, "init_args": {**place, "log_graph": True, "sub_dir": None}},
         {

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -154,6 +154,23 @@ def test_hparams_are_one_record_without_an_experiment(default_hp_metric: bool, t
     log = EventAccumulator(str(tmp_path / "tb" / "seed_7"))
     log.Reload()
     assert "hp_metric" not in log.Tags()["scalars"]  # a column of -1 for everybody
+
+
+def test_hparams_that_the_script_logs_by_itself_are_in_the_record(tmp_path: Path) -> None:
+    """As a ``SaveConfigCallback`` does, before anybody else; ``ablate`` gives its loggers this switch."""
+
+    class Tags(Callback):
+        def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+            trainer.loggers[0].log_hyperparams({"team": "vision", "lr": 9.0})
+
+    logger = TensorBoardLogger(tmp_path, "tb", "seed_0", default_hp_metric=False)
+    fit(tmp_path, Tags(), RunCost(), loggers=[logger], max_steps=1)
+    assert plugin(tmp_path / "tb" / "seed_0", "_hparams_/experiment") is None
+    content = plugin(tmp_path / "tb" / "seed_0", "_hparams_/session_start_info")
+    keys = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert keys["team"].string_value == "vision"
+    assert keys["lr"].number_value == 0.1, "what the module was made with"
+    assert keys["efficient/run_cost"].bool_value
 
 
 def test_hparams_that_are_no_numbers(tmp_path: Path) -> None:
