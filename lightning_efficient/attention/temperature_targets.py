@@ -256,7 +256,11 @@ def _refuse_sites(sites: Sequence[AttentionSite]) -> None:
             "no exact temperature for "
             + "; ".join(f"{site.name!r} ({site.refused})" for site in refused[:6])
             + (f"; and {len(refused) - 6} more" if len(refused) > 6 else "")
-            + f". To change the other attentions: exclude={[site.name for site in refused]}."
+            + (
+                f". To change the other attentions: exclude={[site.name for site in refused]}."
+                if len(refused) < len(sites)
+                else ". These are all that it was to change: use another method here."
+            )
         )
 
 

@@ -116,6 +116,11 @@ class CollapseGuard(EfficientCallback):
         self.restart()
 
     def _check_arguments(self) -> None:
+        if isinstance(self.canary, str | bytes | int | float):
+            raise ValueError(
+                "`canary` must be a batch as a validation loader gives it, a DataLoader, a function of the module, or "
+                f"None; got {self.canary!r}."
+            )
         least = {"every_n_steps": 1, "patience": 1, "skip_batches": 0, "max_rollbacks": 0, "batches": 1}
         for name, low in least.items():
             value = getattr(self, name)

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_efficient.common.change import Change
+from lightning_efficient.common.match import find_module
 from lightning_efficient.common.schedule import check_span, check_spans, transition, transition_steps
 from lightning_efficient.common.schema import MapOf, Number, OrNone, Record, TensorOf, Text, check
 from lightning_efficient.lifecycle.base import EfficientCallback, peers
@@ -23,7 +24,7 @@ from lightning_efficient.lifecycle.structural import StructuralCallback
 from lightning_efficient.lifecycle.teacher import find_teacher, fingerprint, initial_copy, made_ready
 from lightning_efficient.lifecycle.weights import WeightSpaceCallback
 from lightning_efficient.trainer.step import wrap_training_step
-from lightning_efficient.trainer.taught import Comparison, Taught, module_named
+from lightning_efficient.trainer.taught import Comparison, Taught
 
 
 class Distillation(EfficientCallback):
@@ -238,7 +239,11 @@ class Distillation(EfficientCallback):
                 teacher.load_state_dict(self._initial, strict=False)
             self._initial = {name: value.detach().cpu().clone() for name, value in state.items()}
         else:
-            inner = pl_module if self.student is None else module_named(pl_module, self.student, "student")
+            inner = (
+                pl_module
+                if self.student is None
+                else find_module(pl_module, self.student, "student", type(self).__name__)
+            )
             teacher = find_teacher(self.teacher, pl_module, inner)
             found, known = fingerprint(teacher), self._fingerprint
             if known is not None and not (found == known or (found != found and known != known)):

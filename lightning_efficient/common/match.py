@@ -155,6 +155,7 @@ class Globs:
         method: Whose argument, for messages.
         what: What the names are of, for messages.
         aside: Names that a glob reaches only from the root: those of reference networks.
+        single: Whether one thing is asked for, so that there is no "all".
 
     Raises:
         TypeError: ``globs`` is not a list of strings.
@@ -169,6 +170,7 @@ class Globs:
         method: str,
         what: str = "module name",
         aside: Collection[str] = (),
+        single: bool = False,
     ) -> None:
         check_globs(argument, globs, method)
         self._read: dict[str, str] = {}
@@ -183,8 +185,8 @@ class Globs:
                     ends = [f"{prefix}.{glob}" for prefix, _ in parts[:3]]
                     more = f", and {len(parts) - 3} more" if len(parts) > 3 else ""
                     problems.append(
-                        f"{written!r} fits {len(parts)} parts of the model ({quote(ends)}{more}): write one of these, "
-                        f"or {'*.' + glob!r} for all"
+                        f"{written!r} fits {len(parts)} parts of the model ({quote(ends)}{more}): write one of these"
+                        + ("" if single else f", or {'*.' + glob!r} for all")
                     )
                 else:
                     problems.append(f"{written!r} matches no {what}{hint(glob, names)}")
@@ -266,7 +268,7 @@ def find_module(model: nn.Module, name: str, argument: str, method: str) -> nn.M
     modules = modules_by_name(model)
     if (exact := modules.get(canonical_name(name))) is not None:
         return exact
-    covered = Globs(argument, [escape(name)], modules, method, aside=references(model)).hits
+    covered = Globs(argument, [escape(name)], modules, method, aside=references(model), single=True).hits
     return next(module for path, module in modules.items() if covered(path))
 
 

@@ -12,8 +12,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lightning_efficient.common.change import Change
+from lightning_efficient.common.registry import near
 from lightning_efficient.common.running import eager_copy
-from lightning_efficient.lifecycle.files import read_checkpoint
+from lightning_efficient.lifecycle.files import CheckpointError, read_checkpoint
 from lightning_efficient.lifecycle.load import load_from_checkpoint
 from lightning_efficient.lifecycle.state import attachment
 from lightning_efficient.surgery.optimizer import plain_view
@@ -65,10 +66,20 @@ def find_teacher(teacher: Any, pl_module: LightningModule, student: nn.Module) -
     if kind == "timm" and name:
         import timm
 
-        return timm.create_model(name, pretrained=True)  # type: ignore[no-any-return]
+        try:
+            return timm.create_model(name, pretrained=True)  # type: ignore[no-any-return]
+        except RuntimeError as error:
+            if ":" in name or timm.is_model(name):  # a name of a hub's or a folder's; what is wrong is something else
+                raise
+            hint = near(name, timm.list_models())
+            raise ValueError(f"`teacher` is {teacher!r}, and timm has no such model{hint}.") from error
     if kind == "hf" and name:
         return _hugging_face(name, student)
-    return _from_file(str(teacher), pl_module)
+    try:
+        return _from_file(str(teacher), pl_module)
+    except (FileNotFoundError, CheckpointError) as error:
+        kinds = "'initial', the path of a checkpoint, 'timm:<name>', 'hf:<name or folder>' and modules"
+        raise type(error)(f"`teacher` is {teacher!r}, and takes {kinds}: {error}") from None
 
 
 def _hugging_face(name: str, student: nn.Module) -> nn.Module:

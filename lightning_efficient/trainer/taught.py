@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_efficient.common.eager import uncompiled
-from lightning_efficient.common.near import near_names
+from lightning_efficient.common.match import find_module
 from lightning_efficient.companions.distillation import (
     attention_transfer,
     distillation_cosine,
@@ -48,11 +48,10 @@ class Taught:
     """
 
     def __init__(self, pl_module: LightningModule, teacher: nn.Module, how: Comparison) -> None:
-        self.pl_module, self.how, self.network = pl_module, how, teacher
-        for name in how.hidden:
-            module_named(pl_module, name, "hidden")
-        for name in how.teacher_hidden:
-            module_named(teacher, name, "teacher_hidden")
+        hidden = tuple(full_name(pl_module, name, "hidden") for name in how.hidden)
+        theirs = tuple(full_name(teacher, name, "teacher_hidden") for name in how.teacher_hidden)
+        self.pl_module, self.network = pl_module, teacher
+        self.how = how = replace(how, hidden=hidden, teacher_hidden=theirs)
         self.student: str | None = None
         self._ours: Recorder | None = None
         self._theirs: Recorder | None = None
@@ -100,10 +99,11 @@ class Taught:
         return output, [call for call in calls if call.trains]
 
     def _attach(self, student: str) -> None:
-        module_named(self.pl_module, student, "student")
+        student = full_name(self.pl_module, student, "student")
         same = isinstance(self.network, LightningModule) and student in dict(self.network.named_modules())
-        name = self.how.teacher_module if self.how.teacher_module is not None else student if same else ""
-        self._counterpart = module_named(self.network, name, "teacher_module")
+        given = self.how.teacher_module if self.how.teacher_module is not None else student if same else ""
+        name = full_name(self.network, given, "teacher_module")
+        self._counterpart = self.network.get_submodule(name)
         self.student = student
         self._ours = Recorder(self.pl_module, student, self.how.hidden)
         self._theirs = Recorder(self.network, name, self.how.teacher_hidden)
@@ -177,8 +177,8 @@ class Taught:
         return found
 
 
-def module_named(root: nn.Module, name: str, argument: str) -> nn.Module:
-    """A submodule.
+def full_name(root: nn.Module, name: str, argument: str) -> str:
+    """The whole name of a submodule, where the given one may begin inside the model.
 
     Args:
         root: Names count from here.
@@ -186,11 +186,7 @@ def module_named(root: nn.Module, name: str, argument: str) -> nn.Module:
         argument: Which argument names it, for the error.
 
     Raises:
-        ValueError: There is none; names near misses.
+        NoMatchError: There is none, or several.
     """
-    modules: dict[str, nn.Module] = dict(root.named_modules())
-    if name not in modules:
-        near = near_names(name, modules)
-        hint = f" (did you mean {', '.join(map(repr, near))}?)" if near else ""
-        raise ValueError(f"`{argument}` names {name!r}, which {type(root).__name__} does not have{hint}.")
-    return modules[name]
+    module = find_module(root, name, argument, "Distillation")
+    return next(path for path, found in root.named_modules() if found is module)

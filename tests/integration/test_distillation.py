@@ -256,7 +256,7 @@ def test_a_module_in_parts(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the teacher would be shown what the student makes of the batch"):
         fit(tmp_path, Parts(False), Distillation(student="head"))
     module = Parts(False)
-    with pytest.raises(ValueError, match=r"`student` names 'heads', .*did you mean 'head'"):
+    with pytest.raises(ValueError, match=r"`student` 'heads' matches no module name .did you mean 'head'"):
         fit(tmp_path, module, Distillation(student="heads"))
     assert "training_step" not in vars(module)
 
@@ -386,6 +386,30 @@ def test_a_timm_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained: made.append((name, pretrained)) or Cnn())  # type: ignore[func-returns-value]
     fit(tmp_path, Classifier("cnn"), Distillation(teacher="timm:some_net"))
     assert made == [("some_net", True)]
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"`teacher` is 'timm:resnet1t', and timm has no such .*mean 'resnet"):
+        fit(tmp_path, Classifier("cnn"), Distillation(teacher="timm:resnet1t"))
+
+
+@pytest.mark.parametrize("teacher", ["", "Initial", "gone.ckpt"])
+def test_a_teacher_that_is_no_file(teacher: str, tmp_path: Path) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=f"`teacher` is '{teacher}', and takes 'initial', the"):
+        fit(tmp_path, Classifier("cnn"), Distillation(teacher=teacher))
+
+
+def test_names_may_begin_inside_the_model(tmp_path: Path) -> None:
+    """Those of the student's LightningModule and of a bare teacher are then the same."""
+    logged: list[float] = []
+    look = Do(on_train_batch_end=lambda t, m: logged.append(float(t.callback_metrics["efficient/distillation/loss"])))
+    for names in (
+        {"hidden": ["conv", "bn"]},
+        {"hidden": ["net.conv", "net.bn"], "teacher_hidden": ["conv", "bn"], "student": "net"},
+    ):
+        torch.manual_seed(0)
+        fit(tmp_path, Classifier("cnn"), Distillation(teacher=Cnn(), kind="attention", **names), look, steps=2)  # type: ignore[arg-type]
+    assert logged[:2] == logged[2:]
+    with pytest.raises(ValueError, match=r"Distillation: `student` 'nett' matches no module name .*mean 'net'"):
+        fit(tmp_path, Classifier("cnn"), Distillation(student="nett"))
 
 
 @pytest.mark.parametrize("saved", ["with hyper-parameters", "without"])

@@ -122,6 +122,7 @@ RANGES: list[tuple[type, dict[str, Any], str]] = [
     (Distillation, {"schedule": "cosine", "hold": 0.5}, r"`hold`=0\.5 and `length`=1\.0 are more than a whole run"),
     (CollapseGuard, {"snapshot_device": "gpu"}, r"`snapshot_device` must be a device of torch.*got 'gpu'"),
     (CollapseGuard, {"snapshot_device": ""}, r"`snapshot_device` must be a device of torch.*got ''"),
+    (CollapseGuard, {"canary": "val"}, r"`canary` must be a batch .*got 'val'"),
     (StateDriftMonitor, {"train_length": 0}, r"`train_length` is 0; expected at least 1"),
 ]
 
