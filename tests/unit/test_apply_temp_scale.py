@@ -570,6 +570,9 @@ def test_attention_without_an_exact_temperature_is_refused_by_name(kind: str) ->
         apply_temp_scale(model, TAU, x)
     assert unchanged(model, before)
     assert list(apply_temp_scale(model, TAU, x, exclude=["1"]).targets) == ["0.core"]
+    if kind == "channels":  # and where there is nothing that it could be excluded for
+        with pytest.raises(TempScaleError, match=rf"{why}.*all that it was to change"):
+            apply_temp_scale(make(), TAU, x)
 
 
 def refused(model: nn.Module, example: Any, error: type[Exception], match: str, **arguments: Any) -> None:
