@@ -236,6 +236,8 @@ def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
     checkpoint.update(states)
     mine.cut, mine.entries = cut, carried
     set_zeroed(self, zeroed)
+    if cut is not None or zeroed is not None or carried:  # what trains on, and files of it, have to know, too
+        hook_files(self)
 
 
 def _leave_unattended(pl_module: LightningModule) -> None:

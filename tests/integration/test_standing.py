@@ -22,6 +22,7 @@ from lightning_efficient import (
     MagnitudePruning,
     PAGCPPruning,
     PRepBN,
+    RunCost,
     SAPPruning,
     SigmaReparam,
     TempScale,
@@ -170,6 +171,22 @@ def test_training_on_without_the_callback_says_what_is_lost(tmp_path: Path) -> N
     again = load_from_checkpoint(Mlp, tmp_path / "dense.ckpt")
     trainer(tmp_path, MagnitudePruning(amount=0.1)).fit(again, loader(6), loader(1))  # believes no old masks
     assert zeros(again) == pytest.approx(0.1, abs=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
+def test_a_callback_that_only_looks_knows_what_is_in_the_weights_that_it_resumes(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"Mlp was pruned \(MagnitudePruning.*it will grow again"):
+        trainer(tmp_path, RunCost(), max_steps=8).fit(Mlp(), loader(6), loader(1), ckpt_path=pruned(tmp_path))
+    first, second = tmp_path / "first.ckpt", tmp_path / "second.ckpt"
+    t = trainer(tmp_path, TempScale(tau=0.5))
+    t.fit(Classifier("encoder"), loader(6), loader(1))
+    t.save_checkpoint(first)
+    t = trainer(tmp_path, RunCost(), max_steps=8)
+    t.fit(Classifier("encoder"), loader(6), loader(1), ckpt_path=first)
+    t.save_checkpoint(second)
+    again = load_from_checkpoint(Classifier, second)
+    with pytest.raises(ValueError, match=r"its weights hold that temperature.*`tau`: 0.5 then, 0.25 now"):
+        trainer(tmp_path, TempScale(tau=0.25)).fit(again, loader(6), loader(1))
 
 
 # -- an optimizer that has gained a group ------------------------------------------------------------------------------
