@@ -189,4 +189,5 @@ def full_name(root: nn.Module, name: str, argument: str) -> str:
         NoMatchError: There is none, or several.
     """
     module = find_module(root, name, argument, "Distillation")
-    return next(path for path, found in root.named_modules() if found is module)
+    modules: dict[str, nn.Module] = dict(root.named_modules())
+    return next(path for path, found in modules.items() if found is module)
