@@ -114,14 +114,21 @@ def keep_saving_honest(model: nn.Module, scaled: Collection[str]) -> None:
         model: The model.
         scaled: Names of the parameters that hold a temperature.
     """
-    if (peft := sys.modules.get("peft")) is None or not scaled:
-        return
-    parameters = {canonical_name(name): p for name, p in model.named_parameters()}
-    ours = {id(parameters[name]): parameters[name].data_ptr() for name in scaled}
-    for owner in (module for module in model.modules() if isinstance(module, peft.PeftModel)):
-        written = {t.data_ptr() for t in peft.get_peft_model_state_dict(owner, save_embedding_layers=False).values()}
-        if any(ours.get(id(p)) not in written | {None} for p in owner.parameters()):
+    for owner, lost in _unwritten(model).items():
+        if not lost.isdisjoint(scaled):
             refuse_saving(model, MARK, LOST, [owner])
+
+
+def _unwritten(model: nn.Module) -> dict[nn.Module, set[str]]:
+    """PEFT's models -> their parameters that ``save_pretrained`` does not write."""
+    found: dict[nn.Module, set[str]] = {}
+    if (peft := sys.modules.get("peft")) is not None:
+        names = {id(p): canonical_name(name) for name, p in model.named_parameters()}
+        for owner in (module for module in model.modules() if isinstance(module, peft.PeftModel)):
+            state = peft.get_peft_model_state_dict(owner, save_embedding_layers=False)
+            written = {tensor.data_ptr() for tensor in state.values()}
+            found[owner] = {names[id(p)] for p in owner.parameters() if p.data_ptr() not in written}
+    return found
 
 
 @torch.no_grad()
@@ -158,8 +165,13 @@ def hold_in_weights(model: nn.Module, example: Any) -> dict[str, str]:
     try:
         targets = find_targets(model, example, TempScaleConfig(taus), include=list(taus))
         left |= targets.adapters
+        lost = {name for names in _unwritten(model).values() for name in names}
+        if unwritten := targets.held_by(lost):
+            name = next(iter(unwritten.values()))
+            left |= dict.fromkeys(taus, f"PEFT does not save {name!r}, which would hold it: `merge_and_unload()` first")
+        else:
+            scale_blocks({canonical_name(name): p for name, p in model.named_parameters()}, targets.factors)
         held = forwards.keys() - left.keys()
-        scale_blocks({canonical_name(name): p for name, p in model.named_parameters()}, targets.factors)
     finally:
         for site, forward in forwards.items():
             if site not in held:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_efficient as le
+from lightning_efficient.common.comparing import ExportError
 from lightning_efficient.common.match import NoMatchError
 
 RANK = 4
@@ -151,6 +152,18 @@ def test_an_attention_that_holds_a_pair_can_become_linear(tmp_path: Path) -> Non
     assert all("lora_A" in dict(m.qkv.named_children()) for m in swapped)
     with pytest.raises(NoMatchError, match=r"frozen.*another function takes its place, and must be able to train"):
         trained(tmp_path, callback(), Adapted(("fc1",), grid=True))
+
+
+def test_a_frozen_base_takes_the_temperature_of_an_adapter_once_it_is_merged(tmp_path: Path) -> None:
+    """PEFT writes its own adapters alone: before, the temperature would be in a weight that is not saved."""
+    _, model = trained(tmp_path, le.TempScale(tau=0.6), Adapted(targets=("fc1",)))
+    model, x = model.eval(), torch.randn(3, 1, 8, 8)
+    with pytest.raises(ExportError, match=r"PEFT does not save 'net.*qkv.*', .*`merge_and_unload\(\)` first"):
+        le.export(model, x)
+    expected = model(x)
+    model.net = model.net.merge_and_unload()
+    plain = le.export(model, x)
+    torch.testing.assert_close(plain(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_attention_is_read_as_that_of_the_merged_model(tmp_path: Path) -> None:
