@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_efficient.common.comparing import ExportError
 from lightning_efficient.common.eager import inside_compiled
 from lightning_efficient.common.running import first_line
-from lightning_efficient.common.saving import allow_saving
+from lightning_efficient.common.saving import RefusedSave, allow_saving
 from lightning_efficient.lifecycle.hooks import detach
 from lightning_efficient.lifecycle.state import NAME, ZEROED_ATTRIBUTE, Attachment
 from lightning_efficient.structured.pretrained import REFUSED
@@ -175,10 +175,11 @@ def check_foreign(plain: nn.Module) -> None:
         if _is_our_layer(module):
             ours[name or "the model itself"] = type(module).__name__
         for key, value in vars(module).items():
-            if _is_our_code(value):
+            if _is_our_code(value) and not isinstance(value, RefusedSave):  # which is there because of another one
                 ours[f"{name}.{key}".lstrip(".")] = type(value).__name__
     if ours:
         raise ExportError(
             f"no plain form (no `fuse()`) for {ours}; the exported model would need {_PACKAGE}. "
-            "Take them out, or export the submodule that computes: `export(module.net, x)`."
+            "Write a program of the model as it is, which needs nothing: `save_exported(model, x, 'model.pt2')`; or "
+            "take them out, or export the submodule that computes: `export(module.net, x)`."
         )

@@ -116,7 +116,7 @@ PRUNED: dict[str, tuple[Any, dict[str, torch.Tensor]]] = {
     ),
     "AutoModel": (lambda: small("DebertaModel", vocab_size=32, pos_att_type="c2p", relative_attention=True), TOKENS),
     "AutoModelForImageClassification": (
-        lambda: small("ViTForImageClassification", image_size=32, patch_size=8), {"pixel_values": IMAGES}
+        lambda: small("DeiTForImageClassification", image_size=32, patch_size=8), {"pixel_values": IMAGES}
     ),
 }  # fmt: skip
 
