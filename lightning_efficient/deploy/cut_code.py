@@ -7,6 +7,7 @@ the smaller model without this package. A loader that does not run the code stop
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import json
@@ -140,15 +141,15 @@ def _library_class(model: nn.Module) -> type[nn.Module]:
 
 def _auto_classes(model: Any, base: type[nn.Module]) -> list[str]:
     """Which of the library's classes that choose by the config build this one; any other may be told to, by name."""
-    import transformers
-
+    autos = importlib.import_module("transformers.models.auto.modeling_auto")
     found = []
-    for name in (name for name in dir(transformers) if name.startswith("AutoModel")):
-        known = getattr(getattr(transformers, name), "_model_mapping", None) or {}
-        built = known.get(type(model.config), ())
+    for name, auto in vars(autos).items():
+        known = getattr(auto, "_model_mapping", None) if name.startswith("AutoModel") else None
+        # Its truth, and its keys, would import every model that there is.
+        built = () if known is None else known.get(type(model.config), ())
         if base in (built if isinstance(built, tuple) else (built,)):
             found.append(name)
-    return found or ["AutoModel"]
+    return sorted(found) or ["AutoModel"]
 
 
 def _numbers(module: nn.Module) -> Iterator[tuple[str, Any]]:
