@@ -257,6 +257,7 @@ class _Search:
             trace: The first one, cut anywhere; not kept, as it holds a whole graph.
         """
         self.order, self.others, self.silent, self.unread = trace.sites, trace.others, trace.silent, trace.unread
+        self.mixing = trace.mixing
         calls = [call.alone() for call in trace.every]
         self.reference = Reference(self.twin, self.probe, calls, trace.outputs, list(trace.blind))
         cuts = {site: site for site in self.order}
@@ -327,6 +328,8 @@ class _Search:
         for name in [name for name in self.silent if name and name not in sites and name not in skipped]:
             sites[name] = AttentionSite(name, "unknown", refused="has heads, but no softmax attention was seen in it")
         sites |= {name: AttentionSite(name, "unknown", refused=why) for name, why in self.unread.items()}
+        why = "it multiplies products of activations, as attention does, but with no softmax over the last axis"
+        skipped |= {name: why for name in self.mixing if name not in sites and name not in skipped}
         return Attention(sites, skipped, self.reference)
 
 

@@ -94,6 +94,7 @@ class Trace(TorchFunctionMode):
         self.unread: dict[str, str] = scripted_attention(model)
         self.blind: dict[str, None] = {}  # sites with queries that see no key, whose results are zero here
         self.others: dict[str, set[tuple[int, ...]]] = {}  # softmax calls that are not attention, by site
+        self.mixing: list[str] = []  # sites that multiply activations with such products, and made no call like these
         self.aliases: list[tuple[Tensor, Tensor]] = []  # (leaf, what it stands for)
         self._laws, self.cut, self._products, self._given = dict(laws or {}), frozenset(cut), products, given
         self._made: list[tuple[str, Tensor, Tensor, Tensor]] = []
@@ -115,6 +116,8 @@ class Trace(TorchFunctionMode):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        if error is None:
+            self.mixing = self._mixing()
         self._made.clear()
         self._exits.close()
 
@@ -206,6 +209,13 @@ class Trace(TorchFunctionMode):
                 _, call.q, call.k = behind[0]
         return call
 
+    def _mixing(self) -> list[str]:
+        by_site: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        for site, *product in self._made:
+            by_site.setdefault(site, []).append(cast(Any, product))
+        known = {*self.sites, *self.unread, *self.others}
+        return [site for site, made in by_site.items() if site not in known and _in_a_row(made)]
+
     def _replace(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         def fresh(value: Any) -> Any:
             if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -215,6 +225,18 @@ class Trace(TorchFunctionMode):
             return leaf
 
         return mapped(args, fresh), mapped(dict(kwargs), fresh)
+
+
+def _in_a_row(products: Sequence[tuple[Tensor, Tensor, Tensor]]) -> bool:
+    """Whether a factor of one product depends on an earlier one, as values on what queries and keys give."""
+    for i, (_, *factors) in enumerate(products[1:], 1):
+        earlier = [out for out, *_ in products[:i]]
+        for factor in (factor for factor in factors if factor.requires_grad):
+            ones = torch.ones_like(factor)
+            found = torch.autograd.grad(factor, earlier, ones, retain_graph=True, allow_unused=True)
+            if any(gradient is not None for gradient in found):
+                return True
+    return False
 
 
 def _copy(value: Any) -> Any:

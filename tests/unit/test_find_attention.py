@@ -230,3 +230,29 @@ def test_the_monitors_probe_sees_the_same_attentions(name: str) -> None:
             seen = two.logits.amax(-1) > -torch.inf
             entropy = torch.special.entr(weights).sum(-1)[seen]
             torch.testing.assert_close(one.rows.entropy[seen], entropy, rtol=1e-4, atol=1e-4)
+
+
+class Otherwise(nn.Module):
+    """Attention that is written in a way of its own, and does not say how many heads it has."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.qkv, self.how = nn.Linear(8, 24), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        if self.how == "keys first":
+            return ((k @ q.mT).softmax(-2).mT @ v).transpose(1, 2).flatten(2)
+        if self.how == "sigmoid":
+            return (torch.sigmoid(q @ k.mT) @ v).transpose(1, 2).flatten(2)
+        weights = (q @ k.mT).exp()
+        return (weights / weights.sum(-1, keepdim=True) @ v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("how", ["keys first", "sigmoid", "by hand"])
+def test_attention_without_its_softmax_is_reported(how: str) -> None:
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), Otherwise(how))
+    found = find_attention(model, torch.randn(2, 5, 8))
+    assert list(found.sites) == ["0.self_attn"]
+    assert list(found.skipped) == ["1"]
+    assert "products of activations" in found.skipped["1"]
