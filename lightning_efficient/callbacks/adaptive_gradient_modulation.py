@@ -77,10 +77,9 @@ class AdaptiveGradientModulation(EfficientCallback):
         super().__init__(enabled)
         if enabled and not 2 <= len(modalities or ()) <= 4:
             raise ValueError(f"`modalities` is {modalities}; expected from 2 to 4, name → argument of the forward.")
-        if alpha < 0 or start < 0 or (end is not None and end < start):
-            raise ValueError(
-                f"`alpha` is {alpha}, `start` {start} and `end` {end}; expected alpha from 0, and 0 <= start <= end."
-            )
+        for name, value, least in (("alpha", alpha, 0), ("clamp", clamp, 0), ("start", start, 0), ("end", end, start)):
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` is {value}; expected at least {least}{' (`start`)' * (name == 'end')}.")
         self.modalities = dict(modalities or {})
         self.alpha, self.module, self.target, self.clamp = alpha, module, target, clamp
         self.start, self.end = start, end

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from lightning_efficient import (
+    AdaptiveGradientModulation,
     CollapseGuard,
     CollapseMonitor,
     Distillation,
@@ -123,6 +124,16 @@ RANGES: list[tuple[type, dict[str, Any], str]] = [
     (CollapseGuard, {"snapshot_device": "gpu"}, r"`snapshot_device` must be a device of torch.*got 'gpu'"),
     (CollapseGuard, {"snapshot_device": ""}, r"`snapshot_device` must be a device of torch.*got ''"),
     (CollapseGuard, {"canary": "val"}, r"`canary` must be a batch .*got 'val'"),
+    (
+        AdaptiveGradientModulation,
+        {"modalities": {"a": 0, "b": 1}, "clamp": -1.0},
+        r"`clamp` is -1\.0; expected at least 0",
+    ),
+    (
+        AdaptiveGradientModulation,
+        {"modalities": {"a": 0, "b": 1}, "start": 5, "end": 3},
+        r"`end` is 3; .*5 \(`start`\)",
+    ),
     (StateDriftMonitor, {"train_length": 0}, r"`train_length` is 0; expected at least 1"),
 ]
 
