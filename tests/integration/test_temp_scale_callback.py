@@ -281,8 +281,8 @@ def test_length_aware_modes(tmp_path: Any) -> None:
     module = Classifier("decoder")
     before = weights(module)
     plain = trainer(tmp_path).test(module, loader(2), verbose=False)
-    for mode in ("log_n", "ssmax"):
-        assert trainer(tmp_path, TempScale(mode=mode, length=4)).test(module, loader(2), verbose=False) != plain
+    for callback in (TempScale(mode="log_n", length=4), TempScale(mode="ssmax")):
+        assert trainer(tmp_path, callback).test(module, loader(2), verbose=False) != plain
     assert trainer(tmp_path).test(module, loader(2), verbose=False) == plain
     assert same(before, weights(module))
 
