@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from forking import forked
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
@@ -311,3 +312,17 @@ def test_transformers_refuses_another_runs_state(tmp_path: Path) -> None:
     trained(tmp_path / "other", 4, learning_rate=2e-2)
     with pytest.raises(ValueError, match=r"weights of the model .*\.weight.* are not those that .*mine.*resume_from"):
         trained(tmp_path / "mine", 6, resume=str(tmp_path / "other" / "checkpoint-4"))
+
+
+@pytest.mark.forks
+def test_transformers_on_two_processes(tmp_path: Path) -> None:
+    """They end with what one has on the doubled batch."""
+    script = Path(__file__).parent / "scripts" / "trainer_ddp.py"
+    for processes in (1, 2):
+        done = forked(script, tmp_path, processes=processes)
+        assert done.code == 0, done.output
+    whole, *halves = (torch.load(tmp_path / name) for name in ("1_0.pt", "2_0.pt", "2_1.pt"))
+    assert sum(int((value == 0).sum()) for value in whole.values()) > 500
+    for half in halves:
+        for name, value in whole.items():
+            torch.testing.assert_close(half[name], value, rtol=0, atol=1e-12)
