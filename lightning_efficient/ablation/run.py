@@ -34,6 +34,7 @@ from lightning_efficient.ablation.variants import BASELINE, VariantsLike, read_v
 from lightning_efficient.ablation.view import RunRow, View, errors, row_of, shown_metric, table
 from lightning_efficient.common.escaping import printable_lines, shown_or_skipped, write_whole
 from lightning_efficient.comparison import Comparison, compare
+from lightning_efficient.comparison.comparison import counted
 
 RESULT = "ablation.json"
 PICTURE = "curves.png"
@@ -152,10 +153,11 @@ def ablate(
             slots = slots[: max(1, len(left))]
             if export and not alone:
                 remarks.append("Exported models' latency is not measured while other runs share the machine: n_jobs=1.")
-            console.print(
-                f"[bold]lightning-efficient ablate[/]  {len(found)} variants × {len(seeds)} seeds, {len(left)} of "
-                f"{len(runs)} runs to do, {len(slots)} at a time → {folder}", highlight=False, soft_wrap=True,
-            )  # fmt: skip
+            doing = (
+                f"{counted(len(found), 'variant')} × {counted(len(seeds), 'seed')}, {len(left)} of "
+                f"{counted(len(runs), 'run')} to do, {len(slots)} at a time → {printable_lines(folder)}"
+            )
+            console.print(Text.assemble(("lightning-efficient ablate", "bold"), "  ", doing), soft_wrap=True)
             for remark in remarks:
                 console.print(f"note: {remark}", style="yellow", highlight=False, markup=False, soft_wrap=True)
             if left:
@@ -289,8 +291,8 @@ def _report(
         console.print(printable_lines(note), **plain)
     if any(row.state == "failed" for row in rows):
         console.print("Failed runs are kept as they are: --retry-failed trains them anew.", **plain)
-    console.print(f"written   {', '.join(str(folder / file) for file in written)}", **plain)
-    console.print(f"curves    tensorboard --logdir {shlex.quote(str(folder))}", **plain)
+    console.print(f"written   {printable_lines(', '.join(str(folder / file) for file in written))}", **plain)
+    console.print(f"curves    tensorboard --logdir {printable_lines(shlex.quote(str(folder)))}", **plain)
     if unwritten is not None:
         raise unwritten
     return ablation

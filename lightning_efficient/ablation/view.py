@@ -155,7 +155,9 @@ def errors(rows: Sequence[RunRow]) -> list[str]:
 
 
 def _of(done: int | None, total: int | None) -> str:
-    return "" if done is None else f"{done}" if total is None else f"{done}/{total}"
+    if done is None:
+        return ""
+    return f"{done}" if total is None or done > total else f"{done}/{total}"  # manual optimization counts otherwise
 
 
 def number(value: float | None) -> str:

@@ -102,7 +102,7 @@ def run_export(options: Namespace) -> None:
         )  # fmt: skip
     size = options.out.stat().st_size / 2**20
     checked = "state dict, read back bit for bit" if apart is None else f"read back: {apart}"
-    Console().print(f"{options.out}  {size:.1f} MiB  ({checked})", highlight=False)
+    Console().print(Text(f"{printable_lines(options.out)}  {size:.1f} MiB  ({checked})"), soft_wrap=True)
 
 
 def _load(cls: type[LightningModule], checkpoint: str, weights_only: bool | None) -> LightningModule:

@@ -83,7 +83,7 @@ def run(
     if picture is not None:
         files["picture"] = PICTURE
     for name, file in files.items():
-        console.print(f"{name:<9} {done.folder / file}", highlight=False, soft_wrap=True)
+        console.print(f"{name:<9} {done.folder / file}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"[dim]{time.perf_counter() - started:.0f} s[/]", highlight=False)
     return done
 

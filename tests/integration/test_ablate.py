@@ -47,7 +47,7 @@ CONFIG = {
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the user's files, which no test may change."""
-    folder = tmp_path_factory.mktemp("project")
+    folder = tmp_path_factory.mktemp("my [bold] $project")
     shutil.copy(PROJECT, folder / "train.py")
     (folder / "base.yaml").write_text(yaml.safe_dump(CONFIG), encoding="utf-8")
     return folder
@@ -127,7 +127,8 @@ def test_a_killed_ablation_continues(continued: tuple[Ablation, str, dict[str, A
         assert (continued_from in (folder / LOG).read_text(encoding="utf-8")) == (folder in facts["killed"])
         assert not (folder / CHECKPOINT).exists()
         assert len(list((folder / "checkpoints" / "best").glob("*.ckpt"))) == 1
-    assert "1 of 4 runs to do" in screen
+    assert f"2 variants × 2 seeds, 1 of 4 runs to do, 1 at a time → {project / 'out'}\n" in screen
+    assert f"curves    tensorboard --logdir '{project / 'out'}'\n" in screen
     assert not (project / "best").exists()
     assert sorted(file.name for file in project.iterdir()) == ["base.yaml", "first.log", "out", "train.py"]
     assert (project / "train.py").read_text(encoding="utf-8") == PROJECT.read_text(encoding="utf-8")

@@ -94,11 +94,14 @@ INPUTS: dict[str, list[str]] = {
 
 
 @pytest.mark.parametrize("given", INPUTS)
-def test_models_with_ids_and_masks_become_programs(checkpoint: str, given: str, tmp_path: Path) -> None:
-    out = tmp_path / "model.pt2"
+def test_models_with_ids_and_masks_become_programs(
+    checkpoint: str, given: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "model [b].pt2"
     axes = ["--dynamic-axes=input_ids=0,1", "--dynamic-axes=attention_mask=0,1"]
     command = ["export", checkpoint, "--model=token_models.Callable", f"--out={out}", *INPUTS[given], *axes]
     assert run(*command) == 0
+    assert capsys.readouterr().out.startswith(f"{out}  0.1 MiB  (read back: max abs difference ")
     program = torch.export.load(out).module()
     model = Callable.load_from_checkpoint(checkpoint).eval()
     ids, mask = torch.randint(0, 12, (3, 9)), torch.ones(3, 9, dtype=torch.long)

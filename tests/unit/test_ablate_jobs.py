@@ -23,7 +23,7 @@ from lightning_efficient.ablation.pairing import started_alike
 from lightning_efficient.ablation.plan import check, jobs, locked, plan
 from lightning_efficient.ablation.program import Program, find_program, loggers
 from lightning_efficient.ablation.run import _report, _watch
-from lightning_efficient.ablation.view import View, duration, errors, row_of, shown_metric, table
+from lightning_efficient.ablation.view import View, _of, duration, errors, row_of, shown_metric, table
 
 DONE = "import json; json.dump({'fitted': True, 'best': 'b.ckpt'}, open('progress.json', 'w')); "
 
@@ -162,6 +162,10 @@ def test_what_cannot_be_compared_is_said_after_the_first_run(
     assert len(lines) == bool(said)
     assert not lines or f"baseline seed 0 has finished, and cannot be compared: {said}" in lines[0]
     assert not lines or lines[0].endswith("other `metrics` continues, and repeats no finished run.")
+
+
+def test_steps_of_several_optimizers_are_more_than_were_foreseen() -> None:
+    assert [_of(None, 4), _of(3, 4), _of(4, 4), _of(8, 4), _of(8, None)] == ["", "3/4", "4/4", "8", "8"]
 
 
 @pytest.mark.parametrize("file", ["curves.png", "report.html"])
