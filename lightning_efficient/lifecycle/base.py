@@ -269,7 +269,7 @@ class EfficientCallback(Callback):
         self._resumes = trainer.state.fn == "fit"
         # Before there are optimizers, it is the file to resume from, and not one that a finder has written.
         if self._resumes and self.enabled and self._optimizers == [id(one) for one in trainer.optimizers]:
-            check_finders(trainer, type(self).__name__)
+            check_finders(trainer, type(self).__name__, self.goes_back)
         if not self.enabled:
             self.check_checkpoint(pl_module, checkpoint, recipe.read(checkpoint))
 

@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import (
     ModelParallelStrategy,
     SingleDeviceStrategy,
 )
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
@@ -107,22 +108,26 @@ def check_schedules(trainer: Trainer, who: str) -> None:
         )
 
 
-def check_finders(trainer: Trainer, who: str) -> None:
-    """Refuse a resumed run that Lightning would begin at step 0, with every schedule of this package.
+def check_finders(trainer: Trainer, who: str, refuse: bool) -> None:
+    """Say that Lightning will begin a resumed run at step 0.
 
     Args:
         trainer: Which reads a file to resume from, not the one that a finder has written.
         who: Name of the callback.
+        refuse: Whether it cannot go on then: what it goes back to is of later steps.
 
     Raises:
-        ValueError: Says what to do instead.
+        ValueError: ``refuse``; says what to do instead.
     """
     for name in (type(finder).__name__ for finder in finders(trainer)):
-        raise ValueError(
+        message = (
             f"{name} tries a run before Lightning reads the training state of a resumed one, and Lightning does not "
-            f"read it afterwards: the run would begin at step 0, and {who} with it. Leave {name} out when you resume; "
+            f"read it afterwards: the run begins at step 0, with a new optimizer. Leave {name} out when you resume; "
             "what it found is in the file."
         )
+        if refuse:
+            raise ValueError(f"{who} cannot be resumed so: {message}")
+        rank_zero_warn(message)
 
 
 def finders(trainer: Trainer) -> list[Any]:

@@ -29,7 +29,7 @@ def affine_module(affine: Affine, axis: int, like: Tensor) -> nn.Module:
         like: Dtype and device of the parameters.
     """
     scale, shift = (vector.to(like.device, like.dtype) for vector in affine)
-    return fx.symbolic_trace(FusedAffine(scale, shift, axis))
+    return _traced(FusedAffine(scale, shift, axis))
 
 
 def tanh_module(scale: Tensor, shift: Tensor | None, alpha: Tensor, axis: int) -> nn.Module:
@@ -41,7 +41,7 @@ def tanh_module(scale: Tensor, shift: Tensor | None, alpha: Tensor, axis: int) -
         alpha: Factor inside, shape (1,).
         axis: Axis of the channels, -1 or 1.
     """
-    return fx.symbolic_trace(PlainTanh(scale, shift, alpha, axis))
+    return _traced(PlainTanh(scale, shift, alpha, axis))
 
 
 def rms_module(scale: Tensor, shift: Tensor | None, eps: float | None, axis: int) -> nn.Module:
@@ -53,7 +53,16 @@ def rms_module(scale: Tensor, shift: Tensor | None, eps: float | None, axis: int
         eps: Added to the mean square; None: machine epsilon of the input.
         axis: Axis of the channels, -1 or 1.
     """
-    return fx.symbolic_trace(PlainRMS(scale, shift, eps, axis))
+    return _traced(PlainRMS(scale, shift, eps, axis))
+
+
+def _traced(module: FusedAffine) -> fx.GraphModule:
+    """The module's graph, with a ``weight`` that is in no file: code around a norm asks for its dtype (Mamba)."""
+    module.register_buffer("weight", module.scale.detach(), persistent=False)
+    graph = fx.Tracer().trace(module)
+    with graph.inserting_before(next(iter(graph.nodes))):
+        graph.get_attr("weight")  # or a copy of the graph would not have it
+    return fx.GraphModule(module, graph)
 
 
 def _parameter(vector: Tensor, axis: int) -> nn.Parameter:

@@ -136,7 +136,7 @@ def test_a_plain_checkpoint_does_not_load_into_a_run_with_the_swap(tmp_path: Any
     t = trainer(tmp_path)
     t.fit(GridClassifier("grid"), loader(), loader(1))
     t.save_checkpoint(tmp_path / "a.ckpt")
-    with pytest.raises(RecipeError, match="written without linear_attention"):
+    with pytest.raises(RecipeError, match="written without SimplifiedLinearAttention"):
         trainer(tmp_path, SimplifiedLinearAttention()).test(
             GridClassifier("grid"), loader(), ckpt_path=tmp_path / "a.ckpt", verbose=False
         )

@@ -168,15 +168,13 @@ class Pretrained(Distilled):
         return F.cross_entropy(self.student(batch[0]), batch[1])
 
 
-@pytest.mark.parametrize("target", ["repbn", "affine", "un"])
-def test_norms_that_train_in_evaluation_mode_are_refused(tmp_path: Any, target: Any) -> None:
+@pytest.mark.parametrize("options", [{"target": "repbn"}, {"target": "affine"}, {"target": "un", "warmup": 4}])
+def test_norms_that_train_in_evaluation_mode_are_refused(tmp_path: Any, options: Any) -> None:
     module = Pretrained()
     with pytest.raises(
         ValueError, match=r"4 of the norms .*evaluation mode .student.1.*`.train\(\)`.*eval_mode='train'"
     ):
-        trainer(tmp_path, PRepBN(target=target, transition=3, hold=1, warmup=4)).fit(
-            module, loader(batches=8), loader(1)
-        )
+        trainer(tmp_path, PRepBN(transition=3, hold=1, **options)).fit(module, loader(batches=8), loader(1))
     assert module.modes == [], "before the first step"
 
 
@@ -217,14 +215,12 @@ class Pooled(Distilled):
 
 
 @pytest.mark.parametrize(
-    "options", [{"hold": 2}, {"hold": 0}, {"hold": 0, "recalibrate": 0}, {"target": "un", "hold": 2}]
+    "options", [{"hold": 2}, {"hold": 0}, {"hold": 0, "recalibrate": 0}, {"target": "un", "hold": 2, "warmup": 5}]
 )
 def test_norms_without_statistics_do_not_take_over(tmp_path: Any, options: Any) -> None:
     with pytest.raises(ValueError, match=r"1 norms \(student.2\) still have .* mean 0 .*one sample.*exclude="):
-        trainer(tmp_path, PRepBN(**{"transition": 4, "warmup": 5, **options})).fit(
-            Pooled(), loader(8, size=1), loader(1)
-        )
-    trainer(tmp_path, PRepBN(**{"transition": 4, "warmup": 5, **options})).fit(Pooled(), loader(8, size=2), loader(1))
+        trainer(tmp_path, PRepBN(transition=4, **options)).fit(Pooled(), loader(8, size=1), loader(1))
+    trainer(tmp_path, PRepBN(transition=4, **options)).fit(Pooled(), loader(8, size=2), loader(1))
 
 
 def test_frozen_statistics_need_recalibration(tmp_path: Any) -> None:

@@ -658,6 +658,7 @@ def test_a_learning_rate_finder_in_the_middle(ours: bool, precision: Any, tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore:LearningRateFinder runs before")
+@pytest.mark.filterwarnings("ignore:LearningRateFinder tries a run")
 def test_a_finder_does_not_lose_the_state_of_a_checkpoint(files: Path, tmp_path: Path) -> None:
     """Lightning itself drops the optimizer state here; the method's own state stays."""
     saved = recipe.read(torch.load(files / "ours.ckpt", weights_only=True))[0].tensors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from types import MethodType
 from typing import Any
@@ -20,6 +21,7 @@ from lightning_efficient.common.comparing import ExportError, difference
 from lightning_efficient.deploy.export import export
 from lightning_efficient.lifecycle.hooks import install
 from lightning_efficient.lifecycle.state import Request, attachment
+from lightning_efficient.norms.plain import Affine, affine_module
 
 OURS = "lightning_efficient.toy"  # the package whose layers export fuses
 
@@ -570,3 +572,14 @@ def test_a_scripted_part_is_copied() -> None:
     flags = {name: (p.requires_grad, p.is_leaf) for name, p in plain.named_parameters()}
     assert flags == {name: (name != "part.0.bias", True) for name, _ in model.named_parameters()}
     assert not {p.data_ptr() for p in plain.parameters()} & {p.data_ptr() for p in model.parameters()}
+
+
+def test_an_exported_norm_has_a_dtype_to_ask_for_and_no_weight_in_files() -> None:
+    """Hugging Face's Mamba reads ``norm.weight.dtype``; loaders would take a ``weight`` for a layer norm's."""
+    norm = affine_module(Affine(torch.rand(3), torch.rand(3)), -1, torch.empty(0))
+    x = torch.randn(2, 3)
+    for one in (norm, copy.deepcopy(norm), pickle.loads(pickle.dumps(norm)), torch.export.export(norm, (x,)).module()):
+        torch.testing.assert_close(one(x), norm(x))
+        assert set(one.state_dict()) == {"scale", "shift"}
+    for one in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm)), copy.deepcopy(norm).double()):
+        assert one.weight.dtype == one.scale.dtype

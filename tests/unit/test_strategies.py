@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,26 +82,28 @@ class Later(LearningRateFinder):
 
 
 class Sized(BoringModel):
-    batch_size = 2
+    batch_size, lr = 2, 0.1
 
 
 @pytest.mark.filterwarnings("ignore:LearningRateFinder runs before")
 @pytest.mark.parametrize("finder", [LearningRateFinder, BatchSizeFinder, Later])
-@pytest.mark.parametrize("method", [MagnitudePruning, RunCost])
-def test_a_resumed_run_has_no_finder(method: type, finder: type, tmp_path: Path) -> None:
+@pytest.mark.parametrize("goes_back", [False, True])
+def test_a_finder_in_a_resumed_run_is_told(goes_back: bool, finder: type, tmp_path: Path) -> None:
     """Lightning loses the training state then, and begins at step 0."""
+    make = partial(SAPPruning, iterations=1) if goes_back else RunCost
     options: dict[str, Any] = {
         "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
         "enable_checkpointing": False, "default_root_dir": tmp_path, "limit_train_batches": 2, "limit_val_batches": 0,
     }  # fmt: skip
-    first = Trainer(max_epochs=1, callbacks=[method()], **options)
+    first = Trainer(max_epochs=1, callbacks=[make()], **options)
     first.fit(Sized())
     first.save_checkpoint(tmp_path / "last.ckpt")
-    again = Trainer(max_epochs=2, callbacks=[finder(), method()], **options)
-    message = rf"{finder.__name__} tries a run before .*{method.__name__} with it. Leave {finder.__name__} out"
-    with pytest.raises(ValueError, match=message) if finder is not Later else nullcontext():
+    again = Trainer(max_epochs=2, callbacks=[finder(), make()], **options)
+    message = rf"{finder.__name__} tries a run before .* at step 0.* Leave {finder.__name__} out"
+    told = pytest.raises(ValueError, match=message) if goes_back else pytest.warns(UserWarning, match=message)
+    with told if finder is not Later else nullcontext():
         again.fit(Sized(), ckpt_path=tmp_path / "last.ckpt")
-    assert again.global_step == (4 if finder is Later else 0)
+    assert again.global_step == (0 if goes_back and finder is not Later else 4)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ class InOrder(hf.Trainer):
 
 
 def main(folder: Path) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # or accelerate sets it, with a warning
     AcceleratorState._reset_state(reset_partial_state=True)  # a fork has that of the process that it came from
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     torch.manual_seed(0)
