@@ -25,7 +25,7 @@ def tail(test: str, cell: dict[str, Any]) -> bool:
     net, scenario = cell.get("net"), cell["scenario"]
     if scenario == "ddp_spawn":
         return True
-    return scenario != "plain" if net == "bert" else rare(scenario, net == "cnn")
+    return scenario != "plain" if net in ("bert", "timm_vit") else rare(scenario, net == "cnn")
 
 
 # On noise a second run may find nothing that its budget allows, and says so.

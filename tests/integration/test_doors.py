@@ -297,7 +297,7 @@ def test_transformers_finds_its_batch_size(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(hf.Trainer, "training_step", small)
     options = {"methods": METHODS | TEMPERATURE, "auto_find_batch_size": True}
-    found, ours = trained(tmp_path, 4, per_device_train_batch_size=8, **options)
+    found, ours = trained(tmp_path, 4, per_device_train_batch_size=5, **options)
     batch = found._train_batch_size
     assert batch <= 4
     whole, _ = trained(tmp_path, 4, per_device_train_batch_size=batch, **options)

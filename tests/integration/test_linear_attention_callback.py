@@ -63,6 +63,11 @@ def test_it_learns(tmp_path: Any) -> None:
 OTHERS: dict[str, Any] = {"sigma": SigmaReparam, "norms": lambda: PRepBN(transition=3, hold=1)}
 
 
+def tail(test: str, cell: dict[str, Any]) -> bool:
+    """Norms inside the attention meet it in either order; for the rest one order of them is enough."""
+    return test == "test_with_another_method_in_either_order" and cell["net"] == "pairs" and cell["other"] == "sigma"
+
+
 @pytest.mark.filterwarnings("ignore:SigmaReparam leaves 2 weight.*dwc.weight .in no optimizer")  # tested below
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("other", OTHERS)

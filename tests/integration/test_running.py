@@ -159,12 +159,12 @@ def fitted(root: Path, method: str, module: Task, data: DataLoader[Any] | Data, 
     return state | {k: torch.as_tensor(float(v)) for k, v in t.callback_metrics.items()}
 
 
-@pytest.mark.parametrize("where", ["before", "after", "data module"])
 @pytest.mark.parametrize("method", METHODS)
-def test_inputs_prepared_in_a_hook(tmp_path: Path, method: str, where: str) -> None:
+def test_inputs_prepared_in_a_hook(tmp_path: Path, method: str) -> None:
     expected = fitted(tmp_path, method, Task(), loader(prepared=True))
-    data = Data() if where == "data module" else loader(prepared=False)
-    assert differing(fitted(tmp_path, method, Task(where), data), expected) == []
+    for where in ("before", "after", "data module"):
+        data = Data() if where == "data module" else loader(prepared=False)
+        assert differing(fitted(tmp_path, method, Task(where), data), expected) == [], where
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true", pytest.param("16-true", marks=pytest.mark.exhaustive)])
