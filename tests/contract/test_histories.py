@@ -51,6 +51,7 @@ CELLS = [(m, h) for m in METHODS for h in HISTORIES if (m, h) != ("norm_swap_rep
 # Method → the one it shares its base with, so that most of what a history finds it finds there.
 RELATIVES = {
     "norm_swap": "norm_swap_repbn",
+    "linear_attention": "norm_swap_repbn",
     "watched": "magnitude",
     "guarded": "magnitude",
     "taught": "magnitude",

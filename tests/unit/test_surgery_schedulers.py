@@ -107,6 +107,11 @@ def add_to_every_group(optimizer, scheduler):
     return gains[::-1]
 
 
+def tail(test, cell):
+    """One group, and two, are three."""
+    return test.startswith("test_new_groups_follow_their_source") and cell["groups"] < 3 and cell["steps_before"] == 0
+
+
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
 @pytest.mark.parametrize("steps_before", [0, 7])
 @pytest.mark.parametrize("groups", [1, 2, 3])
