@@ -17,7 +17,7 @@ from lightning_efficient.common.match import Choice, check_globs, parameters_by_
 from lightning_efficient.common.registry import METHODS
 from lightning_efficient.common.schema import OneOf, Record, check, short
 from lightning_efficient.lifecycle import recipe
-from lightning_efficient.lifecycle.hooks import hook_cutting, hook_loading
+from lightning_efficient.lifecycle.hooks import hook_checking, hook_cutting, hook_loading, unhook_checking
 from lightning_efficient.lifecycle.hparams import HPARAM_PREFIX, log_hparams
 from lightning_efficient.lifecycle.recipe import CONFIG, Entry, RecipeError
 from lightning_efficient.lifecycle.standing import STANDING, Standing
@@ -232,9 +232,17 @@ class EfficientCallback(Callback):
             RecipeError: Says which callback, what the file has and what was expected.
         """
         states = checkpoint.get("callbacks", {})
-        if not self.enabled or pl_module.trainer.state.fn != "fit":
+        if pl_module.trainer.state.fn != "fit":
             return
         entry = next((e for e in entries if (e.method, e.key) == (self.method, self.state_key)), None)
+        if entry is not None and not self.enabled:
+            raise RecipeError(
+                f"the checkpoint was trained with {self.state_key}, which this run switches off (enabled=False): the "
+                "state of its optimizers does not fit. Switch it on to resume, or start a new run from the weights "
+                f"alone ({type(pl_module).__name__}.load_from_checkpoint(path))."
+            )
+        if not self.enabled:
+            return
         if entry is not None:
             self._check_config(entry.config)
         if self.state_key not in states:
@@ -252,17 +260,8 @@ class EfficientCallback(Callback):
     def _check_config(self, config: Mapping[str, Any]) -> None:
         if self.resume_may_change is None:
             return
-        then = {**self.later_arguments, **config}
-        changed = [
-            f"`{name}`: {then.get(name)!r} then, {value!r} now"
-            for name, value in self.config().items()
-            if name not in self.resume_may_change and then.get(name) != value
-        ]
-        if changed:
-            raise RecipeError(
-                f"{type(self).__name__} was configured differently when the checkpoint was written: "
-                f"{'; '.join(changed)}. Resume with the saved values."
-            )
+        now = {name: value for name, value in self.config().items() if name not in self.resume_may_change}
+        recipe.check_config(type(self).__name__, {**self.later_arguments, **config}, now)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note whether a fit resumes. What is on has been asked by the module's hook already."""
@@ -279,6 +278,8 @@ class EfficientCallback(Callback):
         """Refuse what cannot work before anything has changed; begin anew."""
         if self.enabled:
             hook_loading(pl_module)
+        elif stage == "fit":
+            hook_checking(pl_module)
         if stage == "fit":
             if self.enabled:
                 METHODS.check([cb.method for cb in peers(trainer)])
@@ -338,6 +339,7 @@ class EfficientCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the Trainer as it was found."""
         self._resume_autolog(trainer)
+        unhook_checking(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the Trainer as it was found."""

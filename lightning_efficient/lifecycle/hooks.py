@@ -98,8 +98,28 @@ def hook_loading(pl_module: LightningModule) -> None:
     _hook(pl_module, ("on_load_checkpoint",))
 
 
+def hook_checking(pl_module: LightningModule) -> None:
+    """Have callbacks that are off refuse a file that they have left something in, before its weights are loaded."""
+    if NAME not in vars(pl_module) and "on_load_checkpoint" not in vars(pl_module):
+        pl_module.__dict__["on_load_checkpoint"] = MethodType(_only_check, pl_module)
+
+
+def _only_check(self: LightningModule, checkpoint: dict[str, Any]) -> None:
+    type(self).on_load_checkpoint(self, checkpoint)
+    if (here := members(self)) and not any(member.enabled for member in here):
+        for member in here:
+            member.check_checkpoint(self, checkpoint, recipe.read(checkpoint))
+
+
+def unhook_checking(pl_module: LightningModule) -> None:
+    """Take that off again."""
+    if getattr(vars(pl_module).get("on_load_checkpoint"), "__func__", None) is _only_check:
+        del pl_module.__dict__["on_load_checkpoint"]
+
+
 def _hook(pl_module: LightningModule, names: Iterable[str]) -> None:
     mine = attachment(pl_module)
+    unhook_checking(pl_module)
     for name in names:
         function, current = _HOOKS[name], pl_module.__dict__.get(name)
         if name == "configure_optimizers" and not is_overridden(name, pl_module):

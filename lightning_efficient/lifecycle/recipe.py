@@ -59,6 +59,25 @@ class Entry:
         return plain | {"count": len(self.tensors)}
 
 
+def check_config(who: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse a file of a run with other arguments.
+
+    Args:
+        who: Name of the callback.
+        then: Its arguments in the file.
+        now: Those that have to be the same.
+
+    Raises:
+        RecipeError: Names the arguments that are not.
+    """
+    changed = [f"`{name}`: {then.get(name)!r} then, {now[name]!r} now" for name in now if then.get(name) != now[name]]
+    if changed:
+        raise RecipeError(
+            f"{who} was configured differently when the checkpoint was written: {'; '.join(changed)}. Resume with the "
+            "saved values."
+        )
+
+
 def write(checkpoint: dict[str, Any], entry: Entry) -> None:
     """Add an entry to a checkpoint's recipe."""
     recipe = checkpoint.setdefault(KEY, {"version": VERSION, "methods": []})

@@ -220,12 +220,6 @@ class WeightSpaceCallback(EfficientCallback):
             return
         known = {entry.key: entry for entry in entries if entry.method == self.method}
         mine = known.get(self.state_key)
-        if mine is not None and not self.enabled:
-            raise RecipeError(
-                f"the checkpoint was trained with {self.state_key}, which this run switches off (enabled=False): "
-                "its optimizer state does not fit. Switch it on to resume, or start a new run from the weights alone "
-                f"({type(pl_module).__name__}.load_from_checkpoint(path))."
-            )
         present = [cb.state_key for cb in _members(trainer) if cb.method == self.method]
         if (self.enabled and mine is None and known) or not known.keys() <= set(present):
             raise RecipeError(

@@ -69,6 +69,22 @@ def zeros(module: nn.Module) -> float:
 # -- refused before anything changes -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("method", [PRepBN, SigmaReparam, MagnitudePruning])
+def test_a_method_that_is_switched_off_to_resume_is_named_before_anything_changes(method: Any, tmp_path: Path) -> None:
+    first = trainer(tmp_path, method())
+    first.fit(Mlp(), loader(6), loader(1))
+    first.save_checkpoint(tmp_path / "on.ckpt")
+    module = Mlp()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(RecipeError, match=rf"trained with {method.__name__}.*switches off \(enabled=False\)"):
+        trainer(tmp_path, method(enabled=False), max_steps=12).fit(
+            module, loader(6), loader(1), ckpt_path=tmp_path / "on.ckpt"
+        )
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    trainer(tmp_path, method(enabled=False)).fit(module, loader(6), loader(1))
+    assert "on_load_checkpoint" not in vars(module)
+
+
 def test_a_refused_resume_leaves_the_module_as_it_was(tmp_path: Path) -> None:
     """The file holds a smaller model, and a callback of the run refuses it: nothing is cut by then."""
     module = Mlp()
